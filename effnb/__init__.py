@@ -1,0 +1,1 @@
+"""Efficient methods for language models, complete and readable."""
