@@ -1,0 +1,1 @@
+"""What the methods share: named modules, calibration, outliers, training. It knows no method."""

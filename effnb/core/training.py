@@ -16,14 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-Schedule = Literal["constant", "linear", "cosine", "wsd"]
 Batches = Callable[[int], Any]
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -55,7 +54,7 @@ class TrainingSettings:
     steps: int
     learning_rate: float = 1e-3
     warmup_steps: int = 0
-    schedule: Schedule = "constant"
+    schedule: str = "constant"
     decay_fraction: float = 0.3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -80,6 +79,11 @@ class TrainingSettings:
             )
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction is {self.decay_fraction}; it must lie in (0, 1].")
+        if self.patience < 0 or self.evaluate_every < 0:
+            raise ValueError(
+                f"patience is {self.patience} and evaluate_every {self.evaluate_every}; "
+                "both must be at least 0."
+            )
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0.")
 
@@ -115,7 +119,7 @@ class TrainingResult:
     """
 
     losses: list[float] = field(repr=False)
-    evaluations: list[dict[str, float]]
+    evaluations: list[dict[str, Any]]
     steps: int
     seconds: float
     stopped_early: bool = False
@@ -179,83 +183,162 @@ def train(
         TrainingDiverged: When the loss or the gradient is not finite; says at which step.
         ValueError: When nothing requires a gradient, or the checkpoint is of other settings.
     """
-    optimizer = adamw(model, settings)
-    losses: list[float] = []
-    evaluations: list[dict[str, float]] = []
-    spent = 0.0
-    best: dict[str, Tensor] | None = None
-    since_best = 0
-    path = Path(checkpoint) if checkpoint else None
-    if path and path.exists():
-        losses, evaluations, spent = _resume(path, model, optimizer, settings)
-    report, close = _progress(progress, settings.steps)
-    device = next(model.parameters()).device
-    began = saved = time.perf_counter()
-    stopped = False
     if settings.patience and evaluate is None:
         raise ValueError("patience needs `evaluate`, which was not given.")
-
-    def assess(step: int) -> bool:
-        """Evaluate; return whether patience has run out."""
-        nonlocal best, since_best
-        model.eval()
-        with torch.inference_mode():
-            found = {"step": step, **evaluate(model)}
-        evaluations.append(found)
-        if not settings.patience:
-            return False
-        if "loss" not in found:
-            raise ValueError('patience needs `evaluate` to return a number named "loss".')
-        if found["loss"] <= min(e["loss"] for e in evaluations):
-            best, since_best = {k: v.clone() for k, v in model.state_dict().items()}, 0
-        else:
-            since_best += 1
-        return since_best >= settings.patience
+    run = _Run(model, adamw(model, settings), settings)
+    path = Path(checkpoint) if checkpoint else None
+    if path and path.exists():
+        run.resume(path)
+    report, close = _progress(progress, settings.steps)
+    began = saved = time.perf_counter()
+    earlier = run.seconds
 
     # Callbacks of widgets run in threads of their own, where gradients may be switched off.
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        for step in range(len(losses), settings.steps):
+        while len(run.losses) < settings.steps and not run.out_of_patience:
+            step = len(run.losses)
             # Seeded by step, so that a resumed run draws the same dropout masks.
             torch.manual_seed(settings.seed * 1_000_003 + step)
-            model.train()
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
-            value = loss(model, batches(step))
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            norm = nn.utils.clip_grad_norm_(
-                [p for p in model.parameters() if p.requires_grad], settings.clip_norm
-            )
-            number = float(value.detach())
-            if not (math.isfinite(number) and math.isfinite(float(norm))):
+            try:
+                run.losses.append(run.step(loss, batches(step)))
+            except TrainingDiverged:
                 close()
-                raise TrainingDiverged(
-                    f"training diverged at step {step}: the loss is {number} and the gradient's norm "
-                    f"{float(norm)} at learning rate {settings.rate(step):.3g}; try a lower rate."
-                )
-            optimizer.step()
-            losses.append(number)
-            report(step + 1, settings.steps, number)
+                raise
+            report(step + 1, settings.steps, run.losses[-1])
             if evaluate and settings.evaluate_every and (step + 1) % settings.evaluate_every == 0:
-                stopped = assess(step + 1)
-            if path and (time.perf_counter() - saved > checkpoint_seconds):
-                seconds = spent + time.perf_counter() - began
-                _save(path, model, optimizer, settings, losses, evaluations, seconds)
+                run.assess(evaluate)
+            if path and time.perf_counter() - saved > checkpoint_seconds:
+                run.seconds = earlier + time.perf_counter() - began
+                run.save(path)
                 saved = time.perf_counter()
-            if stopped:
-                break
-        if evaluate and (not evaluations or evaluations[-1]["step"] != len(losses)):
-            assess(len(losses))
+        if evaluate and (not run.evaluations or run.evaluations[-1]["step"] != len(run.losses)):
+            run.assess(evaluate)
     close()
-    if best is not None:
-        model.load_state_dict(best)
-    model.eval()
-    seconds = spent + time.perf_counter() - began
+    run.seconds = earlier + time.perf_counter() - began
     if path:
-        _save(path, model, optimizer, settings, losses, evaluations, seconds)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return TrainingResult(losses, evaluations, len(losses), seconds, stopped)
+        run.save(path)
+    if run.best is not None:
+        with torch.no_grad():
+            for name, parameter in run.trainable:
+                parameter.copy_(run.best[name])
+    model.eval()
+    return TrainingResult(
+        run.losses, run.evaluations, len(run.losses), run.seconds, run.out_of_patience
+    )
+
+
+class _Run:
+    """The state of a run: all that a checkpoint has to hold."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings
+    ) -> None:
+        self.model, self.optimizer, self.settings = model, optimizer, settings
+        self.trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.losses: list[float] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.best: dict[str, Tensor] | None = None
+        self.seconds = 0.0
+
+    def step(self, loss: Loss, batch: Any) -> float:
+        """One optimiser step; returns the loss before it."""
+        number = len(self.losses)
+        rate = self.settings.rate(number)
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        value = loss(self.model, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        norm = float(
+            nn.utils.clip_grad_norm_([p for _, p in self.trainable], self.settings.clip_norm)
+        )
+        found = float(value.detach())
+        if not (math.isfinite(found) and math.isfinite(norm)):
+            raise TrainingDiverged(
+                f"training diverged at step {number}: the loss is {found} and the gradient's norm "
+                f"{norm} at learning rate {rate:.3g}; try a lower rate."
+            )
+        self.optimizer.step()
+        return found
+
+    def assess(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> None:
+        """Evaluate; with patience, keep a copy of the weights if they are the best so far."""
+        self.model.eval()
+        with torch.inference_mode():
+            found = {"step": len(self.losses), **evaluate(self.model)}
+        self.evaluations.append(found)
+        if self.settings.patience:
+            if "loss" not in found:
+                raise ValueError('patience needs `evaluate` to return a number named "loss".')
+            if self._since_best() == 0:
+                self.best = {name: p.detach().clone() for name, p in self.trainable}
+
+    def _since_best(self) -> int:
+        """Evaluations since the best one."""
+        scores = [e["loss"] for e in self.evaluations]
+        return len(scores) - 1 - scores.index(min(scores))
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether too many evaluations have passed without a new best."""
+        patience = self.settings.patience
+        return bool(patience and self.evaluations) and self._since_best() >= patience
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint; atomic, so that a run cut off while saving leaves the last one whole."""
+        tensors = {}
+        for name, parameter in self.trainable:
+            tensors[f"model.{name}"] = parameter.detach().contiguous()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).contiguous()
+            if self.best is not None:
+                tensors[f"best.{name}"] = self.best[name].contiguous()
+        about = {
+            "settings": asdict(self.settings),
+            "losses": self.losses,
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        save_file(tensors, temporary, metadata={"effnb": json.dumps(about)})
+        os.replace(temporary, path)
+
+    def resume(self, path: Path) -> None:
+        """Go back to the state of a checkpoint.
+
+        Raises:
+            ValueError: When it was made with other settings.
+        """
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["effnb"])
+            wanted, found = json.loads(json.dumps(asdict(self.settings))), about["settings"]
+            changed = sorted(key for key in wanted if wanted[key] != found.get(key))
+            if changed:
+                raise ValueError(
+                    f"the checkpoint {path.name} was made with another {', '.join(changed)}; "
+                    "delete it to start again, or use its settings."
+                )
+            names = set(file.keys())
+            with torch.no_grad():
+                for name, parameter in self.trainable:
+                    parameter.copy_(file.get_tensor(f"model.{name}"))
+                    self.optimizer.state[parameter] = {
+                        # AdamW keeps its counter on the CPU, its moments beside the parameter.
+                        key: file.get_tensor(f"optimizer.{key}.{name}").to(
+                            "cpu" if key == "step" else parameter.device
+                        )
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                        if f"optimizer.{key}.{name}" in names
+                    }
+            if any(name.startswith("best.") for name in names):
+                self.best = {
+                    name: file.get_tensor(f"best.{name}").to(p.device)
+                    for name, p in self.trainable
+                }
+        self.losses, self.evaluations = about["losses"], about["evaluations"]
+        self.seconds = about["seconds"]
 
 
 def _progress(progress: bool | Callable, steps: int) -> tuple[Callable, Callable]:
@@ -272,53 +355,3 @@ def _progress(progress: bool | Callable, steps: int) -> tuple[Callable, Callable
         bar.update(done - bar.n)
 
     return report, bar.close
-
-
-def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def _save(path, model, optimizer, settings, losses, evaluations, seconds) -> None:
-    tensors = {}
-    for name, parameter in _trainable(model):
-        tensors[f"model.{name}"] = parameter.detach().contiguous()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).contiguous()
-    about = {
-        "settings": asdict(settings),
-        "losses": losses,
-        "evaluations": evaluations,
-        "seconds": seconds,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"effnb": json.dumps(about)})
-    os.replace(temporary, path)  # atomic: a run cut off while saving leaves the last one whole
-
-
-def _resume(path, model, optimizer, settings) -> tuple[list[float], list[dict], float]:
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["effnb"])
-        wanted, found = json.loads(json.dumps(asdict(settings))), about["settings"]
-        changed = sorted(key for key in wanted if wanted[key] != found.get(key))
-        if changed:
-            raise ValueError(
-                f"the checkpoint {path.name} was made with another {', '.join(changed)}; "
-                "delete it to start again, or use its settings."
-            )
-        names = set(file.keys())
-        with torch.no_grad():
-            for name, parameter in _trainable(model):
-                parameter.copy_(file.get_tensor(f"model.{name}"))
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                state = {
-                    key: file.get_tensor(f"optimizer.{key}.{name}")
-                    for key in keys
-                    if f"optimizer.{key}.{name}" in names
-                }
-                # AdamW keeps its step counter on the CPU, its moments beside the parameter.
-                optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device)
-                    for key, value in state.items()
-                }
-    return about["losses"], about["evaluations"], about["seconds"]

@@ -1,0 +1,37 @@
+"""How good and how dear a model is: quality on fixed data, and cost measured here."""
+
+from effnb.evaluation.cost import (
+    Cost,
+    Timing,
+    decode_tokens_per_second,
+    flops,
+    latency,
+    measure,
+    parameter_count,
+    peak_memory,
+    stored_bytes,
+)
+from effnb.evaluation.quality import (
+    Choice,
+    Perplexity,
+    RankedChoice,
+    perplexity,
+    ranked_choice,
+)
+
+__all__ = [
+    "Choice",
+    "Cost",
+    "Perplexity",
+    "RankedChoice",
+    "Timing",
+    "decode_tokens_per_second",
+    "flops",
+    "latency",
+    "measure",
+    "parameter_count",
+    "peak_memory",
+    "perplexity",
+    "ranked_choice",
+    "stored_bytes",
+]

@@ -1,0 +1,1 @@
+"""Inference and compression: the survey's section on doing more with a trained model."""
