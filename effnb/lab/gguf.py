@@ -60,7 +60,9 @@ class CacheUnwritable(RuntimeError):
 # ---------------------------------------------------------------------------- the weights
 
 
-def undo_permutation(weight: Float[Tensor, "rows columns"], heads: int) -> Float[Tensor, "rows columns"]:
+def undo_permutation(
+    weight: Float[Tensor, "rows columns"], heads: int
+) -> Float[Tensor, "rows columns"]:
     """Put the rows of a query or key projection back in Hugging Face's order.
 
     llama.cpp rotates neighbouring rows (0, 1), (2, 3), …; Hugging Face rotates row i with row
@@ -152,7 +154,7 @@ def read_weights(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, Tens
             _, number, part = stem.split(".", 2)
             name = f"model.layers.{number}.{_LAYER[part]}"
         else:
-            raise DamagedFile(f"the GGUF file has a tensor {tensor.name!r}, unknown in a Llama model.")
+            raise DamagedFile(f"the GGUF file has a tensor {tensor.name!r}, unknown in a Llama.")
         # gguf gives a view of the file for float32 tensors: copied, so that the file can close.
         unpacked = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=True)
         weight = torch.from_numpy(unpacked)
@@ -207,7 +209,7 @@ def read_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:
     """
     kind = _needed(reader, "tokenizer.ggml.model")
     if kind != "gpt2":
-        raise DamagedFile(f"the GGUF file has a tokenizer of kind {kind!r}; only 'gpt2' is read here.")
+        raise DamagedFile(f"the GGUF file's tokenizer is {kind!r}; only 'gpt2' is read here.")
     tokens = _needed(reader, "tokenizer.ggml.tokens")
     merges = [tuple(pair.split(" ")) for pair in _needed(reader, "tokenizer.ggml.merges")]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
@@ -356,6 +358,7 @@ def cached(
         ) from None
     except OSError as error:
         raise CacheUnwritable(
-            f"{name} could not be written to the cache {folder} ({error.strerror or error}): {remedy}."
+            f"{name} could not be written to the cache {folder} ({error.strerror or error}): "
+            f"{remedy}."
         ) from error
     return final

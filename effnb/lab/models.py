@@ -128,7 +128,9 @@ def _shipped_folder(name: str) -> Path:
     models = data_folder() / "models"
     manifest = read_manifest(models / "MANIFEST.json", REMEDY)
     if name not in manifest:
-        raise DamagedFile(f"{name} is not listed in models/MANIFEST.json; restore it with `{REMEDY}`.")
+        raise DamagedFile(
+            f"{name} is not listed in models/MANIFEST.json; restore it with `{REMEDY}`."
+        )
     for file, about in manifest[name].items():
         try:
             checked_bytes(models / name / file, about["sha256"], about["bytes"], REMEDY)
@@ -190,7 +192,7 @@ def _hub_folder(name: str) -> Path:
         raise ValueError(f'{name} is not on the hub: it ships with the repository, source="local".')
     if name not in HUB and name.count("/") != 1:
         raise ValueError(
-            f"there is no model {name!r} on the hub; give {' or '.join(HUB)}, or a name of the form "
+            f"there is no model {name!r} on the hub; give {' or '.join(HUB)}, or a name such as "
             "owner/model."
         )
     from huggingface_hub import snapshot_download
@@ -208,8 +210,9 @@ def _hub_folder(name: str) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         local = f'; load("{name}") needs no network' if name in NAMES else ""
+        reason = reason.removeprefix("Got: ").rstrip(".")
         raise ModelUnavailable(
-            f"{HUB.get(name, name)} could not be fetched from the hub ({reason.rstrip('.')}){local}."
+            f"{HUB.get(name, name)} could not be fetched from the hub ({reason}){local}."
         ) from error
 
 
@@ -261,8 +264,8 @@ def check_folder(folder: Path) -> dict:
                 )
     if (folder / "adapter_config.json").is_file():
         raise ModelUnavailable(
-            f"{folder} is refused: it holds an adapter, which would replace the model by the one it "
-            "was trained on; load that model, then the adapter with peft."
+            f"{folder} is refused: it holds an adapter, which would replace the model by the one "
+            "it was trained on; load that model, then the adapter with peft."
         )
     if config.get("is_encoder_decoder"):
         raise ModelUnavailable(
@@ -342,7 +345,9 @@ def _pooling(folder: Path) -> str:
     chosen = sorted(k for k, on in about.items() if k.startswith("pooling_mode_") and on is True)
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(chosen) != 1 or chosen[0] not in known:
-        raise ModelUnavailable(f"{folder} pools its vectors in a way encode() does not know: {chosen}.")
+        raise ModelUnavailable(
+            f"{folder} pools its vectors in a way that encode() does not know: {chosen}."
+        )
     return known[chosen[0]]
 
 
@@ -470,7 +475,7 @@ def write_manifest() -> dict:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m effnb.lab.models --manifest` after training; without it, check what ships."""
-    parser = argparse.ArgumentParser(prog="python -m effnb.lab.models", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m effnb.lab.models", description=main.__doc__)
     parser.add_argument("--manifest", action="store_true", help="write data/models/MANIFEST.json")
     if parser.parse_args(arguments).manifest:
         write_manifest()
