@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -41,6 +40,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from traitlets import default
 
 from effnb.lab.chapters import NOTEBOOKS, Measured, run_time_sentence, update_readme
 
@@ -162,6 +162,14 @@ class _ThisEnvironment(KernelSpecManager):
         )
 
 
+class _KernelHere(AsyncKernelManager):
+    """Starts those kernels; a client that makes it also shuts it down."""
+
+    @default("kernel_spec_manager")
+    def _this_environment(self) -> KernelSpecManager:
+        return _ThisEnvironment(parent=self)
+
+
 class _PeakMemory(threading.Thread):
     """Watches the resident memory of a kernel and of the processes that it starts."""
 
@@ -215,7 +223,8 @@ def execute(
         notebook,
         timeout=cell_seconds,
         kernel_name=KERNEL["name"],
-        km=AsyncKernelManager(kernel_name=KERNEL["name"], kernel_spec_manager=_ThisEnvironment()),
+        kernel_manager_class=_KernelHere,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
@@ -318,7 +327,7 @@ def build(path: Path, folder: Path = NOTEBOOKS) -> Measured:
 def write(notebook: Notebook, path: Path) -> None:
     """Write a notebook whole or not at all."""
     nbformat.validate(notebook)
-    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    text = nbformat.writes(notebook)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,64 @@
+# Everything a person can ask for: `make help`. The work is in .make/setup.py, which needs nothing but
+# Python, and runs without make too (README, "On Windows").
+PYTHON ?= $(shell command -v python3 2>/dev/null || command -v python 2>/dev/null)
+LAB_ARGS ?=
+CHAPTERS ?=
+TEST_ARGS ?=
+export TORCH
+
+ifeq ($(OS),Windows_NT)
+RUN = .venv/Scripts/python
+else
+RUN = .venv/bin/python
+endif
+SETUP = $(if $(PYTHON),$(PYTHON),$(error No Python was found: install Python 3.11 to 3.13, or name one, as in `make lab PYTHON=/path/to/python3`)) .make/setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test test-full notebooks data models results bench check clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+lab: ## open the workbook in JupyterLab, after installing it the first time (LAB_ARGS="--no-browser --port 9999", TORCH=cpu)
+	@$(SETUP) lab $(LAB_ARGS)
+
+test: ## prove everything that takes minutes: methods, chapters, panels, pages (TEST_ARGS="tests/core")
+	@$(SETUP) install test
+	$(RUN) -m pytest $(TEST_ARGS)
+
+test-full: ## prove everything, real models and long runs included
+	@$(SETUP) install test
+	EFFNB_FULL=1 $(RUN) -m pytest -m "not bench" $(TEST_ARGS)
+
+notebooks: ## build each chapter's .ipynb from its .py by executing it (CHAPTERS="00_start_here")
+	@$(SETUP) install test
+	$(RUN) -m effnb.lab.build $(CHAPTERS)
+
+data: ## rebuild the corpora from Debian's archive; only on Debian or Ubuntu, needs the network
+	@$(SETUP) install data
+	$(RUN) data/build_corpora.py
+
+models: ## train the tokenizer and the three small models again, from their checkpoints; takes hours
+	@$(SETUP) install lab
+	$(RUN) data/train_tokenizer.py
+	for name in mini-300k mini-1m mini-5m; do $(RUN) data/train_models.py $$name || exit 1; done
+	$(RUN) -m effnb.lab.models --manifest
+
+results: ## compute every stored result under data/results again, each by the command it names
+	@$(SETUP) install test
+	$(RUN) .make/results.py
+
+bench: ## measure our speed beside the libraries that people would otherwise use, and print ratios
+	@$(SETUP) install test
+	$(RUN) -m pytest --numprocesses=0 --capture=no -m bench tests
+
+check: ## lint, format, docstrings, spelling, and whether each chapter agrees with its source
+	@$(SETUP) install test
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m codespell_lib
+	$(RUN) -m effnb.lab.build --check
+
+clean: ## remove the environment and the caches; data, checkpoints and everything in git stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
