@@ -11,32 +11,25 @@ The layout of the file: ggml's `docs/gguf.md`. Unpacking is left to the `gguf` p
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from effnb.lab._cache import cached_folder
 from effnb.lab._files import DamagedFile
 
 LAYOUT = 1
-"""Number of the form in which a cached folder is written; a new one leaves old folders unused."""
-SUMS = "checksums.json"
-WAIT_SECONDS = 600
+"""Number of the form in which a folder is written; a new one leaves old cached folders unused."""
 
 _LAYER = {  # names inside a block: llama.cpp's, and Hugging Face's
     "attn_norm": "input_layernorm",
@@ -51,10 +44,6 @@ _LAYER = {  # names inside a block: llama.cpp's, and Hugging Face's
 }
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _CONTROL_TOKEN, _USER_TOKEN = 3, 4  # kinds of token in GGUF's token_type table
-
-
-class CacheUnwritable(RuntimeError):
-    """The cache folder cannot take the converted model; the message says why, and the remedy."""
 
 
 # ---------------------------------------------------------------------------- the weights
@@ -184,6 +173,7 @@ def read_model(reader: gguf.GGUFReader) -> LlamaForCausalLM:
         first = str(error).strip().splitlines()[-1].strip()
         raise DamagedFile(f"the GGUF file does not hold a whole Llama model: {first}") from None
     model.tie_weights()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # computed, so no file holds it
     return model.eval()
 
 
@@ -237,7 +227,18 @@ def read_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-# ------------------------------------------------------------------------------- the cache
+# ------------------------------------------------------------------------------ the folder
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Errors of the system that tokenizers and safetensors dress up, as what they are: OSError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or "os error" not in str(error):
+            raise
+        raise OSError(str(error)) from error
 
 
 def convert(path: Path, folder: Path) -> None:
@@ -251,114 +252,29 @@ def convert(path: Path, folder: Path) -> None:
     tokenizer, model = read_tokenizer(reader), read_model(reader)
     model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], torch.float32
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    tokenizer.save_pretrained(folder)
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
     # A tied head is the embedding itself: stored once, tied again by whoever loads the folder.
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     weights = {name: w for name, w in model.state_dict().items() if name not in tied}
     target = folder / "model.safetensors"
-    try:
+    with _system_errors():
+        tokenizer.save_pretrained(folder)
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
         save_file(weights, target, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, with the system's words inside
-        raise OSError(str(error)) from error
     # safetensors gives its files to the owner alone; a cache may be shared by a class.
     target.chmod((folder / "tokenizer.json").stat().st_mode)
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: the variable EFFNB_CACHE, or the platform's cache folder."""
-    chosen = os.environ.get("EFFNB_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().resolve()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "effnb"
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether every file that was written to the folder is there, with its size and checksum."""
-    try:
-        sums = json.loads((folder / SUMS).read_text())
-        return bool(sums) and all(
-            (folder / name).stat().st_size == about["bytes"]
-            and file_sha256(folder / name) == about["sha256"]
-            for name, about in sums.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, first from its name (at once), then from the disk."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-old-") as away:
-        os.replace(folder, Path(away) / "old")
-
-
-def _build(path: Path, final: Path, write: Callable[[Path, Path], None]) -> None:
-    """Write the folder under another name, and give it its own when it is whole."""
-    for abandoned in final.parent.glob(f".{final.name}-*"):  # by a process that was killed
-        shutil.rmtree(abandoned, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-new-") as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
-        write(path, new)
-        sums = {
-            file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-            for file in sorted(new.iterdir())
-        }
-        (new / SUMS).write_text(json.dumps(sums, indent=1) + "\n")
-        if final.exists():
-            _remove(final)
-        os.replace(new, final)
-
-
-def cached(
-    path: Path, name: str, sha256: str, write: Callable[[Path, Path], None] = convert
-) -> Path:
-    """The folder in the cache that holds the converted model; converted now if it is not there.
-
-    Processes that ask at the same time wait for the one that converts. A folder whose files do not
-    have the sizes and checksums they were written with is built anew.
+def cached(path: Path, name: str, sha256: str) -> Path:
+    """The converted model's folder in the user's cache; converted now if it is not there whole.
 
     Args:
         path: The GGUF file.
         name: Name of the model, the beginning of the folder's name.
         sha256: Checksum of the GGUF file: another file gets another folder.
-        write: What fills the folder.
 
     Raises:
         DamagedFile: When the GGUF file cannot be read.
-        CacheUnwritable: When the disk is full or the cache cannot be written, in one sentence.
+        CacheUnwritable: When the disk is full or the cache cannot be written.
     """
-    folder = cache_folder()
-    final = folder / f"{name}-{sha256[:12]}-v{LAYOUT}"
-    remedy = "free some space, or set the variable EFFNB_CACHE to a folder on another disk"
-    if _is_whole(final):  # before the lock: a shared cache may be read-only
-        return final
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{final.name}.lock", timeout=WAIT_SECONDS):
-            if not _is_whole(final):
-                _build(path, final, write)
-    except Timeout:
-        raise CacheUnwritable(
-            f"another process has held {final.name}.lock in {folder} for {WAIT_SECONDS // 60} "
-            "minutes: end it, or set the variable EFFNB_CACHE to another folder."
-        ) from None
-    except OSError as error:
-        raise CacheUnwritable(
-            f"{name} could not be written to the cache {folder} ({error.strerror or error}): "
-            f"{remedy}."
-        ) from error
-    return final
+    return cached_folder(f"{name}-{sha256[:12]}-v{LAYOUT}", lambda folder: convert(path, folder))

