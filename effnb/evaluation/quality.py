@@ -48,7 +48,7 @@ def token_losses(
 
 def perplexity(
     model: nn.Module,
-    ids: Int[Tensor, "tokens"],
+    ids: Int[Tensor, "*tokens"],
     *,
     context: int = 512,
     stride: int | None = None,
@@ -65,8 +65,8 @@ def perplexity(
         model: A Hugging Face causal language model, or anything that returns `.logits`.
         ids: Token ids of the text.
         context: Window length in tokens.
-        stride: Tokens between two windows; the context itself (no overlap) by default, which is fastest
-            and a little pessimistic.
+        stride: Tokens between two windows; the context itself by default, which is fastest and a little
+            pessimistic (windows then share one token only).
         batch_size: Windows at a time.
 
     Raises:
@@ -87,7 +87,9 @@ def perplexity(
     n = len(ids)
     width = min(context, n)
     starts, done, scored = [], 1, []
-    for start in range(0, n, stride):
+    # A window's first token is not foreseen by anything, so the next window starts on the last
+    # token of this one at the latest.
+    for start in range(0, n, min(stride, max(1, width - 1))):
         start = min(start, n - width)
         starts.append(start)
         scored.append(done)  # the first token this window has to score

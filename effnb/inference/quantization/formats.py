@@ -35,6 +35,8 @@ Granularity = int | Literal["row", "tensor"]
 """What shares one scale: the whole tensor, a row, or a group of so many inputs of a row."""
 
 BITS = range(2, 9)
+HALF_MAX, HALF_MIN = 65504, 2.0**-24
+"""Largest number, and smallest above 0, that half precision can hold: the limits of a scale."""
 
 
 def check_bits(bits: int) -> None:
@@ -182,14 +184,13 @@ def choose_grid(
     else:
         low, high = values.amin(-1).float().clamp(max=0), values.amax(-1).float().clamp(min=0)
         span = (high - low) / (2**bits - 1)
-    limits = torch.finfo(torch.float16)
-    if values.numel() and float(span.max()) > limits.max:
+    if float(span.max()) > HALF_MAX:
         raise ValueError(
             f"the weights are too large: a scale of {float(span.max()):.3g} does not fit into half "
-            f"precision (at most {limits.max:.0f})."
+            f"precision (at most {HALF_MAX})."
         )
-    # Below 2^-24 a scale would round to 0 and the group with it; the smallest step keeps the grid.
-    scale = torch.where(span > 0, span.clamp(min=limits.smallest_subnormal), torch.ones_like(span))
+    # A smaller scale would round to 0, and codes could not be computed.
+    scale = torch.where(span > 0, span.clamp(min=HALF_MIN), torch.ones_like(span))
     scale = scale.half().float()
     if symmetric:
         return scale, None
@@ -197,7 +198,7 @@ def choose_grid(
 
 
 def quantize(
-    weight: Float[Tensor, "rows columns"],
+    weight: Float[Tensor, "*matrix"],
     bits: int,
     *,
     group_size: Granularity = "row",
@@ -206,7 +207,7 @@ def quantize(
     """Round a matrix to the nearest points of a uniform grid and store it packed.
 
     Args:
-        weight: The matrix, in any floating-point type.
+        weight: The matrix (rows, columns), in any floating-point type.
         bits: 2 to 8.
         group_size: What shares one scale: "tensor", "row", or so many consecutive columns.
         symmetric: Whether the grid is centred on 0 and has no zero point.

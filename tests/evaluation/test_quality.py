@@ -1,0 +1,151 @@
+"""Perplexity and ranked choice against the plainest possible computation."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from effnb.evaluation import perplexity, ranked_choice
+from effnb.evaluation.quality import token_losses
+
+
+class Uniform(nn.Module):
+    """A language model that knows nothing: every token is as likely as any other."""
+
+    def __init__(self, vocabulary=10):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, input_ids, use_cache=None):
+        logits = self.bias.expand(*input_ids.shape, -1)
+        return type("Output", (), {"logits": logits})
+
+
+@given(st.integers(2, 90), st.integers(2, 40), st.data())
+def test_every_token_is_scored_once(n, context, data):
+    stride = data.draw(st.integers(1, context))
+    batch = data.draw(st.integers(1, 5))
+    ids = torch.randint(0, 10, (n,), generator=torch.Generator().manual_seed(n))
+    found = perplexity(Uniform(), ids, context=context, stride=stride, batch_size=batch)
+    assert found.tokens == n - 1
+    assert found.perplexity == pytest.approx(10, rel=1e-5)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(16, 16), (16, 8), (16, 5), (64, 64)])
+def test_windows_against_one_window_at_a_time(llama, context, stride):
+    ids = torch.randint(1, 128, (61,), generator=torch.Generator().manual_seed(3))
+    found = perplexity(llama, ids, context=context, stride=stride)
+    done, total, width = 1, 0.0, min(context, 61)
+    with torch.no_grad():
+        for start in range(0, 61, min(stride, width - 1)):
+            start = min(start, 61 - width)
+            window = ids[start : start + width].unsqueeze(0)
+            logs = llama(window).logits[0].log_softmax(-1)
+            assert done > start  # no gap: the window can foresee the first token it scores
+            for position in range(done, start + width):
+                total -= float(logs[position - start - 1, ids[position]])
+            done = max(done, start + width)
+    assert found.nats_per_token == pytest.approx(total / 60, rel=1e-5)
+
+
+def test_one_window_is_transformers_loss(llama, ids):
+    with torch.no_grad():
+        loss = float(llama(ids[:1], labels=ids[:1]).loss)
+    assert perplexity(llama, ids[0]).nats_per_token == pytest.approx(loss, rel=1e-5)
+    assert float(token_losses(llama, ids[:1]).mean()) == pytest.approx(loss, rel=1e-5)
+
+
+def test_bits_per_byte():
+    found = perplexity(Uniform(256), torch.zeros(101, dtype=torch.long))
+    assert found.bits_per_byte(100) == pytest.approx(8)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        (torch.zeros(1, dtype=torch.long), {}, "at least 2 tokens"),
+        (torch.zeros(2, 5, dtype=torch.long), {}, "one sequence"),
+        (torch.zeros(9, dtype=torch.long), {"stride": 0}, "stride is 0"),
+        (torch.zeros(9, dtype=torch.long), {"context": 8, "stride": 9}, "between 1 and the context"),
+    ],
+)
+def test_bad_input(ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        perplexity(Uniform(), ids, **options)
+
+
+@dataclass
+class Question:
+    context: str
+    choices: tuple
+    answer: int
+
+
+class Letters:
+    """A tokenizer of one token per character."""
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(c) % 128 for c in text]
+
+
+QUESTIONS = [
+    Question("the cat", (" sat on", " flew", " a longer one than that"), 0),
+    Question("a", (" b", " c", " d"), 2),
+    Question("one more, and a longer context", (" x", " yes", " maybe so"), 1),
+]
+
+
+def plain(model, question):
+    """Each continuation in a sequence of its own."""
+    scores = []
+    for choice in question.choices:
+        context, tokens = Letters().encode(question.context), Letters().encode(choice)
+        with torch.no_grad():
+            logs = model(torch.tensor([context + tokens])).logits[0].log_softmax(-1)
+        total = sum(float(logs[len(context) - 1 + i, t]) for i, t in enumerate(tokens))
+        scores.append(total / len(choice.encode()))
+    return scores
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_shared_contexts_change_nothing(llama, batch_size):
+    from effnb.evaluation.quality import _likelihoods
+
+    encode = Letters().encode
+    coded = [(encode(q.context), [encode(c) for c in q.choices]) for q in QUESTIONS]
+    with torch.no_grad():
+        together = _likelihoods(llama, coded)
+    for question, totals in zip(QUESTIONS, together, strict=True):
+        scores = [t / len(c.encode()) for t, c in zip(totals, question.choices, strict=True)]
+        assert scores == pytest.approx(plain(llama, question), rel=1e-4)
+    found = ranked_choice(llama, Letters(), QUESTIONS, batch_size=batch_size)
+    expected = tuple(
+        max(range(3), key=plain(llama, q).__getitem__) == q.answer for q in QUESTIONS
+    )
+    assert found.correct == expected and found.questions == 3
+    assert found.accuracy == sum(expected) / 3
+
+
+def test_longer_continuations_are_not_punished():
+    """Under a uniform model every byte costs the same, so lengths must not decide."""
+
+    class Positional(Uniform):
+        def forward(self, input_ids, attention_mask, position_ids, use_cache):
+            return super().forward(input_ids)
+
+    questions = [Question("c", (" aa", " aaaaaaaaaa"), 0)]
+    assert ranked_choice(Positional(128), Letters(), questions).accuracy == 1.0
+
+
+def test_standard_error_and_bad_input(llama):
+    found = ranked_choice(llama, Letters(), QUESTIONS)
+    a = found.accuracy
+    assert found.standard_error == pytest.approx(math.sqrt(a * (1 - a) / 3))
+    with pytest.raises(ValueError, match="no questions"):
+        ranked_choice(llama, Letters(), [])
+    with pytest.raises(ValueError, match="empty context or an empty continuation"):
+        ranked_choice(llama, Letters(), [Question("", (" a", " b"), 0)])
