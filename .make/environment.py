@@ -132,7 +132,7 @@ def make_environment() -> None:
         stderr=subprocess.DEVNULL,
     )
     stamps = [read_json(path) for path in ENVIRONMENT.glob(".effnb-*.json")]
-    moved = any(stamp.get("place") != str(ENVIRONMENT) for stamp in stamps)
+    moved = any(stamp.get("place", str(ENVIRONMENT)) != str(ENVIRONMENT) for stamp in stamps)
     if works and not moved:
         return
     for module in ("venv", "ensurepip"):
@@ -245,7 +245,9 @@ def clean_variables() -> dict[str, str]:
     """This process's variables, without those that would lead pip outside the environment."""
     unwanted = {"PYTHONHOME", "PYTHONPATH", "PIP_USER", "PIP_TARGET", "PIP_PREFIX"}
     kept = {key: value for key, value in os.environ.items() if key not in unwanted}
-    return {"PIP_RETRIES": "2", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **kept, "PIP_USER": "0"}
+    if kept.get("PIP_RETRIES", "0") == "0":
+        kept["PIP_RETRIES"] = "2"  # without any, pip does not say that it is the network
+    return {"PIP_DISABLE_PIP_VERSION_CHECK": "1", **kept, "PIP_USER": "0"}
 
 
 def no_room_sentence(free: int) -> str:

@@ -64,10 +64,10 @@ def main():
         command = another_python()
     if command is None:
         sys.stderr.write(
-            "effnb needs Python 3.%d to 3.%d, and this is Python %d.%d: install one of them (with "
+            "This is Python %d.%d, and effnb needs Python %d.%d to %d.%d: install one of them (with "
             "your package manager, conda or the installer of the Python project) and name it, as "
-            "in `make lab PYTHON=python3.%d`.\n"
-            % (OLDEST + NEWEST[1:] + tuple(sys.version_info[:2]) + NEWEST[1:])
+            "in `make lab PYTHON=python%d.%d`.\n"
+            % (tuple(sys.version_info[:2]) + OLDEST + NEWEST + NEWEST)
         )
         return 1
     return hand_over(command + [os.path.join(HERE, "environment.py")] + sys.argv[1:])

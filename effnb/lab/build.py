@@ -65,7 +65,7 @@ LANGUAGE = {
     "name": "python",
     "pygments_lexer": "ipython3",
 }
-MACHINE_PATH = re.compile(r"(?<![\w.~:/])/(?:root|tmp|home/\w+|Users/\w+|work)/|[A-Z]:\\Users\\")
+MACHINE_PATH = re.compile(r"(?<![\w.~:/])/(?:root|tmp|home/\w+|Users/\w+)/|[A-Z]:\\Users\\")
 MAGIC = re.compile(r"^\s*(?:[%!?]|\w.*\?$)", re.MULTILINE)
 
 Notebook = nbformat.NotebookNode
