@@ -64,9 +64,9 @@ def main():
         command = another_python()
     if command is None:
         sys.stderr.write(
-            "This is Python %d.%d, and effnb needs Python %d.%d to %d.%d: install one of them (with "
-            "your package manager, conda or the installer of the Python project) and name it, as "
-            "in `make lab PYTHON=python%d.%d`.\n"
+            "This is Python %d.%d, and effnb needs Python %d.%d to %d.%d: install one of them "
+            "(with your package manager, conda or the installer of the Python project) and name "
+            "it, as in `make lab PYTHON=python%d.%d`.\n"
             % (tuple(sys.version_info[:2]) + OLDEST + NEWEST + NEWEST)
         )
         return 1
