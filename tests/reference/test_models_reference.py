@@ -22,7 +22,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """SmolLM2 as `load` gives it, converted in a cache that goes with the tests: half a gigabyte."""
+    """SmolLM2 as `load` gives it, from a cache of half a gigabyte that goes with the tests."""
     with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch:
         patch.setenv("EFFNB_CACHE", cache)
         yield load("smollm2-135m", device="cpu")

@@ -1,0 +1,147 @@
+"""Score the workbook's models on held-out text, recall and ranked choice.
+
+    python data/check_models.py            # those whose weights changed since they were scored
+    python data/check_models.py mini-5m    # this one
+
+Writes results/models.json. The texts are those of `baselines.py`, byte for byte, and the tokens
+are scored alike: each document ends with an end-of-text token, which is scored too. Windows of 512
+tokens start every 256, so that every token is scored once, all but the first 512 with at least 256
+tokens before them.
+
+Recall: four records `[ key value]` are planted in held-out text and one is asked for again at the
+end of the 512 tokens. The answer counts when its token is the most likely of all 4,096.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import random
+import time
+
+import numpy as np
+import torch
+from baselines import HELD_OUT, encode, held_out, score
+
+from effnb.evaluation.quality import perplexity, ranked_choice
+from effnb.lab import corpora, results
+from effnb.lab._files import DamagedFile, data_folder
+from effnb.lab.models import SHIPPED, LoadedModel, load
+
+CONTEXT, STRIDE, BATCH = 512, 256, 8
+BINS = tuple((low, low + 64) for low in range(32, 480, 64))
+"""Ranges of distances, in tokens from the planted value to its answer: 32 to 95, …, 416 to 479."""
+PER_BIN = 128
+PAIRS = 4
+QUESTIONS = 400
+
+
+def stream(tokenizer, texts: list[str]) -> np.ndarray:
+    """An end-of-text token, then every document with an end-of-text token after it."""
+    end = tokenizer.eos_token_id
+    return np.concatenate([[end], *([*ids, end] for ids in encode(tokenizer, texts))])
+
+
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of Wilson (1927) for a share of `hits` in `trials`."""
+    z = 1.959964
+    middle = hits + z * z / 2
+    reach = z * math.sqrt(hits * (trials - hits) / trials + z * z / 4)
+    return (middle - reach) / (trials + z * z), (middle + reach) / (trials + z * z)
+
+
+def recall_by_distance(
+    loaded: LoadedModel, per_bin: int = PER_BIN, seed: int = 0
+) -> list[dict[str, float]]:
+    """Share of planted records recalled, for each range of distances."""
+    tokenizer, rng = loaded.tokenizer, random.Random(seed)
+    fillers = [stream(tokenizer, held_out(name)).tolist() for name in HELD_OUT]
+    found = []
+    for low, high in BINS:
+        hits = 0
+        for start in range(0, per_bin, BATCH):
+            planted = []
+            for _ in range(min(BATCH, per_bin - start)):
+                filler = rng.choice(fillers)
+                at = rng.randrange(len(filler) - CONTEXT)
+                planted.append(
+                    corpora.planted_recall(
+                        tokenizer, rng, filler[at : at + CONTEXT], CONTEXT,
+                        pairs=PAIRS, distance=rng.randrange(low, high),
+                    )
+                )  # fmt: skip
+            ids = torch.tensor([sequence.ids for sequence in planted], device=loaded.model.device)
+            with torch.inference_mode():
+                best = loaded.model(ids, use_cache=False).logits.argmax(-1).cpu()
+            for row, sequence in zip(best.tolist(), planted, strict=True):
+                answer = sequence.answers[0]
+                hits += row[answer - 1] == sequence.ids[answer]
+        lowest, highest = wilson(hits, per_bin)
+        found.append(
+            {
+                "from": low, "to": high - 1, "sequences": per_bin,
+                "accuracy": round(hits / per_bin, 4),
+                "low": round(lowest, 4), "high": round(highest, 4),
+            }
+        )  # fmt: skip
+    return found
+
+
+def check(name: str) -> dict:
+    """Everything that is stored of one model; prints a line as each part is known."""
+    began = time.perf_counter()
+    loaded = load(name)
+    found: dict = {"parameters": loaded.model.num_parameters(), "weights_sha256": fingerprint(name)}
+    for text in HELD_OUT:
+        documents = held_out(text)
+        ids = torch.from_numpy(stream(loaded.tokenizer, documents)).long()
+        measured = perplexity(loaded.model, ids, context=CONTEXT, stride=STRIDE, batch_size=BATCH)
+        size = sum(len(document.encode()) for document in documents)
+        nats = measured.nats_per_token * measured.tokens
+        found[text] = {**score(nats, measured.tokens, size), "tokens": measured.tokens}
+        print(f"{time.perf_counter() - began:4.0f} s  {name} on {text}: {found[text]}", flush=True)
+    choice = ranked_choice(
+        loaded.model, loaded.tokenizer, corpora.choice_items(QUESTIONS), batch_size=BATCH
+    )
+    found["ranked_choice"] = {
+        "accuracy": round(choice.accuracy, 4),
+        "standard_error": round(choice.standard_error, 4),
+        "questions": choice.questions,
+    }
+    print(f"{time.perf_counter() - began:4.0f} s  {name}: {found['ranked_choice']}", flush=True)
+    found["recall"] = recall_by_distance(loaded)
+    accuracies = [part["accuracy"] for part in found["recall"]]
+    print(f"{time.perf_counter() - began:4.0f} s  {name} recalls {accuracies}", flush=True)
+    return found
+
+
+def fingerprint(name: str) -> str:
+    """Checksum of a shipped model's weights."""
+    path = data_folder() / "models" / name / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main() -> None:
+    """Score the models that exist, and store what was found beside what is known already."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="models; those whose weights changed by default")
+    names = parser.parse_args().names
+    if unknown := sorted(set(names) - set(SHIPPED)):
+        parser.error(f"there is no model {unknown[0]!r}; choose from {', '.join(SHIPPED)}.")
+    try:
+        data = results.read("models").data
+    except DamagedFile:
+        data = {}
+    trained = [n for n in SHIPPED if (data_folder() / "models" / n / "model.safetensors").is_file()]
+    data = {name: about for name, about in data.items() if name in trained}
+    for name in names or trained:
+        if names or data.get(name, {}).get("weights_sha256") != fingerprint(name):
+            data[name] = check(name)
+            ordered = {name: data[name] for name in trained if name in data}
+            results.store("models", ordered, command="python data/check_models.py")
+    print(f"results/models.json holds {', '.join(data) or 'no model yet'}.")
+
+
+if __name__ == "__main__":
+    main()
