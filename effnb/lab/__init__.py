@@ -13,7 +13,7 @@ from typing import Any
 _HOMES = {
     "cards": ("cost_card",),
     "checks": ("Exercise",),
-    "claims": ("Comparison", "Evidence", "claims_table", "verdict"),
+    "claims": ("Evidence", "claims_table", "verdict"),
     "devices": ("device", "machine"),
     "figures": ("PALETTE", "figure", "style"),
     "listing": ("show",),

@@ -101,7 +101,8 @@ class Picture:
     def html(self, alt: str) -> str:
         """An `<img>` that carries the picture and its alternative text inside itself."""
         return (
-            f'<img alt="{html.escape(alt, quote=True)}" width="{self.width}" '
+            f'<img alt="{html.escape(alt, quote=True)}" decoding="sync" '
+            f'width="{self.width}" height="{self.height}" '
             'style="max-width: 100%; height: auto; border-radius: 8px; display: block" '
             f'src="data:image/png;base64,{b64encode(self.png).decode()}">'
         )

@@ -24,7 +24,7 @@ import threading
 import time
 from base64 import b64encode
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -172,7 +172,8 @@ min-width:64px;text-align:left;font-weight:600}
 .effnb-controls .widget-readout{color:var(--jp-content-font-color1,inherit);
 font-variant-numeric:tabular-nums}
 .effnb-controls .noUi-handle:focus-visible{outline:3px solid #0072B2;outline-offset:2px}
-.effnb-panel img{border-radius:8px;height:auto;transition:opacity .15s}
+.effnb-panel img{background:#FBFAF7;transition:opacity .15s;
+box-shadow:0 0 0 1px color-mix(in srgb,currentColor 9%,transparent)}
 .effnb-stale img,.effnb-stale .effnb-numbers{opacity:.35}
 .effnb-numbers{padding-top:10px}
 .effnb-tiles{display:flex;flex-wrap:wrap;gap:6px 26px;margin:0 0 8px}
@@ -208,7 +209,7 @@ def _numbers(text: str) -> str:
 
     def close() -> None:
         if tiles:
-            parts.append(f'<div class="effnb-tiles">{"".join(tiles)}</div>')
+            parts.append('<div class="effnb-tiles">' + "\n".join(tiles) + "</div>")
             tiles.clear()
 
     for line in text.strip("\n").splitlines():
@@ -231,7 +232,8 @@ def _numbers(text: str) -> str:
     # A polite live region: a screen reader reads the new numbers when they change.
     return (
         '<div class="effnb-numbers" role="status" aria-live="polite" aria-atomic="true">'
-        f"{''.join(parts)}</div>"
+        + "\n".join(parts)
+        + "</div>"
     )
 
 
@@ -490,7 +492,7 @@ class Panel:
         with _Busy(self, values):
             try:
                 outcome: Position | Exception = self.at(**values)
-            except Exception as problem:
+            except Exception as problem:  # noqa: BLE001 - whatever it is, the page says it
                 outcome = problem
         with self._lock:
             if number != self._newest or self._view is None:
@@ -526,13 +528,13 @@ class Panel:
         stored, given = self._stored, self.knobs[self.main]
         home = self.frames.index(given.default) if given.default in self.frames else 0
         names = [(_say(value), i) for i, value in enumerate(self.frames)]
-        slides = given.kind != "choice" or _numeric(given.values)
-        make = widgets.SelectionSlider if slides else widgets.Dropdown
-        control = make(options=names, index=home, **_words(self, self.main))
-        stack = widgets.Stack([_frame(self, position) for position in stored], selected_index=home)
+        control = _choices(given, options=names, index=home, **_words(self, self.main))
+        stack = widgets.Stack(
+            [_html(_shown(self, position)) for position in stored], selected_index=home
+        )
         widgets.jslink((control, "index"), (stack, "selected_index"))
         note = _html(f'<div class="effnb-note">{html.escape(self._stands_still())}</div>')
-        box = _card(self, [control], [stack], note)
+        box = _card(self, [control], stack, note)
         shown = stored[home]
         fallback = captioned(shown.picture, self.caption, self.alt(shown)) + (
             f"<p>{html.escape(self._where(shown.values))}</p>"
@@ -580,12 +582,10 @@ class _View:
     def __init__(self, panel: Panel) -> None:
         self._panel = panel
         self.controls = {name: _control(panel, name) for name in panel.knobs}
-        empty = blank(panel.figsize)  # keeps the page from jumping when the first picture comes
-        self.image = widgets.Image(
-            value=empty.png, format="png", width=str(empty.width), layout=_fitting()
-        )
-        self.numbers, self.status = _html(""), _html("")
-        self.box = _card(panel, self.controls.values(), [self.image, self.numbers], self.status)
+        # An empty card keeps the page from jumping when the first picture comes.
+        self.shown = _html(blank(panel.figsize).html("Not computed yet."))
+        self.status = _html("")
+        self.box = _card(panel, self.controls.values(), self.shown, self.status)
         self._following = True
         for control in self.controls.values():
             control.observe(self._turned, names="value")
@@ -614,9 +614,7 @@ class _View:
             self._panel._ask(self.values())
 
     def show(self, position: Position) -> None:
-        self.image.value = position.picture.png
-        self.image.tooltip = self._panel.alt(position)
-        self.numbers.value = _numbers(position.text)
+        self.shown.value = _shown(self._panel, position)
         self.status.value = ""
         self.box.remove_class("effnb-stale")
 
@@ -632,10 +630,6 @@ class _View:
 
 def _numeric(values: Sequence) -> bool:
     return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-
-
-def _fitting() -> widgets.Layout:
-    return widgets.Layout(max_width="100%", align_self="flex-start")
 
 
 def _html(value: str) -> widgets.HTML:
@@ -658,14 +652,24 @@ def _words(panel: Panel, name: str) -> dict[str, Any]:
     }
 
 
+def _choices(given: Knob, **words: Any) -> widgets.Widget:
+    """A control for a list of values: a slider for numbers, else radio buttons side by side.
+
+    Not a drop-down list: JupyterLab takes the arrow keys away from it. Radio buttons answer to the
+    arrow keys left and right, which JupyterLab leaves alone.
+    """
+    if _numeric(given.values):
+        return widgets.SelectionSlider(continuous_update=False, **words)
+    words["layout"] = widgets.Layout(width="auto", max_width="100%")
+    return widgets.RadioButtons(orientation="horizontal", **words)
+
+
 def _control(panel: Panel, name: str) -> widgets.Widget:
     """The live control of a knob: all are native, and work from the keyboard."""
     given, words = panel.knobs[name], _words(panel, name)
     if given.kind == "choice":
-        make = widgets.SelectionSlider if _numeric(given.values) else widgets.Dropdown
-        later = {"continuous_update": False} if make is widgets.SelectionSlider else {}
         options = [(_say(value), value) for value in given.values]
-        return make(options=options, value=given.default, **later, **words)
+        return _choices(given, options=options, value=given.default, **words)
     make = widgets.IntSlider if given.kind == "integer" else widgets.FloatSlider
     if given.kind == "decimal":
         digits = max(len(_say(v).partition(".")[2]) for v in given.values)
@@ -680,25 +684,22 @@ def _control(panel: Panel, name: str) -> widgets.Widget:
     )
 
 
-def _frame(panel: Panel, position: Position) -> widgets.VBox:
-    image = widgets.Image(
-        value=position.picture.png,
-        format="png",
-        width=str(position.picture.width),
-        layout=_fitting(),
-        tooltip=panel.alt(position),
-    )
-    return widgets.VBox([image, _html(_numbers(position.text))])
+def _shown(panel: Panel, position: Position) -> str:
+    """Picture and numbers as one piece of HTML, so that both change at the same moment.
+
+    The widget called Image would be the obvious choice, but it cannot carry alternative text.
+    """
+    return position.picture.html(panel.alt(position)) + _numbers(position.text)
 
 
 def _card(
-    panel: Panel, controls: Sequence[widgets.Widget], body: list[widgets.Widget], foot: widgets.HTML
+    panel: Panel, controls: Iterable[widgets.Widget], body: widgets.Widget, foot: widgets.HTML
 ) -> widgets.VBox:
     title = f'<div class="effnb-title">{html.escape(panel.title)}</div>' if panel.title else ""
     row = widgets.HBox(list(controls))
     row.add_class("effnb-controls")
     caption = _html(f'<div class="effnb-caption">{html.escape(panel.caption)}</div>')
-    box = widgets.VBox([_html(_CSS + title), row, *body, caption, foot])
+    box = widgets.VBox([_html(_CSS + title), row, body, caption, foot])
     box.add_class("effnb-panel")
     return box
 
