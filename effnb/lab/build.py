@@ -219,8 +219,10 @@ def execute(
     Raises:
         BuildError: When a cell raises, hangs, or takes the kernel down.
     """
+    reached = [0]
     client = NotebookClient(
         notebook,
+        on_cell_execute=lambda cell, cell_index: reached.append(cell_index),
         timeout=cell_seconds,
         kernel_name=KERNEL["name"],
         kernel_manager_class=_KernelHere,
@@ -235,28 +237,17 @@ def execute(
     try:
         client.execute(env={**os.environ, "HF_HUB_OFFLINE": "1", **(variables or {})})
     except CellTimeoutError:
-        where = _first_unfinished(notebook)
+        where = _where(reached[-1], notebook.cells[reached[-1]])
         raise BuildError(f"{where} ran for more than {cell_seconds:g} s.") from None
     except DeadKernelError:
-        where = _first_unfinished(notebook)
+        where = _where(reached[-1], notebook.cells[reached[-1]])
         raise BuildError(f"{where} took its kernel down (out of memory?).") from None
     except CellExecutionError as error:
-        where = _first_unfinished(notebook)
+        where = _where(reached[-1], notebook.cells[reached[-1]])
         raise BuildError(f"{where} raised {error.ename}: {error.evalue}\n{error}") from None
     finally:
         peak = watch.stop()
     return time.perf_counter() - start, peak
-
-
-def _first_unfinished(notebook: Notebook) -> str:
-    """The cell at which an execution ended, in words."""
-    last = 0
-    for index, cell in enumerate(notebook.cells):
-        if cell.cell_type == "code" and (cell.execution_count or cell.outputs):
-            last = index
-            if any(output.output_type == "error" for output in cell.outputs):
-                break
-    return _where(last, notebook.cells[last])
 
 
 def _where(index: int, cell: Notebook) -> str:
@@ -365,6 +356,7 @@ def problems(path: Path) -> list[str]:
         return [*found, f"the .ipynb is not a valid notebook ({str(error).splitlines()[0]})."]
     found += _disagreements(source, built)
     found += _output_problems(built)
+    found += _unproven_numbers(built)
     return found
 
 
@@ -440,6 +432,48 @@ def _output_problems(built: Notebook) -> Iterator[str]:
         yield "it shows widgets whose state was not saved."
     if widgets is not None and "state" not in widgets:
         yield "its widget state lacks the key `state`; repository browsers call that invalid."
+
+
+def _unproven_numbers(built: Notebook) -> Iterator[str]:
+    """Decimal numbers and percentages in the prose that no compared cell prints."""
+    proven = "\n".join(
+        printed(output)
+        for cell in built.cells
+        if cell.cell_type == "code" and "nbval-check-output" in tags(cell)
+        for output in cell.outputs
+    )
+    numbers = set(re.findall(r"\d+(?:\.\d+)?", proven.replace(",", "")))
+    for index, cell in enumerate(built.cells):
+        if cell.cell_type != "markdown":
+            continue
+        for quoted in quoted_numbers(cell.source):
+            if quoted.replace(",", "").rstrip(" %") not in numbers:
+                yield (
+                    f"{_where(index, cell)} says {quoted}, which no cell tagged "
+                    "nbval-check-output prints."
+                )
+
+
+def quoted_numbers(markdown: str) -> list[str]:
+    """The decimal numbers and percentages that a text states as its own findings.
+
+    What stands in code, mathematics, links, block quotes and tables of contents is left out, and so
+    are versions, sections, equations and identifiers of papers.
+    """
+    prose = re.sub(r"^```.*?^```|^>.*?$", " ", markdown, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(
+        r"`[^`]*`|\$\$.*?\$\$|\$[^$\n]+\$|\]\([^)]*\)|<[^>]*>", " ", prose, flags=re.DOTALL
+    )
+    prose = re.sub(
+        r"(?i)\b(?:arxiv|python|version|torch|transformers|section|chapter|eq\.|equation|fig\.|table)"
+        r"[\s:]*[\d.]+",
+        " ",
+        prose,
+    )
+    return [
+        found.strip()
+        for found in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+(?:\s?%)?|\s?%)(?![\w])(?!\.\d)", prose)
+    ]
 
 
 def _one_output(output: Notebook) -> Iterator[str]:
