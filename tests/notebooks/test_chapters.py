@@ -1,0 +1,70 @@
+"""Every chapter: agrees with its source, hides no failure, and works without its solutions.
+
+nbval executes each chapter once, beside these tests, and visits every position of every panel on
+the way. Here each chapter gets a class of its own, so that several can be tested at a time.
+"""
+
+import nbformat
+import pytest
+
+from effnb.lab import build, chapters
+
+
+def verdicts(notebook):
+    """What the checks of exercises said, one text for each cell that calls one."""
+    return [
+        "".join(build.printed(output) for output in cell.outputs)
+        for cell in notebook.cells
+        if cell.cell_type == "code" and ".check(" in cell.source
+    ]
+
+
+def chapter_tests(path):
+    """The tests of one chapter, as a class."""
+
+    class Chapter:
+        def test_it_agrees_with_its_source_and_hides_nothing(self):
+            assert build.problems(path) == []
+
+        def test_it_is_on_the_map(self):
+            assert build.name_of(path) in chapters.TABLE
+
+        def test_its_edition_for_learners_runs_and_answers_not_yet(self, monkeypatch):
+            monkeypatch.delenv("EFFNB_SWEEP", raising=False)
+            notebook = build.learners_edition(path)
+            assert not any("solution" in build.tags(cell) for cell in notebook.cells)
+            notebook.cells = [c for c in notebook.cells if "real-model" not in build.tags(c)]
+            build.execute(notebook, path.parent)
+            said = verdicts(notebook)
+            stubs = sum("exercise" in build.tags(cell) for cell in notebook.cells)
+            assert bool(said) == bool(stubs)
+            assert [text for text in said if not text.startswith("Not yet")] == []
+
+    return Chapter
+
+
+for _path in build.sources():
+    _name = build.name_of(_path)
+    globals()[f"Test_{_name.replace('/', '_')}"] = chapter_tests(_path)
+
+
+def test_every_pair_is_whole():
+    assert [problem for problem in build.check() if "beside it" in problem] == []
+
+
+def test_the_verdicts_of_exercises_are_read():
+    notebook = nbformat.v4.new_notebook()
+    cell = nbformat.v4.new_code_cell("exercise.check(answer)")
+    cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="Not yet: begin.\n")]
+    notebook.cells = [cell, nbformat.v4.new_code_cell("1 + 1")]
+    assert verdicts(notebook) == ["Not yet: begin.\n"]
+
+
+@pytest.mark.parametrize("line", ["answer = 1", "raise SystemError('gone')"])
+def test_a_chapter_that_needs_its_solution_would_be_found(tmp_path, line):
+    """The check above can fail: a later cell uses what only the solution defines."""
+    path = tmp_path / "chapter.py"
+    path.write_text(f'# %% tags=["solution"]\n{line}\n\n# %%\nprint(answer)\n')
+    notebook = build.learners_edition(path)
+    with pytest.raises(build.BuildError, match="NameError: name 'answer' is not defined"):
+        build.execute(notebook, tmp_path)
