@@ -272,7 +272,8 @@ class Exercise:
 
     def _begin(self) -> str:
         return (
-            f"Not yet: {self.name} is still the empty stub; write your answer, then run this again."
+            f"Not yet: {self.name} returns nothing so far; write your answer, end it with "
+            "`return`, and run this again."
         )
 
     def _run(self, answer: Callable[..., Any], case: tuple) -> Any:

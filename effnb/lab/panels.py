@@ -171,6 +171,10 @@ color:var(--jp-content-font-color0,inherit)}
 min-width:64px;text-align:left;font-weight:600}
 .effnb-controls .widget-readout{color:var(--jp-content-font-color1,inherit);
 font-variant-numeric:tabular-nums}
+.effnb-controls .widget-radio{display:flex;flex-direction:row!important;align-items:baseline;
+overflow:visible;margin:0 2px}
+.effnb-controls .widget-radio-box{display:flex;flex-wrap:wrap;margin:0!important;gap:0 10px}
+.effnb-controls .widget-radio-box label{height:auto;white-space:nowrap}
 .effnb-controls .noUi-handle:focus-visible{outline:3px solid #0072B2;outline-offset:2px}
 .effnb-panel img{background:#FBFAF7;transition:opacity .15s;
 box-shadow:0 0 0 1px color-mix(in srgb,currentColor 9%,transparent)}
@@ -655,8 +659,8 @@ def _words(panel: Panel, name: str) -> dict[str, Any]:
 def _choices(given: Knob, **words: Any) -> widgets.Widget:
     """A control for a list of values: a slider for numbers, else radio buttons side by side.
 
-    Not a drop-down list: JupyterLab takes the arrow keys away from it. Radio buttons answer to the
-    arrow keys left and right, which JupyterLab leaves alone.
+    Not a drop-down list: JupyterLab takes the arrow keys away from it. Each radio button is reached
+    with Tab and chosen with the space bar.
     """
     if _numeric(given.values):
         return widgets.SelectionSlider(continuous_update=False, **words)
