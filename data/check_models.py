@@ -2,6 +2,7 @@
 
     python data/check_models.py            # those whose weights changed since they were scored
     python data/check_models.py mini-5m    # this one
+    python data/check_models.py --all      # every one that there is
 
 Writes results/models.json. The texts are those of `baselines.py`, byte for byte, and the tokens
 are scored alike: each document ends with an end-of-text token, which is scored too. Windows of 512
@@ -126,7 +127,9 @@ def main() -> None:
     """Score the models that exist, and store what was found beside what is known already."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="models; those whose weights changed by default")
-    names = parser.parse_args().names
+    parser.add_argument("--all", action="store_true", help="every model that there is")
+    arguments = parser.parse_args()
+    names = arguments.names
     if unknown := sorted(set(names) - set(SHIPPED)):
         parser.error(f"there is no model {unknown[0]!r}; choose from {', '.join(SHIPPED)}.")
     try:
@@ -136,10 +139,10 @@ def main() -> None:
     trained = [n for n in SHIPPED if (data_folder() / "models" / n / "model.safetensors").is_file()]
     data = {name: about for name, about in data.items() if name in trained}
     for name in names or trained:
-        if names or data.get(name, {}).get("weights_sha256") != fingerprint(name):
+        if names or arguments.all or data.get(name, {}).get("weights_sha256") != fingerprint(name):
             data[name] = check(name)
             ordered = {name: data[name] for name in trained if name in data}
-            results.store("models", ordered, command="python data/check_models.py")
+            results.store("models", ordered, command="python data/check_models.py --all")
     print(f"results/models.json holds {', '.join(data) or 'no model yet'}.")
 
 

@@ -52,7 +52,7 @@ class ModelUnavailable(RuntimeError):
     """A model is not installed, cannot be reached, or is refused; the message is one sentence."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedModel:
     """A decoder, ready to run.
 
@@ -72,8 +72,14 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     grid_bits: int | None = None
 
+    def __repr__(self) -> str:
+        """What it is in a line, and its notes: a cell may end with a model."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        size = f"{self.model.num_parameters():,} parameters in {dtype} on {self.model.device}."
+        return " ".join([f"{self.name}: {type(self.model).__name__},", size, *self.notes])
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class LoadedEncoder(LoadedModel):
     """An encoder of texts, ready to run.
 

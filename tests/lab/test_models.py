@@ -137,6 +137,14 @@ def test_weights_stored_in_16_bits_are_noted(decoder_copy):
     assert loaded.notes == ("The weights are stored as BF16.",)
 
 
+def test_a_model_says_what_it_is_in_a_line(decoder_folder):
+    loaded = load(decoder_folder, device="cpu")
+    size = sum(p.numel() for p in loaded.model.parameters())
+    assert repr(loaded) == (
+        f"{decoder_folder}: LlamaForCausalLM, {size:,} parameters in float32 on cpu."
+    )
+
+
 def test_sharded_weights_load(decoder_copy):
     whole = load(decoder_copy, device="cpu").model
     (decoder_copy / "model.safetensors").unlink()
@@ -550,7 +558,7 @@ def test_the_hub_gives_safetensors_only(decoder_folder, monkeypatch):
 
         files = ["config.json", "model.safetensors", "pytorch_model.bin", "modeling_x.py",
                  "onnx/model.onnx", "onnx/model.safetensors", "1_Pooling/config.json",
-                 "rust_model.ot", "model.pkl"]  # fmt: skip
+                 "flax_model.msgpack", "model.pkl"]  # fmt: skip
         asked[name] = set(
             filter_repo_objects(
                 files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
