@@ -176,7 +176,7 @@ overflow:visible;margin:0 2px}
 .effnb-controls .widget-radio-box{display:flex;flex-wrap:wrap;margin:0!important;gap:0 10px}
 .effnb-controls .widget-radio-box label{height:auto;white-space:nowrap}
 .effnb-controls .noUi-handle:focus-visible{outline:3px solid #0072B2;outline-offset:2px}
-.effnb-panel img{background:#FBFAF7;transition:opacity .15s;
+.effnb-panel img{background:#FAF9F6;transition:opacity .15s;
 box-shadow:0 0 0 1px color-mix(in srgb,currentColor 9%,transparent)}
 .effnb-stale img,.effnb-stale .effnb-numbers{opacity:.35}
 .effnb-numbers{padding-top:10px}

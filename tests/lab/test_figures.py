@@ -37,7 +37,8 @@ def test_a_picture_is_opaque_sharp_and_small():
     assert (picture.width, picture.height) == (720, 340)
     assert image.size[0] > picture.width  # more pixels than it takes on the page
     assert image.convert("RGBA").getextrema()[3] == (255, 255)
-    assert tuple(pixels(picture.png)[0, 0]) == tuple(bytes.fromhex(PAPER[1:]))
+    corner = pixels(picture.png)[0, 0].astype(int)
+    assert abs(corner - list(bytes.fromhex(PAPER[1:]))).max() <= 3  # the palette is an octree's
     assert len(picture.png) < 40_000
 
 
