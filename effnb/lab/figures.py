@@ -19,7 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image as Pixels
 
@@ -109,11 +111,16 @@ class Picture:
         )
 
 
+def _has_shades(axes: Axes) -> bool:
+    """Whether something like a heat map is drawn on it."""
+    return bool(axes.images) or any(isinstance(drawn, QuadMesh) for drawn in axes.collections)
+
+
 def render(draw: Callable[[Figure], object], figsize: tuple[float, float] = SIZE) -> Picture:
     """Draw on a new figure in the workbook's style and give the picture.
 
     The file is the same whenever the drawing is: it carries no date and no version. Its colours are
-    reduced to a palette of 256, which makes it about three times smaller.
+    reduced to a palette of 256, which makes it about three times smaller. A heat map has no grid.
 
     Args:
         draw: Draws on the figure it is given.
@@ -123,10 +130,15 @@ def render(draw: Callable[[Figure], object], figsize: tuple[float, float] = SIZE
         figure = Figure(figsize=figsize, dpi=DOTS, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         draw(figure)
+        shaded = [axes for axes in figure.axes if _has_shades(axes)]
+        for axes in shaded:
+            axes.grid(visible=False)  # its lines would cross the cells
         canvas.draw()  # once: `savefig` would lay everything out twice
     pixels = Pixels.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    # The octree is quick and keeps rare colours; only median cut keeps shades.
+    method = Pixels.Quantize.MEDIANCUT if shaded else Pixels.Quantize.FASTOCTREE
+    few = pixels.quantize(256, method, dither=Pixels.Dither.NONE)
     packed = io.BytesIO()
-    few = pixels.quantize(256, Pixels.Quantize.FASTOCTREE, dither=Pixels.Dither.NONE)
     few.save(packed, format="png", optimize=True)
     width, height = (round(side * POINTS) for side in figsize)
     return Picture(packed.getvalue(), width, height)

@@ -42,6 +42,16 @@ def test_a_picture_is_opaque_sharp_and_small():
     assert len(picture.png) < 40_000
 
 
+def test_a_heat_map_keeps_its_shades_and_has_no_grid():
+    ramp = np.tile(np.linspace(0, 1, 100), (20, 1))
+    for plot in ("imshow", "pcolormesh"):
+        picture = render(lambda canvas, plot=plot: getattr(canvas.subplots(), plot)(ramp))
+        middle = pixels(picture.png)[pixels(picture.png).shape[0] // 2].astype(int)
+        inside = middle[200:-200]  # from dark to light without a step or a line
+        assert len(np.unique(inside, axis=0)) > 50
+        assert abs(np.diff(inside, axis=0)).max() < 16
+
+
 def test_the_same_drawing_is_the_same_file():
     assert render(line).png == render(line).png
 
