@@ -374,7 +374,7 @@ def _row(one: Verdict) -> str:
     cell = 'style="text-align: left; vertical-align: top; padding: 10px 18px 10px 0"'
     return (
         f'<tr style="border-top: 1px solid rgba(128, 128, 128, 0.35)">'
-        f'<th scope="row" {cell}>{html.escape(one.claim.id)}</th>'
+        f'<th scope="row" {cell}><span style="white-space: nowrap">{one.claim.id}</span></th>'
         f'<td {cell}><div style="max-width: 62ch">{html.escape(one.claim.claim)}'
         f"{listed if evidence else ''}{note if one.note else ''}</div></td>"
         f'<td {cell}><span style="white-space: nowrap; border-left: 5px solid {colour}; '

@@ -324,6 +324,7 @@ class Panel:
         self._view: _View | None = None
         if os.environ.get("EFFNB_SWEEP") == "1":
             self.sweep()
+        self._stored: list[Position] = []
         if os.environ.get("EFFNB_BUILD") == "1":
             # Computed here and not when shown: an exception then ends the cell, as it should.
             self._stored = [self._checked({**self.defaults, self.main: v}) for v in self.frames]
@@ -440,17 +441,20 @@ class Panel:
     # ------------------------------------------------------------------------------ on the page
 
     def _ipython_display_(self) -> None:
-        if os.environ.get("EFFNB_BUILD") == "1":
+        if self._stored:
             self._show_frames()
             return
         with self._lock:
-            self._view = _View(self)
-            number = self._number()
+            first = self._view is None
+            if first:
+                self._view = _View(self)
+                number = self._number()
         display(
             {**_bundle(self._view.box), "text/plain": f"{self!r}. Run this cell to see it."},
             raw=True,
         )
-        self._follow(number, self.defaults)
+        if first:  # shown a second time, it is the same widgets in two places
+            self._follow(number, self.defaults)
 
     def move(self, **values: Any) -> None:
         """Turn knobs from code; picture, numbers and controls follow as if a hand had done it."""
@@ -489,7 +493,13 @@ class Panel:
                     self._worker = None
                     self._idle.set()
                     return
-            self._follow(*request)
+            try:
+                self._follow(*request)
+            except BaseException:  # such as SystemExit: the next move starts a new thread
+                with self._lock:
+                    self._worker = None
+                    self._idle.set()
+                raise
 
     def _follow(self, number: int, values: Values) -> None:
         """Compute a position and put it on the page, unless a newer one has been asked for."""

@@ -318,6 +318,32 @@ def test_a_move_changes_picture_and_numbers_in_place(shown):
     assert len(shown) == 1  # redrawn, not displayed again
 
 
+def test_a_panel_shown_twice_is_the_same_widgets_in_two_places(shown):
+    made = doubled()
+    view = open_(made, shown)
+    made.move(bits=8)
+    assert made.wait(30)
+    assert open_(made, shown) is view
+    assert shown[0] == shown[1]
+    assert view.controls["bits"].value == 8
+    assert ">16<" in view.shown.value
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_is_killed_is_replaced(shown):
+    def exits(bits):
+        if bits == 3:
+            raise SystemExit
+        return bits
+
+    made = panel(exits, bars, text=lambda v: f"value: {v}", caption="Exit.", bits=knob(2, 8))
+    view = open_(made, shown)
+    for bits in (3, 4):
+        made.move(bits=bits)
+        assert made.wait(30)
+    assert ">4<" in view.shown.value
+
+
 def test_decimals_of_a_slider_are_snapped(shown):
     made = panel(lambda x: x, bars, text=str, caption="Snap.", x=knob(0, 1, 0.1))
     view = open_(made, shown)
