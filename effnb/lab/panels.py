@@ -160,17 +160,17 @@ _CSS = """<style>
 .effnb-panel{max-width:760px;padding:12px 16px 14px;margin:4px 0;border-radius:10px;
 border:1px solid color-mix(in srgb,currentColor 16%,transparent);
 background:color-mix(in srgb,currentColor 2.5%,transparent);
-color:var(--jp-content-font-color1,inherit);overflow:visible;box-sizing:border-box}
+overflow:visible;box-sizing:border-box}
+.effnb-panel,.effnb-panel :is(.jupyter-widgets,.widget-label,.widget-readout,label){
+color:inherit!important}
 .effnb-panel .widget-html,.effnb-panel .widget-html-content{line-height:1.45;height:auto;margin:0;
 overflow:visible}
-.effnb-panel .effnb-title{font-weight:600;font-size:1.08em;padding:0 0 6px;
-color:var(--jp-content-font-color0,inherit)}
+.effnb-panel .effnb-title{font-weight:600;font-size:1.08em;padding:0 0 6px}
 .effnb-panel .effnb-caption{opacity:.8;padding:8px 0 0;max-width:68ch}
 .effnb-controls{flex-flow:row wrap;gap:2px 22px;overflow:visible;padding:0 0 8px}
-.effnb-controls .widget-label{color:var(--jp-content-font-color1,inherit);width:auto;
+.effnb-controls .widget-label{width:auto;
 min-width:64px;text-align:left;font-weight:600}
-.effnb-controls .widget-readout{color:var(--jp-content-font-color1,inherit);
-font-variant-numeric:tabular-nums}
+.effnb-controls .widget-readout{font-variant-numeric:tabular-nums}
 .effnb-controls .widget-radio{display:flex;flex-direction:row!important;align-items:baseline;
 overflow:visible;margin:0 2px}
 .effnb-controls .widget-radio-box{display:flex;flex-wrap:wrap;margin:0!important;gap:0 10px}
@@ -184,8 +184,7 @@ box-shadow:0 0 0 1px color-mix(in srgb,currentColor 9%,transparent)}
 .effnb-tile{display:flex;flex-direction:column}
 .effnb-name{font-size:.84em;opacity:.75}
 .effnb-colon{font-size:0}
-.effnb-tile .effnb-value{font-size:1.22em;font-weight:600;font-variant-numeric:tabular-nums;
-color:var(--jp-content-font-color0,inherit)}
+.effnb-tile .effnb-value{font-size:1.22em;font-weight:600;font-variant-numeric:tabular-nums}
 .effnb-line{white-space:pre-wrap;margin:0 0 6px;max-width:76ch;overflow-wrap:anywhere}
 .effnb-line .effnb-name{font-size:1em;opacity:1;font-weight:600}
 .effnb-error{border-left:4px solid #D55E00;padding:6px 12px;margin:8px 0 0;white-space:pre-wrap;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -187,6 +188,26 @@ def test_a_notebook_nobody_trusts_yet_shows_the_picture_and_its_numbers(lab, bui
     assert "levels: 16" in output
     assert "VBox(" not in output
     opened.page.close()
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
+def test_words_can_be_read_in_both_themes(notebook, theme):
+    notebook.theme(theme)
+    panel = notebook.panel()
+    page = brightness(panel.page.locator(f"{notebook.SHOWN} .jp-Notebook"), "background-color")
+    assert (page < 0.2) == (theme == "JupyterLab Dark")
+    for part in (".effnb-title", ".effnb-value", ".effnb-line", ".widget-label", ".widget-readout"):
+        ink = brightness(panel.root.locator(part).first, "color")
+        dark, light = sorted((page, ink))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, part
+
+
+def brightness(place, name):
+    """Relative luminance of a CSS colour of an element."""
+    colour = place.evaluate("(e, name) => getComputedStyle(e).getPropertyValue(name)", name)
+    channels = [float(number) / 255 for number in re.findall(r"[\d.]+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_the_first_panel_of_the_workbook(lab):
