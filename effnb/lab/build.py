@@ -435,13 +435,11 @@ def _output_problems(built: Notebook) -> Iterator[str]:
 
 
 def _unproven_numbers(built: Notebook) -> Iterator[str]:
-    """Decimal numbers and percentages in the prose that no compared cell prints."""
-    proven = "\n".join(
-        printed(output)
-        for cell in built.cells
-        if cell.cell_type == "code" and "nbval-check-output" in tags(cell)
-        for output in cell.outputs
-    )
+    """Decimal numbers and percentages in the prose that no compared cell prints or is given."""
+    compared = [cell for cell in built.cells if "nbval-check-output" in tags(cell)]
+    texts = [cell.source for cell in compared]
+    texts += [printed(output) for cell in compared for output in cell.get("outputs", ())]
+    proven = "\n".join(texts)
     numbers = set(re.findall(r"\d+(?:\.\d+)?", proven.replace(",", "")))
     for index, cell in enumerate(built.cells):
         if cell.cell_type != "markdown":

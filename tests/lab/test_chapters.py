@@ -108,3 +108,10 @@ def test_the_readme_is_renewed_between_its_marks(tmp_path):
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="around its map"):
         chapters.update_readme(readme, tmp_path)
+
+
+def test_the_ledger_of_claims_names_chapters_of_the_map():
+    ledger = json.loads((chapters.NOTEBOOKS.parent / "data" / "claims.json").read_text())
+    named = {name for claim in ledger["claims"].values() for name in claim["chapters"]}
+    assert named
+    assert named <= chapters.TABLE.keys()
