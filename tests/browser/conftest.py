@@ -6,6 +6,7 @@ fail with a sentence that says how to get it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -40,6 +41,11 @@ PAGE_FILES = {
     "require.js": ("requirejs", "2.3.8", "package/require.js"),
 }
 """What a page without a kernel needs to show widgets: file, npm package, version, place inside."""
+
+SHA256 = {
+    "embed-amd.js": "ca87dff57c70ffb2658794fde0eab0e27e5f5472a1f5df7ab2b08e1039fc4b72",
+    "require.js": "c1fc6b1d53af7522f78d664922abb32acac64ed0ecccb8f907f1e6fc7262563a",
+}
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MINUTE = 60_000
@@ -330,7 +336,8 @@ def page_files() -> Path:
         npm = shutil.which("npm")
         if npm is None:
             pytest.fail(
-                f"npm is not installed: it fetches {package}, which shows widgets on a page."
+                "npm is not installed: run `apt-get install -y --no-install-recommends npm`; it "
+                f"fetches {package}, which shows widgets on a page."
             )
         done = subprocess.run(
             [npm, "pack", "--silent", f"{package}@{version}"],
@@ -343,9 +350,12 @@ def page_files() -> Path:
             pytest.fail(f"npm cannot fetch {package} {version}: {done.stderr.strip()[-300:]}")
         archive = NPM / done.stdout.split()[-1]
         with tarfile.open(archive) as packed:
-            part = target.with_suffix(".part")
-            part.write_bytes(packed.extractfile(inside).read())
-            part.replace(target)
+            content = packed.extractfile(inside).read()
+        if hashlib.sha256(content).hexdigest() != SHA256[name]:
+            pytest.fail(f"{name} of {package} {version} is not the file that was tested here.")
+        part = target.with_suffix(".part")
+        part.write_bytes(content)
+        part.replace(target)
         archive.unlink()
     return NPM
 
