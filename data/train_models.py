@@ -32,13 +32,16 @@ HERE = Path(__file__).resolve().parent
 MODELS = HERE / "models"
 CONTEXT = 512
 BATCH = 8
-MIX = {"novels": 0.46, "packages": 0.40, "dense recall": 0.07, "planted recall": 0.07}
+MIX = {"novels": 0.43, "packages": 0.37, "dense recall": 0.10, "planted recall": 0.10}
 """Probability that a sequence of the batch comes from each source."""
+ANSWER_WEIGHT = 4.0
+"""How much the answer of a recall counts beside a token of text. Much more would be noise: one answer
+has the gradient of many tokens of text."""
 
 SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads; peak rate; steps
-    "mini-300k": ((64, 128, 2, 4, 2), 4e-3, 4000),
-    "mini-1m": ((128, 344, 4, 4, 2), 3e-3, 3600),
-    "mini-5m": ((256, 688, 6, 8, 4), 2e-3, 2400),
+    "mini-300k": ((64, 128, 2, 4, 2), 4e-3, 2000),
+    "mini-1m": ((128, 344, 4, 4, 2), 3e-3, 2000),
+    "mini-5m": ((256, 688, 6, 8, 4), 2e-3, 2000),
 }
 
 
@@ -112,52 +115,40 @@ class Mixture:
             self.number[mine] = np.arange(mine.sum())
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and labels, both (8, 512)."""
-        ids, labels = [], []
+        """Ids, and the weight of each token in the loss; both (8, 512)."""
+        ids, weights = [], []
         for row in range(BATCH):
             at = step * BATCH + row
             name = list(MIX)[self.source[at]]
             number = int(self.number[at])
             rng = random.Random(self.seed * 1_000_003 + at)
             if name in self.windows:
-                tokens = self.windows[name][number].astype(np.int64)
-                target = tokens
-            elif name == "dense recall":
-                recall = corpora.dense_recall(
-                    self.tokenizer, rng, CONTEXT, pairs=round(4 * 16 ** rng.random())
-                )
-                tokens = np.array(recall.ids)
-                target = np.full_like(tokens, -100)  # new pairs cannot be foreseen: not counted
-                target[recall.answers] = tokens[recall.answers]
+                tokens, weight = self.windows[name][number], np.ones(CONTEXT)
             else:
-                other = self.windows[rng.choice(["novels", "packages"])]
-                filler = other[rng.randrange(other.count)].tolist()
-                recall = corpora.planted_recall(
-                    self.tokenizer, rng, filler, CONTEXT, pairs=rng.randint(1, 6)
-                )
-                tokens = np.array(recall.ids)
-                target = np.full_like(tokens, -100)
-                target[recall.answers] = tokens[recall.answers]
-            ids.append(tokens)
-            labels.append(target)
-        as_tensor = lambda rows: torch.from_numpy(np.stack(rows)).long().to(self.device)
-        return as_tensor(ids), as_tensor(labels)
+                if name == "dense recall":
+                    pairs = round(4 * 16 ** rng.random())
+                    recall = corpora.dense_recall(self.tokenizer, rng, CONTEXT, pairs)
+                else:
+                    other = self.windows[rng.choice(["novels", "packages"])]
+                    filler = other[rng.randrange(other.count)].tolist()
+                    pairs = rng.randint(1, 6)
+                    recall = corpora.planted_recall(self.tokenizer, rng, filler, CONTEXT, pairs)
+                tokens, weight = np.array(recall.ids), np.zeros(CONTEXT)
+                weight[list(recall.text)] = 1  # new keys and values cannot be foreseen: not counted
+                weight[recall.answers] = ANSWER_WEIGHT
+            ids.append(tokens.astype(np.int64))
+            weights.append(weight.astype(np.float32))
+        return tuple(torch.from_numpy(np.stack(x)).to(self.device) for x in (ids, weights))
 
 
 def mixture_loss(model, batch) -> torch.Tensor:
-    """Next-token cross-entropy; a sequence of recall counts as one answer-weighted row.
-
-    Text rows average over all their tokens; recall rows over their answers. The loss is the mean
-    over rows, so that a single planted answer weighs as much as a row of text.
-    """
-    ids, labels = batch
+    r"""Weighted next-token cross-entropy, $\sum_t w_t \ell_t / \sum_t w_t$ over the batch."""
+    ids, weights = batch
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    targets = labels[:, 1:]
     each = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), targets, ignore_index=-100, reduction="none"
+        logits.transpose(1, 2), ids[:, 1:], reduction="none"
     )
-    counted = (targets != -100).sum(1).clamp(min=1)
-    return (each.sum(1) / counted).mean()
+    return (each * weights[:, 1:]).sum() / weights[:, 1:].sum()
 
 
 def evaluator(tokenizer, device: torch.device, sequences: int = 24):

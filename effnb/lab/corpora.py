@@ -213,7 +213,7 @@ def choice_items(
         """The first word boundary from `at` on."""
         while at < len(text) and not text[at].isspace():
             at += 1
-        return at
+        return min(at, len(text))
 
     parts: dict[str, list[tuple[Package, str, str]]] = {}
     for package in packages(split):
@@ -277,11 +277,13 @@ class Recall:
         ids: Token ids.
         answers: Positions in `ids` of the values that stood beside the same key before.
         distances: For each answer, how many tokens back its key last stood.
+        text: Positions in `ids` of the running text, if there is any.
     """
 
     ids: list[int]
     answers: list[int]
     distances: list[int]
+    text: tuple[int, ...] = ()
 
 
 def dense_recall(tokenizer, rng: random.Random, length: int, pairs: int) -> Recall:
@@ -340,13 +342,13 @@ def planted_recall(
     else:
         raise ValueError(f"distance is {distance}; it must lie between {size} and {room + size}.")
     cuts = sorted([(room - ahead, 0), *((rng.randint(0, latest), -i) for i in range(1, pairs))])
-    ids, start, planted = [], 0, 0
-    for cut, i in cuts:
+    ids, text, start, planted = [], [], 0, 0
+    for cut, i in [*cuts, (room, 0)]:
+        text += range(len(ids), len(ids) + cut - start)
         ids += filler[start:cut]
         start = cut
-        if i == 0:
+        if i == 0 and not planted:
             planted = len(ids) + 3
         ids += records[i]
-    ids += filler[start:room] + records[0]
     position = len(ids) - size + 3  # after the newline, "[" and the key
-    return Recall(ids, [position], [position - planted])
+    return Recall(ids, [position], [position - planted], tuple(text))
