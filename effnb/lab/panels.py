@@ -252,12 +252,14 @@ class Position:
         result: What `compute` returned.
         picture: What `draw` drew.
         text: What `text` said.
+        alt: Alternative text of the picture: caption, knobs and numbers.
     """
 
     values: Values
     result: Any
     picture: Picture
     text: str
+    alt: str
 
 
 @contextmanager
@@ -302,9 +304,11 @@ class Panel:
             raise ValueError(f"main is {self.main!r}; this panel has {', '.join(knobs)}.")
         self.knobs = knobs
         self.caption, self.title, self.figsize, self.trains = caption, title, figsize, trains
-        self.frames = tuple(frames) if frames is not None else knobs[self.main].spread(FRAMES)
-        if any(not _match(knobs[self.main].values, v) for v in self.frames) or len(self.frames) < 2:
+        given = knobs[self.main]
+        found = [_match(given.values, v) for v in frames or given.spread(FRAMES)]
+        if len(found) < 2 or not all(found):
             raise ValueError(f"frames must name at least two positions of the knob {self.main}.")
+        self.frames = tuple(value for (value,) in found)
         self._compute, self._draw, self._text, self._alt = compute, draw, text, alt
         self._cache_size = cache_size
         self._cache: OrderedDict[tuple, Position] = OrderedDict()
@@ -357,7 +361,10 @@ class Panel:
                 with _torch_settings(self.trains, self._device):
                     result = self._compute(**values)
                     picture = render(lambda figure: self._draw(result, figure), self.figsize)
-                    found = Position(values, result, picture, self._text(result))
+                    text = self._text(result)
+                    said = self._alt(result) if self._alt else text
+                alt = f"{self.caption} {self._where(values)}. {' '.join(said.split())}"
+                found = Position(values, result, picture, text, alt)
                 with self._cache_lock:
                     self._cache[key] = found
                     while len(self._cache) > self._cache_size:
@@ -431,11 +438,6 @@ class Panel:
         for values in visits:
             self._checked(values)
         return visits
-
-    def alt(self, position: Position) -> str:
-        """Alternative text of a position's picture: what it is, and its numbers."""
-        said = self._alt(position.result) if self._alt else position.text
-        return f"{self.caption} {self._where(position.values)}. {' '.join(said.split())}"
 
     # ------------------------------------------------------------------------------ on the page
 
@@ -542,14 +544,12 @@ class Panel:
         home = self.frames.index(given.default) if given.default in self.frames else 0
         names = [(_say(value), i) for i, value in enumerate(self.frames)]
         control = _choices(given, options=names, index=home, **_words(self, self.main))
-        stack = widgets.Stack(
-            [_html(_shown(self, position)) for position in stored], selected_index=home
-        )
+        stack = widgets.Stack([_html(_shown(position)) for position in stored], selected_index=home)
         widgets.jslink((control, "index"), (stack, "selected_index"))
         note = _html(f'<div class="effnb-note">{html.escape(self._stands_still())}</div>')
         box = _card(self, [control], stack, note)
         shown = stored[home]
-        fallback = captioned(shown.picture, self.caption, self.alt(shown)) + (
+        fallback = captioned(shown.picture, self.caption, shown.alt) + (
             f"<p>{html.escape(self._where(shown.values))}</p>"
             f'<pre style="white-space: pre-wrap">{html.escape(shown.text)}</pre>'
             "<p><em>Run this notebook to turn the knobs.</em></p>"
@@ -627,7 +627,7 @@ class _View:
             self._panel._ask(self.values())
 
     def show(self, position: Position) -> None:
-        self.shown.value = _shown(self._panel, position)
+        self.shown.value = _shown(position)
         self.status.value = ""
         self.box.remove_class("effnb-stale")
 
@@ -697,12 +697,12 @@ def _control(panel: Panel, name: str) -> widgets.Widget:
     )
 
 
-def _shown(panel: Panel, position: Position) -> str:
+def _shown(position: Position) -> str:
     """Picture and numbers as one piece of HTML, so that both change at the same moment.
 
     The widget called Image would be the obvious choice, but it cannot carry alternative text.
     """
-    return position.picture.html(panel.alt(position)) + _numbers(position.text)
+    return position.picture.html(position.alt) + _numbers(position.text)
 
 
 def _card(

@@ -163,6 +163,12 @@ def test_values_of_different_types_are_different_positions():
     assert [made.at(x=value).result for value in kinds.values] == ["0", "'0'", "1", "2.5"]
 
 
+def test_alternative_text_has_caption_knobs_and_numbers():
+    assert doubled().at(bits=3).alt == "Twice as much. bits = 3, kind = row. double: 6"
+    told = doubled(alt=lambda value: f"One bar,\n{value} high.")
+    assert told.at(bits=3).alt == "Twice as much. bits = 3, kind = row. One bar, 6 high."
+
+
 def test_an_exception_is_not_kept():
     tries = []
 
@@ -235,7 +241,7 @@ def test_a_sweep_visits_each_knob_and_some_pairs():
     assert len(made.sweep(pairs=1000)) == 1 + 7 + 6
 
 
-@pytest.mark.parametrize("stage", ["compute", "draw", "text"])
+@pytest.mark.parametrize("stage", ["compute", "draw", "text", "alt"])
 def test_a_sweep_names_the_position_that_fails(stage):
     def fail(at, value):
         if at == stage and value == 7:
@@ -246,6 +252,7 @@ def test_a_sweep_names_the_position_that_fails(stage):
         lambda bits: fail("compute", bits),
         lambda value, figure: fail("draw", value),
         text=lambda value: str(fail("text", value)),
+        alt=lambda value: str(fail("alt", value)),
         caption="Seven fails.",
         title="Sevens",
         bits=knob(2, 8),
