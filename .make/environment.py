@@ -169,7 +169,7 @@ def install_cpu_torch() -> None:
         return  # elsewhere the public form has no CUDA packages
     version = pinned("torch")
     try:
-        pip("install", f"torch=={version}+cpu", "-c", "constraints.txt")
+        pip("install", "--no-deps", f"torch=={version}+cpu")
     except NotInTheIndex:
         pip("install", "uv", "-c", "constraints.txt")
         run(

