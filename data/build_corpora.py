@@ -43,15 +43,74 @@ NOVELS = {  # name of the R object: title, year of publication
     "persuasion": ("Persuasion", 1817),
 }
 HELD_OUT_WORKS = {"Persuasion", "Ruth", "Ecclesiastes", "Jonah", "John", "James"}
-BOOKS = (
-    "Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel 1_Kings "
-    "2_Kings 1_Chronicles 2_Chronicles Ezra Nehemiah Esther Job Psalms Proverbs Ecclesiastes "
-    "Song_of_Solomon Isaiah Jeremiah Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah Jonah "
-    "Micah Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark Luke John Acts Romans "
-    "1_Corinthians 2_Corinthians Galatians Ephesians Philippians Colossians 1_Thessalonians "
-    "2_Thessalonians 1_Timothy 2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John "
-    "2_John 3_John Jude Revelation"
-).split()
+BOOKS = [
+    "Genesis",
+    "Exodus",
+    "Leviticus",
+    "Numbers",
+    "Deuteronomy",
+    "Joshua",
+    "Judges",
+    "Ruth",
+    "1 Samuel",
+    "2 Samuel",
+    "1 Kings",
+    "2 Kings",
+    "1 Chronicles",
+    "2 Chronicles",
+    "Ezra",
+    "Nehemiah",
+    "Esther",
+    "Job",
+    "Psalms",
+    "Proverbs",
+    "Ecclesiastes",
+    "Song of Solomon",
+    "Isaiah",
+    "Jeremiah",
+    "Lamentations",
+    "Ezekiel",
+    "Daniel",
+    "Hosea",
+    "Joel",
+    "Amos",
+    "Obadiah",
+    "Jonah",
+    "Micah",
+    "Nahum",
+    "Habakkuk",
+    "Zephaniah",
+    "Haggai",
+    "Zechariah",
+    "Malachi",
+    "Matthew",
+    "Mark",
+    "Luke",
+    "John",
+    "Acts",
+    "Romans",
+    "1 Corinthians",
+    "2 Corinthians",
+    "Galatians",
+    "Ephesians",
+    "Philippians",
+    "Colossians",
+    "1 Thessalonians",
+    "2 Thessalonians",
+    "1 Timothy",
+    "2 Timothy",
+    "Titus",
+    "Philemon",
+    "Hebrews",
+    "James",
+    "1 Peter",
+    "2 Peter",
+    "1 John",
+    "2 John",
+    "3 John",
+    "Jude",
+    "Revelation",
+]
 
 
 def run(command: list[str], **kwargs) -> str:
@@ -119,7 +178,9 @@ def austen(unpacked: Path) -> list[dict]:
         for number, (begin, end) in enumerate(zip(heads, [*heads[1:], len(lines)]), 1):
             body = [s for s in lines[begin + 1 : end] if not re.match(r"(?i)^volume \w+$", s)]
             # The end mark, and the transcriber's note that follows one of the novels.
-            text = re.split(r"\n\n(?:A NOTE ON THE TEXT|THE END|FINIS)\b", unwrap(body), flags=re.I)[0]
+            text = re.split(
+                r"\n\n(?:A NOTE ON THE TEXT|THE END|FINIS)\b", unwrap(body), flags=re.I
+            )[0]
             records.append(
                 {"work": title, "year": year, "chapter": number, "kind": "novel", "text": text}
             )
@@ -145,7 +206,7 @@ def bible(unpacked: Path) -> list[dict]:
         chapters.setdefault((abbreviation, int(chapter)), []).append(verse.strip())
     if len(order) != len(BOOKS):
         sys.exit(f"expected {len(BOOKS)} books of the Bible, found {len(order)}")
-    names = {short: book.replace("_", " ") for short, book in zip(order, BOOKS)}
+    names = dict(zip(order, BOOKS))
     return [
         {
             "work": names[short],
@@ -188,7 +249,11 @@ def paragraphs_of(stanza: str) -> dict[str, str]:
 
 def index_file(folder: Path, pattern: str) -> list[dict[str, str]]:
     """Read the one index file of the main suite that matches, whatever its compression."""
-    paths = [p for p in glob.glob(f"{folder}/lists/*{pattern}*") if not re.search(r"-updates|-security", p)]
+    paths = [
+        p
+        for p in glob.glob(f"{folder}/lists/*{pattern}*")
+        if not re.search(r"-updates|-security", p)
+    ]
     if len(paths) != 1:
         sys.exit(f"expected one index file matching {pattern}, found {len(paths)}")
     text = run(["/usr/lib/apt/apt-helper", "cat-file", paths[0]])
@@ -262,7 +327,11 @@ def packages(folder: Path) -> tuple[list[dict], dict[str, list[dict]]]:
             # Only translations of the description as it stands now, not of an older one.
             if md5s.get(name) != fields["Description-md5"] or name in found[language]:
                 continue
-            body = next(v for k, v in fields.items() if k.startswith("Description-") and k != "Description-md5")
+            body = next(
+                v
+                for k, v in fields.items()
+                if k.startswith("Description-") and k != "Description-md5"
+            )
             synopsis, text = describe(body, joiner)
             original = records[name]
             if "<trans>" in body or text == original["text"] or len(text) < 20:
@@ -275,7 +344,10 @@ def packages(folder: Path) -> tuple[list[dict], dict[str, list[dict]]]:
         kept, per_source = [], collections.Counter()
         for name in sorted(by_name, key=lambda n: (-shared[n], fraction(n))):
             source = records[name]["source"]
-            if per_source[source] < TRANSLATIONS_PER_SOURCE and len(kept) < TRANSLATIONS_PER_LANGUAGE:
+            if (
+                per_source[source] < TRANSLATIONS_PER_SOURCE
+                and len(kept) < TRANSLATIONS_PER_LANGUAGE
+            ):
                 per_source[source] += 1
                 kept.append(by_name[name])
         translations[language] = sorted(kept, key=lambda r: r["name"])
@@ -303,7 +375,11 @@ def write(name: str, records: list[dict]) -> dict:
 
 def release(folder: Path) -> str:
     """Version and date of the archive release the texts came from."""
-    [path] = [p for p in glob.glob(f"{folder}/lists/*InRelease") if not re.search(r"-updates|-security", p)]
+    [path] = [
+        p
+        for p in glob.glob(f"{folder}/lists/*InRelease")
+        if not re.search(r"-updates|-security", p)
+    ]
     text = Path(path).read_text()
     return "Debian {} of {}".format(
         re.search(r"^Version: (.*)$", text, re.M)[1], re.search(r"^Date: (.*)$", text, re.M)[1]
@@ -313,7 +389,9 @@ def release(folder: Path) -> str:
 def main() -> None:
     """Fetch, build, split and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", help="where to keep the fetched files (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", help="where to keep the fetched files (default: a temporary folder)"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = fetch(Path(arguments.folder or temporary).resolve())
@@ -325,7 +403,9 @@ def main() -> None:
         manifest["files"]["novels"] = write("novels", works)
         manifest["files"]["packages"] = write("packages", descriptions)
         for language, records in translations.items():
-            manifest["files"][f"translations/{language}"] = write(f"translations.{language}", records)
+            manifest["files"][f"translations/{language}"] = write(
+                f"translations.{language}", records
+            )
     (CORPORA / "MANIFEST.json").write_text(json.dumps(manifest, indent=1) + "\n")
     for name, entry in manifest["files"].items():
         print(f"{name:18} {entry['records']:7,} records {entry['bytes'] / 2**20:6.2f} MiB")

@@ -43,7 +43,13 @@ def main() -> None:
         }
 
     table = [
-        row(loaded.model, bits=32, group_size="none", bytes=stored_bytes(loaded.model), layer_bits=32.0)
+        row(
+            loaded.model,
+            bits=32,
+            group_size="none",
+            bytes=stored_bytes(loaded.model),
+            layer_bits=32.0,
+        )
     ]
     for group_size in GROUP_SIZES:
         for bits in range(2, 9):

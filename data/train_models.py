@@ -35,8 +35,8 @@ BATCH = 8
 MIX = {"novels": 0.43, "packages": 0.37, "dense recall": 0.10, "planted recall": 0.10}
 """Probability that a sequence of the batch comes from each source."""
 ANSWER_WEIGHT = 4.0
-"""How much the answer of a recall counts beside a token of text. Much more would be noise: one answer
-has the gradient of many tokens of text."""
+"""How much the answer of a recall counts beside a token of text. Much more would be noise: the
+gradient of one answer is as long as that of hundreds of tokens of text together."""
 
 SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads; peak rate; steps
     "mini-300k": ((64, 128, 2, 4, 2), 4e-3, 2000),
@@ -70,7 +70,7 @@ class Windows:
     """Windows of a token stream, each once per epoch, in an order fixed by the seed."""
 
     def __init__(self, stream: np.ndarray, length: int, seed: int) -> None:
-        """Cut `stream` into windows of `length` tokens; each epoch shifts and shuffles them anew."""
+        """Cut `stream` into windows of `length` tokens, anew in each epoch."""
         self.stream, self.length, self.seed = stream, length, seed
         self.count = len(stream) // length - 1
         self._epoch, self._starts = -1, None
@@ -145,9 +145,7 @@ def mixture_loss(model, batch) -> torch.Tensor:
     r"""Weighted next-token cross-entropy, $\sum_t w_t \ell_t / \sum_t w_t$ over the batch."""
     ids, weights = batch
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    each = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), ids[:, 1:], reduction="none"
-    )
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return (each * weights[:, 1:]).sum() / weights[:, 1:].sum()
 
 
@@ -184,7 +182,9 @@ def evaluator(tokenizer, device: torch.device, sequences: int = 24):
             part = planted[start : start + 8]
             ids = torch.tensor([r.ids for r in part], device=device)
             best = model(input_ids=ids, use_cache=False).logits.argmax(-1).cpu()
-            hits += sum(int(best[i, r.answers[0] - 1]) == r.ids[r.answers[0]] for i, r in enumerate(part))
+            hits += sum(
+                int(best[i, r.answers[0] - 1]) == r.ids[r.answers[0]] for i, r in enumerate(part)
+            )
         found["recall"] = hits / len(planted)
         return found
 

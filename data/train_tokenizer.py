@@ -34,7 +34,11 @@ def main() -> None:
     texts = [*novels, *novels, *corpora.documents("packages", "train")]
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=512
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=512,
     )
     fast.save_pretrained(FOLDER)
     print(f"{len(fast):,} tokens; saved to {FOLDER.name}/")

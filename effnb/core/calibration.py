@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -145,9 +146,7 @@ def _first_inputs(model: nn.Module, blocks: nn.ModuleList, batches: list[dict]) 
     def catch(module, arguments, keywords):
         keywords = {k: v for k, v in keywords.items() if k not in ("past_key_values", "use_cache")}
         hidden, rest = (
-            (arguments[0], arguments[1:])
-            if arguments
-            else (keywords.pop("hidden_states"), ())
+            (arguments[0], arguments[1:]) if arguments else (keywords.pop("hidden_states"), ())
         )
         calls.append(_Call(hidden, rest, keywords, None))
         raise _Stop
@@ -229,7 +228,7 @@ def layerwise(
                 if f"{prefix}.{index}.{name}" in wanted
             }
             groups = _groups(block, list(names), calls[0])
-            for group in groups if true_sequential else [sum(groups, [])]:
+            for group in groups if true_sequential else [list(chain(*groups))]:
                 observers = {
                     name: observe(names[name], block.get_submodule(name)) for name in group
                 }
@@ -276,15 +275,13 @@ def _watch(block: nn.Module, observers: Mapping[str, Observer], calls: list[_Cal
 
 
 def _groups(block: nn.Module, names: list[str], call: _Call) -> list[list[str]]:
-    """The layers of a block in the order they run, those that read the very same tensor together."""
+    """The layers of a block as they run, those that read the very same tensor together."""
     order: list[tuple[str, Tensor]] = []
 
     def hook_for(name: str):
         return lambda module, arguments: order.append((name, arguments[0]))
 
-    hooks = [
-        block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names
-    ]
+    hooks = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
     try:
         block(call.hidden, *call.rest, **call.keywords)
     finally:

@@ -1,8 +1,8 @@
 """Find modules by name pattern, and put others in their place without touching the original.
 
-Every method of the workbook is a function from a model to a *new* model: a slider must be able to go
-back. The new model shares every tensor that the method did not change, so that fifty settings of a
-slider do not need fifty copies of the weights.
+Every method of the workbook is a function from a model to a *new* model: a slider must be able to
+go back. The new model shares every tensor that the method did not change, so that fifty settings
+of a slider do not need fifty copies of the weights.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     best: tuple[str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1:
-            if best is None or len(module) > len(best[1]):
-                best = (name, module)
+        uniform = isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1
+        if uniform and (best is None or len(module) > len(best[1])):
+            best = (name, module)
     if best is None:
         raise ValueError("the model has no list of equal blocks (an nn.ModuleList of one class).")
     return best

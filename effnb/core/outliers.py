@@ -64,7 +64,7 @@ def _check(channels: Sequence[int], size: int, factor: float) -> None:
 
 
 def inject_outliers(model: Model, channels: Sequence[int], factor: float) -> Model:
-    r"""Multiply channels of every block's norms by a factor, and undo it in the layers that read them.
+    r"""Multiply channels of every block's norms by a factor, and undo it in what reads them.
 
     For a norm with gain $g$ and a reader with weight $W$: $g_c \leftarrow \kappa g_c$ (the bias
     too, where there is one) and $W_{:,c} \leftarrow W_{:,c} / \kappa$. Works for LayerNorm and
@@ -109,8 +109,8 @@ def inject_outliers(model: Model, channels: Sequence[int], factor: float) -> Mod
 def inject_key_outliers(model: Model, channels: Sequence[int], factor: float) -> Model:
     r"""Blow up channels of every attention key, and shrink the matching query channels.
 
-    Row $c$ of $W_k$ is multiplied and the row $c$ of $W_q$ that meets it divided by the factor, so that
-    every dot product $q \cdot k$ stays what it was. Rotary embeddings mix channel $c$ with its
+    Row $c$ of $W_k$ is multiplied and the row $c$ of $W_q$ that meets it divided by the factor, so
+    that every dot product $q \cdot k$ stays what it was. Rotary embeddings mix channel $c$ with its
     partner $c \pm d/2$ of the same head, so both get the same factor. With grouped-query attention
     every query head of a group is divided.
 
@@ -132,7 +132,7 @@ def inject_key_outliers(model: Model, channels: Sequence[int], factor: float) ->
     for attention in found:
         size = attention.head_dim
         _check(channels, size, factor)
-        both = sorted({c for c in channels} | {(c + size // 2) % size for c in channels})
+        both = sorted(set(channels) | {(c + size // 2) % size for c in channels})
         for name, scale in (("k_proj", factor), ("q_proj", 1 / factor)):
             layer = getattr(attention, name)
             rows = torch.tensor(

@@ -71,7 +71,8 @@ class TrainingSettings:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0.")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
-                f"warmup_steps is {self.warmup_steps}; it must lie between 0 and steps ({self.steps})."
+                f"warmup_steps is {self.warmup_steps}; it must lie between 0 and steps "
+                f"({self.steps})."
             )
         if self.schedule not in ("constant", "linear", "cosine", "wsd"):
             raise ValueError(
@@ -286,7 +287,7 @@ class _Run:
         return bool(patience and self.evaluations) and self._since_best() >= patience
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint; atomic, so that a run cut off while saving leaves the last one whole."""
+        """Write a checkpoint, atomically: a run cut off while saving leaves the last one whole."""
         tensors = {}
         for name, parameter in self.trainable:
             tensors[f"model.{name}"] = parameter.detach().contiguous()
@@ -334,8 +335,7 @@ class _Run:
                     }
             if any(name.startswith("best.") for name in names):
                 self.best = {
-                    name: file.get_tensor(f"best.{name}").to(p.device)
-                    for name, p in self.trainable
+                    name: file.get_tensor(f"best.{name}").to(p.device) for name, p in self.trainable
                 }
         self.losses, self.evaluations = about["losses"], about["evaluations"]
         self.seconds = about["seconds"]

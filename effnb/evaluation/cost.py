@@ -1,17 +1,12 @@
 """What a model costs: parameters, bytes as stored, FLOPs counted, time and memory measured here.
 
-Times are medians after a warm-up, never single runs; on a shared machine only their ratios within one
-run mean anything.
+Times are medians after a warm-up, never single runs; on a shared machine only their ratios within
+one run mean anything.
 """
 
 from __future__ import annotations
 
-import gc
-import os
 import statistics
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +15,10 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -46,13 +44,14 @@ class Cost:
     """The cost card of a model.
 
     Attributes:
-        parameters: Numbers the model is made of; a quantized weight counts as many as it stands for.
+        parameters: Numbers the model is made of; a quantized weight counts as many as it stands
+            for.
         bytes: Bytes of everything that is stored: parameters and buffers, as they are.
         flops_per_token: Floating-point operations of a forward pass, per token of the given prompt.
         prefill_seconds: Median time to read the prompt.
         decode_tokens_per_second: Tokens generated per second, one sequence, with a key-value cache.
-        peak_memory_bytes: Largest memory in use while reading the prompt, beyond what was in use
-            before; None where it could not be measured.
+        peak_memory_bytes: Largest memory that the prompt's activations held at one time, the
+            model itself not counted.
         device: What it was measured on.
     """
 
@@ -61,7 +60,7 @@ class Cost:
     flops_per_token: float
     prefill_seconds: float
     decode_tokens_per_second: float
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int
     device: str
 
 
@@ -88,10 +87,11 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def flops(function: Callable[[], Any]) -> int:
-    """Floating-point operations of a call, counted by PyTorch: 2 for a multiplication with addition.
+    """Floating-point operations of a call, counted by PyTorch.
 
-    Attention runs on the plain mathematical backend while counting: the fused CPU kernel is not known to
-    the counter and would count as nothing. Element-wise operations count as nothing.
+    A multiplication with addition counts as 2. Attention runs on the plain mathematical backend
+    while counting: the fused CPU kernel is not known to the counter and would count as nothing.
+    Element-wise operations count as nothing.
     """
     counter = FlopCounterMode(display=False)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
@@ -165,29 +165,14 @@ def decode_tokens_per_second(
     return statistics.median(rates)
 
 
-def _resident_bytes() -> int | None:
-    """Memory this process holds now, or None where the system does not tell."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        pass
-    if sys.platform == "darwin":
-        done = subprocess.run(
-            ["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True
-        )
-        return int(done.stdout) * 1024 if done.returncode == 0 else None
-    return None
+def peak_memory(function: Callable[[], Any]) -> int:
+    """Largest memory that tensors made during a call held at one time, in bytes.
 
-
-def peak_memory(function: Callable[[], Any], *, interval: float = 0.002) -> int | None:
-    """Largest memory that a call had in use beyond what was in use before it, in bytes.
-
-    On CUDA the allocator's own peak. On a CPU the process's resident memory, sampled every `interval`
-    seconds by a thread; memory that Python or the allocator kept from before can hide some of it. None
-    where neither is to be had.
+    What was there before, such as the model's weights, is not counted. On CUDA it is the
+    allocator's own peak; elsewhere the results of all operations are added up while they are
+    alive, so the number is the same on every run. What an operation uses inside itself is then
+    not seen.
     """
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -195,25 +180,36 @@ def peak_memory(function: Callable[[], Any], *, interval: float = 0.002) -> int 
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    before = _resident_bytes()
-    if before is None:
-        return None
-    peak, done = before, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(interval):
-            peak = max(peak, _resident_bytes() or 0)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
+    with _Held() as held:
         function()
-        peak = max(peak, _resident_bytes() or 0)
-    finally:
-        done.set()
-        watcher.join()
-    return max(0, peak - before)
+    return held.peak
+
+
+class _Held(TorchDispatchMode):
+    """Adds up the storages that operations make, for as long as each of them is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((arguments, keywords)) if _is_plain(t)
+        }
+        result = operation(*arguments, **keywords)
+        for tensor in filter(_is_plain, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:  # neither a view nor a result written in place
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def measure(

@@ -34,7 +34,7 @@ class Perplexity:
         return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
     def bits_per_byte(self, byte_count: int) -> float:
-        """The same loss per byte of the text the tokens stand for; it compares tokenizers fairly."""
+        """The same loss per byte of the text: fair between models with different tokenizers."""
         return self.nats_per_token * self.tokens / math.log(2) / byte_count
 
 
@@ -56,17 +56,17 @@ def perplexity(
 ) -> Perplexity:
     r"""Perplexity of a causal language model on one long sequence, by a sliding window.
 
-    Windows of `context` tokens start every `stride` tokens. Each token but the first is scored exactly
-    once, in the first window that holds it, so with a stride of half the context every token but those of
-    the first window sees at least half a context before it. The last window is moved back to end with
-    the text.
+    Windows of `context` tokens start every `stride` tokens. Each token but the first is scored
+    exactly once, in the first window that holds it, so with a stride of half the context every
+    token but those of the first window sees at least half a context before it. The last window is
+    moved back to end with the text.
 
     Args:
         model: A Hugging Face causal language model, or anything that returns `.logits`.
         ids: Token ids of the text.
         context: Window length in tokens.
-        stride: Tokens between two windows; the context itself by default, which is fastest and a little
-            pessimistic (windows then share one token only).
+        stride: Tokens between two windows; the context itself by default, which is fastest and a
+            little pessimistic (windows then share one token only).
         batch_size: Windows at a time.
 
     Raises:
@@ -81,7 +81,11 @@ def perplexity(
     if not 1 <= stride <= context or context < 2:
         raise ValueError(f"stride is {stride}; it must lie between 1 and the context ({context}).")
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if limit is not None and context > limit and getattr(model.config, "rope_parameters", 1) is None:
+    if (
+        limit is not None
+        and context > limit
+        and getattr(model.config, "rope_parameters", 1) is None
+    ):
         raise ValueError(f"context is {context}; this model has positions up to {limit} only.")
     device = next(model.parameters()).device
     n = len(ids)
@@ -142,11 +146,11 @@ def ranked_choice(
 ) -> RankedChoice:
     r"""Which continuation does the model find most likely, per byte?
 
-    A continuation $c$ of a context $x$ scores $\frac{1}{|c|} \sum_t \ln p(c_t \mid x, c_{<t})$ with $|c|$
-    its length in UTF-8 bytes, so that a longer one is not at a disadvantage.
+    A continuation $c$ of a context $x$ scores $\frac{1}{|c|} \sum_t \ln p(c_t \mid x, c_{<t})$
+    with $|c|$ its length in UTF-8 bytes, so that a longer one is not at a disadvantage.
 
-    The context is read once for all its continuations: they are laid side by side behind it, with the
-    positions they would have alone and a mask that hides them from each other.
+    The context is read once for all its continuations: they are laid side by side behind it, with
+    the positions they would have alone and a mask that hides them from each other.
 
     Args:
         model: A Hugging Face causal language model (four-dimensional masks are passed to it).

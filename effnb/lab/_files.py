@@ -20,8 +20,8 @@ def data_folder() -> Path:
     folder = Path(chosen) if chosen else Path(__file__).resolve().parents[2] / "data"
     if not folder.is_dir():
         raise DamagedFile(
-            f"the data folder {folder} does not exist: run from a clone of the repository installed "
-            "with `pip install -e .`, or set EFFNB_DATA to its data folder."
+            f"the data folder {folder} does not exist: run from a clone of the repository that was "
+            "installed with `pip install -e .`, or set EFFNB_DATA to its data folder."
         )
     return folder
 

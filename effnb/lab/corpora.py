@@ -12,7 +12,7 @@ import lzma
 import random
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 from effnb.lab._files import checked_bytes, data_folder, read_manifest
@@ -109,7 +109,7 @@ def _rows(kind: type, entry: str, **fixed: str) -> tuple:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _all(entry: str) -> tuple:
     if entry == "novels":
         return _rows(Chapter, entry)
@@ -142,7 +142,9 @@ def packages(split: Split | None = None) -> list[Package]:
 def translations(language: str, split: Split | None = None) -> list[Translation]:
     """Descriptions in another language; `split` is the one of the English original."""
     if language not in LANGUAGES:
-        raise ValueError(f"there is no language {language!r}; choose one of {', '.join(LANGUAGES)}.")
+        raise ValueError(
+            f"there is no language {language!r}; choose one of {', '.join(LANGUAGES)}."
+        )
     rows = _all(f"translations/{language}")
     if split is None:
         return list(rows)
@@ -192,8 +194,8 @@ def choice_items(
     """The ranked-choice task: which text continues this package's description?
 
     Each context is cut at a word boundary, and every choice has about the same length, so that
-    neither length nor section gives the answer away. Distractors are what stands at the same place in
-    other descriptions of the section, from other source packages, no two alike.
+    neither length nor section gives the answer away. Distractors are what stands at the same
+    place in other descriptions of the section, from other source packages, no two alike.
 
     Args:
         count: Number of questions.
@@ -240,9 +242,7 @@ def choice_items(
         order = list(range(choices))
         rng.shuffle(order)
         items.append(
-            ChoiceItem(
-                context, tuple(options[i] for i in order), order.index(0), package.section
-            )
+            ChoiceItem(context, tuple(options[i] for i in order), order.index(0), package.section)
         )
         if len(items) == count:
             return tuple(items)
@@ -256,11 +256,13 @@ def choice_items(
 
 @lru_cache(maxsize=1)
 def _whole_words() -> frozenset[str]:
-    return frozenset(word for text in documents("novels", "train") for word in re.findall(r"[a-z]+", text))
+    return frozenset(
+        word for text in documents("novels", "train") for word in re.findall(r"[a-z]+", text)
+    )
 
 
 def recall_words(tokenizer) -> list[str]:
-    """Whole words of four letters or more that are one token each: the keys and values of recall."""
+    """Whole words of four letters or more, one token each: the keys and values of recall."""
     single = [
         (i, token[1:])
         for token, i in tokenizer.get_vocab().items()
@@ -304,7 +306,12 @@ def dense_recall(tokenizer, rng: random.Random, length: int, pairs: int) -> Reca
 
 
 def planted_recall(
-    tokenizer, rng: random.Random, filler: list[int], length: int, pairs: int = 1, distance: int | None = None
+    tokenizer,
+    rng: random.Random,
+    filler: list[int],
+    length: int,
+    pairs: int = 1,
+    distance: int | None = None,
 ) -> Recall:
     """Records planted in running text, and asked for at the end.
 
@@ -329,7 +336,8 @@ def planted_recall(
     room = length - size * (pairs + 1)
     if len(filler) < room or room < 0:
         raise ValueError(
-            f"{len(filler)} tokens of filler do not fill a sequence of {length} with {pairs} records."
+            f"{len(filler)} tokens of filler do not fill a sequence of {length} with {pairs} "
+            "records."
         )
     # The asked record has `ahead` tokens of filler after it. The others stand anywhere, but before
     # it when the distance is prescribed.

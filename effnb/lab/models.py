@@ -14,6 +14,7 @@ import argparse
 import base64
 import hashlib
 import json
+import logging as standard_logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -309,7 +310,13 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and warnings of transformers: what matters in them is checked here."""
+    """No progress bars and warnings of transformers: what matters in them is checked here.
+
+    Nor of torchao, which transformers imports where it finds it, and which then warns of each GPU
+    library that it cannot load.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        standard_logging.getLogger(name).setLevel(standard_logging.ERROR)
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

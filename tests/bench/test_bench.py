@@ -54,7 +54,9 @@ def test_a_panel_answers_within_one_and_a_half_passes():
     data = bench(loaded)
     model = dequantized(rtn(loaded.model, 4))
     text = "\n\n".join(corpora.documents("novels", "test")[:6])
-    ids = torch.tensor(loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False))[:4096]
+    ids = torch.tensor(loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False))[
+        :4096
+    ]
 
     def answer():
         with torch.inference_mode():

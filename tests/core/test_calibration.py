@@ -43,9 +43,7 @@ def test_later_blocks_see_the_compressed_ones(llama, ids, true_sequential):
         new.weight = nn.Parameter(layer.weight.detach() * 0.5)
         return new
 
-    new = layerwise(
-        llama, ids, lambda n, m: InputSample(), halve, true_sequential=true_sequential
-    )
+    new = layerwise(llama, ids, lambda n, m: InputSample(), halve, true_sequential=true_sequential)
     first_of_block = "model.layers.2.self_attn.q_proj"
     torch.testing.assert_close(
         statistics[first_of_block], inputs_of(new, ids, first_of_block), rtol=1e-4, atol=1e-5

@@ -20,9 +20,7 @@ def test_loss_is_transformers_own(llama, ids):
     torch.testing.assert_close(causal_lm_loss(llama, ids), llama(ids, labels=ids).loss)
     labels = ids.clone()
     labels[:, :10] = -100
-    torch.testing.assert_close(
-        causal_lm_loss(llama, (ids, labels)), llama(ids, labels=labels).loss
-    )
+    torch.testing.assert_close(causal_lm_loss(llama, (ids, labels)), llama(ids, labels=labels).loss)
 
 
 def test_it_learns(llama):

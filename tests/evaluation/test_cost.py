@@ -49,12 +49,29 @@ def test_latency_is_the_median_of_its_runs():
         latency(lambda: None, runs=0)
 
 
-def test_peak_memory_sees_an_allocation():
-    def allocate():
-        torch.ones(40_000_000).sum()  # 160 MB
+def test_peak_memory_is_the_most_held_at_once():
+    """Two megabytes, then three more while the first are held, then one: five at the peak."""
+    floats = 250_000  # one megabyte
 
-    found = peak_memory(allocate)
-    assert 100e6 < found < 400e6
+    def work():
+        a = torch.ones(2 * floats)
+        b = torch.ones(3 * floats)
+        del a, b
+        torch.ones(floats)
+
+    assert peak_memory(work) == 5_000_000
+    assert peak_memory(lambda: None) == 0
+
+
+def test_peak_memory_ignores_what_was_there(llama, ids):
+    def read():
+        with torch.inference_mode():
+            llama(ids)
+
+    first = peak_memory(read)
+    assert first == peak_memory(read)
+    logits = 4 * ids.numel() * 128
+    assert logits <= first < 20 * logits
 
 
 def test_cost_card_of_a_model(llama, ids):

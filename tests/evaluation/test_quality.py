@@ -70,7 +70,11 @@ def test_bits_per_byte():
         (torch.zeros(1, dtype=torch.long), {}, "at least 2 tokens"),
         (torch.zeros(2, 5, dtype=torch.long), {}, "one sequence"),
         (torch.zeros(9, dtype=torch.long), {"stride": 0}, "stride is 0"),
-        (torch.zeros(9, dtype=torch.long), {"context": 8, "stride": 9}, "between 1 and the context"),
+        (
+            torch.zeros(9, dtype=torch.long),
+            {"context": 8, "stride": 9},
+            "between 1 and the context",
+        ),
     ],
 )
 def test_bad_input(ids, options, message):
@@ -123,9 +127,7 @@ def test_shared_contexts_change_nothing(llama, batch_size):
         scores = [t / len(c.encode()) for t, c in zip(totals, question.choices, strict=True)]
         assert scores == pytest.approx(plain(llama, question), rel=1e-4)
     found = ranked_choice(llama, Letters(), QUESTIONS, batch_size=batch_size)
-    expected = tuple(
-        max(range(3), key=plain(llama, q).__getitem__) == q.answer for q in QUESTIONS
-    )
+    expected = tuple(max(range(3), key=plain(llama, q).__getitem__) == q.answer for q in QUESTIONS)
     assert found.correct == expected and found.questions == 3
     assert found.accuracy == sum(expected) / 3
 

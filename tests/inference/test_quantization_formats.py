@@ -29,7 +29,7 @@ def test_packed_layout_by_hand():
 
 @given(st.integers(2, 8), st.booleans(), SIZES, st.integers(1, 6), st.integers(1, 80))
 def test_shapes_and_error_bound(bits, symmetric, group_size, rows, columns):
-    """Every shape comes back, and no number moves by more than half a step (and fp16's rounding)."""
+    """Every shape comes back, and no number moves by more than half a step."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns))
     stored = quantize(weight, bits, group_size=group_size, symmetric=symmetric)
     back = stored.dequantize()
@@ -109,9 +109,7 @@ def test_symmetric_per_row_is_torchs_own(bits):
     assert differ.float().mean() < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("symmetric", "expected"), [(True, 0.01160), (False, 0.00829)]
-)
+@pytest.mark.parametrize(("symmetric", "expected"), [(True, 0.01160), (False, 0.00829)])
 def test_mean_squared_error_on_gaussian_numbers(symmetric, expected):
     """Golden values for 4 bits in groups of 64 (any seed, within half a per cent)."""
     x = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,7 @@
 """Quantization: fewer bits per number.
 
-`formats` holds the number formats and their packed storage, `rtn` rounding to nearest, `linear` the layer
-that computes from packed weights.
+`formats` holds the number formats and their packed storage, `rtn` rounding to nearest, `linear`
+the layer that computes from packed weights.
 """
 
 from effnb.inference.quantization.formats import (

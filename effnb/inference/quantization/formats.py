@@ -1,12 +1,13 @@
 r"""Uniform number formats: scales, zero points, and storage that is as small as it says.
 
-A uniform quantiser of $b$ bits replaces each number $x$ by a code $q$, a small integer, and reads it
-back as a point of an even grid:
+A uniform quantiser of $b$ bits replaces each number $x$ by a code $q$, a small integer, and reads
+it back as a point of an even grid:
 
 $$q = \operatorname{clamp}(\operatorname{round}(x / s) + z,\ q_{min},\ q_{max}), \qquad
   \hat x = s\,(q - z).$$
 
-The scale $s$ is the grid's step, the zero point $z$ the code of the number 0. Two ways to choose them:
+The scale $s$ is the grid's step, the zero point $z$ the code of the number 0. Two ways to choose
+them:
 
 - *affine* (asymmetric): the grid spans the values from the smallest to the largest,
   $s = (\max - \min) / (2^b - 1)$ and $z = \operatorname{round}(-\min / s)$, with codes
@@ -172,8 +173,8 @@ def choose_grid(
 ) -> tuple[Float[Tensor, "*shape"], Int[Tensor, "*shape"] | None]:
     """Scale and zero point from the extremes of the last axis.
 
-    The scale is rounded to half precision first, the form it is stored in, so that quantizing uses the
-    same number as reading back. Where all values are 0 the scale is 1.
+    The scale is rounded to half precision first, the form it is stored in, so that quantizing uses
+    the same number as reading back. Where all values are 0 the scale is 1.
 
     Raises:
         ValueError: When a scale is too large for half precision.
@@ -252,8 +253,8 @@ def bits_per_weight(
 ) -> float:
     r"""Bits per weight by arithmetic, without quantizing anything.
 
-    Groups of $g$ cost $b + 16 / g$ bits per weight, and $b / g$ more for zero points; rows that are no
-    whole number of groups or of words of eight codes cost a little more.
+    Groups of $g$ cost $b + 16 / g$ bits per weight, and $b / g$ more for zero points; rows that
+    are no whole number of groups or of words of eight codes cost a little more.
 
     Args:
         bits: Bits per code.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -12,8 +11,8 @@ from effnb.inference.quantization.formats import Granularity, QuantizedTensor
 class QuantizedLinear(nn.Module):
     r"""$y = x\,\hat W^\top + b$ with $\hat W$ read back from packed codes at every call.
 
-    What the module holds is what a file would hold: packed codes, half-precision scales, packed zero
-    points. It trades time for memory; for many calls at one setting use `dequantized`.
+    What the module holds is what a file would hold: packed codes, half-precision scales, packed
+    zero points. It trades time for memory; for many calls at one setting use `dequantized`.
     """
 
     codes: Tensor

@@ -24,7 +24,9 @@ def rtn(
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = HEADS,
 ) -> Model:
-    r"""Round each weight to the nearest point of its grid, $\hat w = s\,(\operatorname{round}(w / s + z) - z)$.
+    r"""Round each weight to the nearest point of its grid.
+
+    $\hat w = s\,(\operatorname{clamp}(\operatorname{round}(w / s) + z) - z)$.
 
     Args:
         model: Any module with `nn.Linear` layers; it is not changed.
