@@ -40,9 +40,9 @@ run_time("00_start_here")
 # %% [markdown]
 # ## The result first
 #
-# This is what the tour is about. Each curve is one way of rounding the weights of a small language model;
-# each point is one number of bits. To the right is cheap to get right: many bits. To the left the model
-# falls apart, and how soon depends on how the rounding is organised.
+# This is what the tour is about. Each curve is one way of rounding the weights of a small language model; each
+# point is one number of bits, from 2 to 8. On the right there are many bits, and nothing is lost. To the left the model
+# gets worse, and how soon depends on how the rounding is organised.
 
 # %% tags=["hide-input"]
 from effnb.lab import PALETTE, figure, results
@@ -53,19 +53,25 @@ original = table[0]
 KINDS = {"tensor": "one scale per matrix", "row": "one per row", "64": "one per 64 weights"}
 
 
-def draw_sweep(fig, show_accuracy=False):
-    axes = fig.subplots()
-    key = "accuracy" if show_accuracy else "perplexity"
-    for colour, (kind, label) in zip(PALETTE, KINDS.items()):
-        rows = [r for r in table if r["group_size"] == kind]
-        axes.plot(
-            [r["layer_bits"] for r in rows], [r[key] for r in rows], "o-", color=colour, label=label
-        )
-    axes.axhline(original[key], color="0.45", linestyle="--", label="original, 32 bits")
-    axes.set_yscale("log")
-    axes.set_xlabel("bits stored per weight, scales included")
-    axes.set_ylabel("perplexity on a held-out novel (lower is better)")
-    axes.legend()
+def draw_sweep(fig):
+    for axes, key in zip(fig.subplots(1, 2), ("perplexity", "accuracy")):
+        for colour, (kind, label) in zip(PALETTE, KINDS.items()):
+            rows = [r for r in table if r["group_size"] == kind]
+            axes.plot(
+                [r["layer_bits"] for r in rows],
+                [r[key] for r in rows],
+                "o-",
+                color=colour,
+                label=label,
+            )
+        axes.axhline(original[key], color="0.45", linestyle="--", label="original")
+        axes.set_xlabel("bits stored per weight")
+    perplexity_axes, accuracy_axes = fig.axes
+    perplexity_axes.set_yscale("log")
+    perplexity_axes.set_title("perplexity (lower is better)")
+    accuracy_axes.set_title("right answers (higher is better)")
+    accuracy_axes.yaxis.set_major_formatter("{x:.0%}")
+    perplexity_axes.legend()
 
 
 def at(kind, bits):
@@ -75,11 +81,14 @@ def at(kind, bits):
 
 figure(
     draw_sweep,
-    caption="Fewer bits per weight against perplexity, for three ways to share a scale.",
+    caption="Fewer bits per weight, for three ways to share a scale: perplexity on a held-out novel, and how often "
+    "the model prefers the true continuation of a package's description among four.",
     alt=(
-        f"Three falling curves of perplexity over bits per weight. At 8 bits all three lie on the original's "
+        f"Left, three falling curves of perplexity over bits per weight. At 8 bits all three lie on the original's "
         f"{original['perplexity']:.1f}. At 3 bits: {at('tensor', 3)['perplexity']:.0f} with one scale per matrix, "
-        f"{at('row', 3)['perplexity']:.0f} per row, {at('64', 3)['perplexity']:.0f} per 64 weights."
+        f"{at('row', 3)['perplexity']:.0f} per row, {at('64', 3)['perplexity']:.0f} per 64 weights. "
+        f"Right, the part of right answers: {original['accuracy']:.0%} for the original, "
+        f"{at('tensor', 2)['accuracy']:.0%} at 2 bits with one scale per matrix."
     ),
 )
 
@@ -245,11 +254,12 @@ def look(model, loaded, data):
 
 
 # %% [markdown]
-# `bench` fixes the data, `look` asks one model. The panel needs a function from knobs to a result, and one
-# that draws the result:
+# `bench` fixes the data, `look` asks one model. A panel needs three more functions: one from the knobs' positions to a
+# result, one that draws the result, and one that puts it into words. They are folded here; open the cell if you are
+# curious, or if you want to build a panel of your own.
 
 
-# %%
+# %% tags=["hide-input"]
 def rounding_panel(name, frames=None):
     """Bits and grouping for any causal language model: one of ours, or a folder of yours."""
     loaded = load(name)
@@ -280,7 +290,9 @@ def rounding_panel(name, frames=None):
             right.annotate(f"{times:.2f} ×", (max(times, 1) * 1.08, y), va="center")
         right.axvline(1, color="0.3")
         right.set_xscale("log")
-        right.set_xlim(0.1, max(10, 2 * loss))
+        right.set_xlim(0.1, max(10, 4 * loss))
+        right.set_ylim(-0.6, 1.6)
+        right.xaxis.set_major_formatter("{x:g}")
         right.set_yticks([1, 0], ["size", "perplexity"])
         right.set_title("times the original's")
 
@@ -312,12 +324,14 @@ def rounding_panel(name, frames=None):
     )
 
 
+# %%
 rounding_panel("mini-5m")
 
 # %% [markdown]
-# Below three bits per weight the numbers jump. Perplexity tells you first, the right answers later, the text last: a
-# model can lose a lot before a reader notices. That is why every panel of this workbook shows more than
-# one measure.
+# With a scale for each row the numbers hardly move down to four bits. Then they begin to. Now put the second knob on
+# *matrix* and go down again: at two bits one coarse grid for everything leaves nothing of the model. Perplexity
+# tells you first, the right answers later, and the text often last: a model can lose a lot before a reader
+# notices. That is why every panel of this workbook shows more than one measure.
 #
 # The panel stores a few positions of its slider in this page, so it moves even on the web page, where nothing
 # runs. All other positions and knobs need a running kernel: *Run → Run All Cells*.

@@ -51,7 +51,7 @@ class Cost:
         prefill_seconds: Median time to read the prompt.
         decode_tokens_per_second: Tokens generated per second, one sequence, with a key-value cache.
         peak_memory_bytes: Largest memory that the prompt's activations held at one time, the
-            model itself not counted.
+            model itself not counted; None where it was not measured.
         device: What it was measured on.
     """
 
@@ -60,7 +60,7 @@ class Cost:
     flops_per_token: float
     prefill_seconds: float
     decode_tokens_per_second: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     device: str
 
 

@@ -169,7 +169,7 @@ overflow:visible}
 .effnb-panel .effnb-caption{opacity:.8;padding:8px 0 0;max-width:68ch}
 .effnb-controls{flex-flow:row wrap;gap:2px 22px;overflow:visible;padding:0 0 8px}
 .effnb-controls .widget-label{width:auto;
-min-width:64px;text-align:left;font-weight:600}
+min-width:64px;padding-right:10px;text-align:left;font-weight:600}
 .effnb-controls .widget-readout{font-variant-numeric:tabular-nums}
 .effnb-controls .widget-radio{display:flex;flex-direction:row!important;align-items:baseline;
 overflow:visible;margin:0 2px}

@@ -48,7 +48,7 @@ SHA256 = {
 }
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-MINUTE = 60_000
+PATIENCE = 120_000
 """Milliseconds; what playwright waits for at most, unless a test says otherwise."""
 
 
@@ -160,7 +160,7 @@ class OpenNotebook:
                 const context = window.jupyterapp?.shell?.currentWidget?.sessionContext;
                 return context?.isReady && context.session?.kernel?.status === "idle";
             }""",
-            timeout=2 * MINUTE,
+            timeout=2 * PATIENCE,
         )
 
     def run_all(self) -> None:
@@ -199,7 +199,7 @@ class OpenNotebook:
     def panel(self, index: int = 0) -> PanelOnPage:
         """A panel of the notebook, counted from the top."""
         root = self.page.locator(f"{self.SHOWN} .effnb-panel").nth(index)
-        root.wait_for(timeout=MINUTE)
+        root.wait_for(timeout=PATIENCE)
         return PanelOnPage(self.page, root)
 
     def tracebacks(self) -> int:
@@ -213,7 +213,7 @@ class OpenNotebook:
             name,
         )
         self.page.wait_for_function(
-            "name => document.body.dataset.jpThemeName === name", arg=name, timeout=MINUTE
+            "name => document.body.dataset.jpThemeName === name", arg=name, timeout=PATIENCE
         )
 
 
@@ -233,12 +233,12 @@ class Lab:
     def open(self, name: str) -> OpenNotebook:
         """Open a notebook of the served folder in a new page of the browser."""
         page = self.browser.new_page(viewport={"width": 1150, "height": 1000})
-        page.set_default_timeout(MINUTE)
+        page.set_default_timeout(PATIENCE)
         notebook = OpenNotebook(page)
         page.on("pageerror", lambda error: notebook.errors.append(str(error)))
         page.goto(f"{self.address}/lab/tree/{name}?reset&token={self.token}")
-        page.wait_for_function("() => window.jupyterapp", timeout=MINUTE)
-        page.locator(f"{OpenNotebook.SHOWN} .jp-Cell").first.wait_for(timeout=MINUTE)
+        page.wait_for_function("() => window.jupyterapp", timeout=PATIENCE)
+        page.locator(f"{OpenNotebook.SHOWN} .jp-Cell").first.wait_for(timeout=PATIENCE)
         notebook.ready()
         return notebook
 
@@ -371,7 +371,7 @@ class Site:
     def open(self, name: str) -> tuple[Page, list[str]]:
         """Open a page; the list fills with requests to anywhere else."""
         page = self.browser.new_page(viewport={"width": 1000, "height": 1000})
-        page.set_default_timeout(MINUTE)
+        page.set_default_timeout(PATIENCE)
         foreign: list[str] = []
 
         def guard(route) -> None:
