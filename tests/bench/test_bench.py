@@ -26,7 +26,10 @@ def functions_of_the_tour(*names):
         for node in tree.body
         if isinstance(node, (ast.Import, ast.ImportFrom))
         or (isinstance(node, ast.FunctionDef) and node.name in names)
-        or (isinstance(node, ast.Assign) and node.targets[0].id in ("PROMPT", "GROUPS"))
+        or (
+            isinstance(node, ast.Assign)
+            and getattr(node.targets[0], "id", "") in ("PROMPT", "GROUPS")
+        )
     ]
     scope: dict = {}
     exec(compile(ast.Module(wanted, []), TOUR.name, "exec"), scope)
