@@ -329,9 +329,12 @@ rounding_panel("mini-5m")
 
 # %% [markdown]
 # With a scale for each row the numbers hardly move down to four bits. Then they begin to. Now put the second knob on
-# *matrix* and go down again: at two bits one coarse grid for everything leaves nothing of the model. Perplexity
-# tells you first, the right answers later, and the text often last: a model can lose a lot before a reader
-# notices. That is why every panel of this workbook shows more than one measure.
+# *matrix* and go down again: at two bits one coarse grid for everything leaves nothing of the model.
+#
+# The text is another matter. It can differ while perplexity stays where it was: the model always writes its likeliest
+# token, and where two are almost equally likely the smallest change tips the balance, and everything after it. A
+# *different* text is not yet a *worse* one. Nor do 40 questions show a small loss: compare the change with the ± beside
+# it. That is why every panel of this workbook shows more than one measure, and none of them alone decides.
 #
 # The panel stores a few positions of its slider in this page, so it moves even on the web page, where nothing
 # runs. All other positions and knobs need a running kernel: *Run → Run All Cells*.
