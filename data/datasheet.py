@@ -364,12 +364,9 @@ def table_models() -> list[str]:
     if not shapes:
         return ["No model has been trained yet.", "", *_table(["file", "SHA-256"], sums, numbers=2)]
     mixes = {
-        json.dumps(_json(data_folder() / "models" / n / "training.json")["mix"]) for n in _trained()
+        name: _json(data_folder() / "models" / name / "training.json")["mix"] for name in _trained()
     }
-    mix = "; ".join(
-        ", ".join(f"{name} {_percent(share)}" for name, share in json.loads(each).items())
-        for each in sorted(mixes)
-    )
+    mix = "; ".join(f"`{name}`: {_mixture(shares)}" for name, shares in mixes.items())
     return [
         *_table(
             ["model", "parameters", "layers", "hidden", "feed-forward", "heads / kv", "MiB"], shapes
@@ -385,6 +382,13 @@ def table_models() -> list[str]:
         "",
         *_table(["file", "SHA-256"], sums, numbers=2),
     ]  # fmt: skip
+
+
+def _mixture(shares: dict) -> str:
+    """Shares of the sources, in words; a mixture that changes on the way is told step by step."""
+    if any(isinstance(part, dict) for part in shares.values()):
+        return ", then ".join(f"{since} {_mixture(part)}" for since, part in shares.items())
+    return ", ".join(f"{name} {_percent(share)}" for name, share in shares.items())
 
 
 def table_losses() -> list[str]:

@@ -2,7 +2,7 @@
 
     python data/sweep_rtn.py            # mini-5m, about five minutes on two CPU cores
 
-Perplexity on the first 8,177 tokens of the held-out novel (16 windows of 512), ranked choice on 300
+Perplexity on the first 8,177 tokens of the held-out novel (16 windows of 512), ranked choice on 150
 questions about held-out packages, and bytes as stored. Written to `data/results/rtn_sweep.json`;
 `notebooks/00_start_here` draws it behind its panel.
 """
@@ -30,7 +30,7 @@ def main() -> None:
     text = "\n\n".join(corpora.documents("novels", "test")[:6])
     ids = torch.tensor(loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False))
     ids = ids[: WINDOWS * 511 + 1]
-    items = corpora.choice_items(300, context_characters=120, choice_characters=40)
+    items = corpora.choice_items(150, context_characters=120, choice_characters=40)
 
     def row(model, **setting) -> dict:
         found = perplexity(model, ids)
