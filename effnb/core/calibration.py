@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -41,15 +40,30 @@ class Hessian:
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         """Start from zero for a layer with `features` inputs."""
-        self.value: Float[Tensor, "in in"] = torch.zeros(features, features, device=device)
+        self._upper = torch.zeros(features, features, device=device)
         self.tokens = 0
 
     def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
         """Take in the inputs of one batch."""
-        x = inputs.to(self.value.dtype)
+        if not len(inputs):
+            return
+        x = inputs.to(self._upper.dtype)
         total = self.tokens + len(x)
-        self.value.mul_(self.tokens / total).addmm_(x.T, x, alpha=2 / total)
+        self._upper.mul_(self.tokens / total)
+        # H is symmetric: panels from the diagonal to the right edge are little over half the work.
+        features = len(self._upper)
+        width = max(64, -(-features // 4))
+        for start in range(0, features, width):
+            panel = x[:, start : start + width]
+            self._upper[start : start + width, start:].addmm_(
+                panel.T, x[:, start:], alpha=2 / total
+            )
         self.tokens = total
+
+    @property
+    def value(self) -> Float[Tensor, "in in"]:
+        """$H$ so far, both triangles."""
+        return self._upper.triu() + self._upper.triu(1).T
 
 
 class InputNorm:
@@ -131,24 +145,41 @@ class _Stop(Exception):
 
 
 @dataclass
-class _Call:
-    """The arguments of a block for one batch, and which of its tokens are not padding."""
+class Call:
+    """The arguments of a block for one batch of calibration data.
+
+    Attributes:
+        hidden: Hidden states, what the block before gave.
+        rest: Further positional arguments.
+        keywords: Keyword arguments, such as position embeddings and the attention mask.
+        mask: Which tokens are not padding, (batch, time); None when all are text.
+    """
 
     hidden: Tensor
     rest: tuple
     keywords: dict[str, Any]
     mask: Tensor | None
 
+    def run(self, block: nn.Module) -> Tensor:
+        """The block's output for this batch."""
+        return main_output(block(self.hidden, *self.rest, **self.keywords))
 
-def _first_inputs(model: nn.Module, blocks: nn.ModuleList, batches: list[dict]) -> list[_Call]:
-    calls: list[_Call] = []
+    def text(self, activations: Tensor) -> Tensor:
+        """Activations as one token a row, padding left out: it says nothing about the text."""
+        if self.mask is not None and activations.shape[:2] == self.mask.shape:
+            return activations[self.mask]
+        return activations.flatten(0, -2)
+
+
+def _first_inputs(model: nn.Module, blocks: nn.ModuleList, batches: list[dict]) -> list[Call]:
+    calls: list[Call] = []
 
     def catch(module, arguments, keywords):
         keywords = {k: v for k, v in keywords.items() if k not in ("past_key_values", "use_cache")}
         hidden, rest = (
             (arguments[0], arguments[1:]) if arguments else (keywords.pop("hidden_states"), ())
         )
-        calls.append(_Call(hidden, rest, keywords, None))
+        calls.append(Call(hidden, rest, keywords, None))
         raise _Stop
 
     hook = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
@@ -164,8 +195,77 @@ def _first_inputs(model: nn.Module, blocks: nn.ModuleList, batches: list[dict]) 
     return calls
 
 
-def _hidden(output: Any) -> Tensor:
+def main_output(output: Any) -> Tensor:
+    """What a block or an attention module gives first: its hidden states."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def visit_blocks(
+    model: Model,
+    calibration: Calibration,
+    visit: Callable[[str, nn.Module, list[Call]], None],
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Visit the blocks in order, each with the inputs that the changed blocks before it produce.
+
+    Args:
+        model: A transformer whose blocks `effnb.core.modules.find_blocks` finds. Not changed.
+        calibration: See `batches_of`.
+        visit: Called with a block's name, the block, and its inputs. It may replace modules and
+            parameters inside the block, which belongs to the new model, but must not write into
+            tensors: they are the original's.
+        batch_size: Sequences at a time.
+        progress: Called with (blocks done, blocks).
+
+    Returns:
+        A new model that shares every tensor that `visit` did not replace.
+
+    Raises:
+        ValueError: No calibration data, or sequences beyond the context.
+    """
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    device = next(model.parameters()).device
+    batches = [
+        {k: v.to(device) for k, v in batch.items()}
+        for batch in batches_of(calibration, batch_size, context)
+    ]
+    result = share(model).eval()
+    prefix, blocks = find_blocks(result)
+    # Not inference mode: what is computed here becomes part of a model that may be trained later.
+    with torch.no_grad():
+        calls = _first_inputs(result, blocks, batches)
+        for index, block in enumerate(blocks):
+            visit(f"{prefix}.{index}", block, calls)
+            if index + 1 < len(blocks):  # what follows sees the changed block's outputs
+                for call in calls:
+                    call.hidden = call.run(block)
+            if progress:
+                progress(index + 1, len(blocks))
+    return result
+
+
+def block_linears(
+    model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = HEADS
+) -> dict[str, nn.Linear]:
+    """The linear layers inside the blocks of a model, by name.
+
+    Raises:
+        ValueError: When none fits the patterns.
+    """
+    prefix, blocks = find_blocks(model)
+    wanted = {
+        f"{prefix}.{i}.{name}": m
+        for i, block in enumerate(blocks)
+        for name, m in block.named_modules()
+        if isinstance(m, nn.Linear)
+        and matches(f"{prefix}.{i}.{name}", include)
+        and not matches(f"{prefix}.{i}.{name}", exclude)
+    }
+    if not wanted:
+        raise ValueError(f"no linear layer inside the blocks {prefix}.* fits {include!r}.")
+    return wanted
 
 
 def layerwise(
@@ -177,6 +277,7 @@ def layerwise(
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = HEADS,
     true_sequential: bool = False,
+    share_observers: bool = False,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
@@ -192,6 +293,8 @@ def layerwise(
         exclude: Name patterns of layers to leave alone.
         true_sequential: Also within a block, compress layers that read one input (such as query,
             key and value) before the layers behind them are observed.
+        share_observers: Give layers that read the very same tensor (query, key and value; gate and
+            up) one observer, the first layer's, so that their statistics are computed once.
         batch_size: Sequences at a time.
         progress: Called with (blocks done, blocks).
 
@@ -201,80 +304,75 @@ def layerwise(
     Raises:
         ValueError: No calibration data, sequences beyond the context, or no fitting layer.
     """
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    device = next(model.parameters()).device
-    batches = [
-        {k: v.to(device) for k, v in batch.items()}
-        for batch in batches_of(calibration, batch_size, context)
-    ]
-    result = share(model).eval()
-    prefix, blocks = find_blocks(result)
-    wanted = {
-        f"{prefix}.{i}.{name}"
-        for i, block in enumerate(blocks)
-        for name, m in block.named_modules()
-        if isinstance(m, nn.Linear)
-        and matches(f"{prefix}.{i}.{name}", include)
-        and not matches(f"{prefix}.{i}.{name}", exclude)
-    }
-    if not wanted:
-        raise ValueError(f"no linear layer inside the blocks {prefix}.* fits {include!r}.")
-    with torch.inference_mode():
-        calls = _first_inputs(result, blocks, batches)
-        for index, block in enumerate(blocks):
-            names = {
-                name: f"{prefix}.{index}.{name}"
-                for name, _ in block.named_modules()
-                if f"{prefix}.{index}.{name}" in wanted
+    wanted = block_linears(model, include, exclude)
+
+    def visit(prefix: str, block: nn.Module, calls: list[Call]) -> None:
+        names = [
+            name
+            for name, m in block.named_modules()
+            if f"{prefix}.{name}" in wanted and isinstance(m, nn.Linear)
+        ]
+        if not names:  # none wanted here, or a block that stands in the list a second time
+            return
+        shortest = min(calls, key=lambda call: call.hidden.numel())
+        for group in _groups(block, names, shortest) if true_sequential else [names]:
+            observers = {
+                name: observe(f"{prefix}.{name}", block.get_submodule(name)) for name in group
             }
-            groups = _groups(block, list(names), calls[0])
-            for group in groups if true_sequential else [list(chain(*groups))]:
-                observers = {
-                    name: observe(names[name], block.get_submodule(name)) for name in group
-                }
-                _watch(block, observers, calls)
-                for name in group:
-                    layer = block.get_submodule(name)
-                    new = compress(names[name], layer, observers[name])
-                    if new is not None and new is not layer:
-                        parent, _, leaf = name.rpartition(".")
-                        setattr(block.get_submodule(parent), leaf, new)
-            if index + 1 < len(blocks):  # what follows sees the compressed block's outputs
-                for call in calls:
-                    call.hidden = _hidden(block(call.hidden, *call.rest, **call.keywords))
-            if progress:
-                progress(index + 1, len(blocks))
-    return result
+            for name, observer in watch(block, observers, calls, share_observers).items():
+                layer = block.get_submodule(name)
+                new = compress(f"{prefix}.{name}", layer, observer)
+                if new is not None and new is not layer:
+                    parent, _, leaf = name.rpartition(".")
+                    setattr(block.get_submodule(parent), leaf, new)
+
+    return visit_blocks(model, calibration, visit, batch_size=batch_size, progress=progress)
 
 
-def _watch(block: nn.Module, observers: Mapping[str, Observer], calls: list[_Call]) -> None:
-    """Run the calibration data through a block; each observer sees its layer's inputs."""
-    current: list[Tensor | None] = [None]
+def watch(
+    block: nn.Module, observers: Mapping[str, Observer], calls: list[Call], shared: bool = False
+) -> dict[str, Observer]:
+    """Run the calibration data through a block; each observer sees its layer's inputs.
 
-    def hook_for(observer: Observer):
+    Args:
+        block: The block.
+        observers: One for each layer, by the layer's name within the block.
+        calls: The block's inputs.
+        shared: Whether layers that read the very same tensor use the first one's observer.
+
+    Returns:
+        The observers, in the order in which their layers ran; layers that did not run are left out.
+    """
+    used: dict[str, Observer] = {}
+    seen: list[tuple[Tensor, Observer]] = []  # in the current batch
+    current: list[Call] = []
+
+    def hook_for(name: str):
         def hook(module, arguments):
             inputs = arguments[0]
-            mask = current[0]
-            if mask is not None and inputs.shape[:2] == mask.shape:
-                inputs = inputs[mask]  # padding says nothing about the text
-            observer.update(inputs.flatten(0, -2))
+            same = [observer for tensor, observer in seen if tensor is inputs] if shared else []
+            observer = used.setdefault(name, same[0] if same else observers[name])
+            if any(observer is other for other in same):
+                return  # it has taken these inputs in already
+            seen.append((inputs, observer))
+            observer.update(current[0].text(inputs))
 
         return hook
 
     hooks = [
-        block.get_submodule(name).register_forward_pre_hook(hook_for(observer))
-        for name, observer in observers.items()
+        block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in observers
     ]
     try:
         for call in calls:
-            current[0] = call.mask
-            block(call.hidden, *call.rest, **call.keywords)
+            current[:], seen[:] = [call], []
+            call.run(block)
     finally:
         for hook in hooks:
             hook.remove()
+    return used
 
 
-def _groups(block: nn.Module, names: list[str], call: _Call) -> list[list[str]]:
+def _groups(block: nn.Module, names: list[str], call: Call) -> list[list[str]]:
     """The layers of a block as they run, those that read the very same tensor together."""
     order: list[tuple[str, Tensor]] = []
 
@@ -283,7 +381,7 @@ def _groups(block: nn.Module, names: list[str], call: _Call) -> list[list[str]]:
 
     hooks = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
     try:
-        block(call.hidden, *call.rest, **call.keywords)
+        call.run(block)
     finally:
         for hook in hooks:
             hook.remove()

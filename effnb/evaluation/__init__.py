@@ -18,12 +18,14 @@ from effnb.evaluation.quality import (
     perplexity,
     ranked_choice,
 )
+from effnb.evaluation.ranking import Retrieval, retrieval
 
 __all__ = [
     "Choice",
     "Cost",
     "Perplexity",
     "RankedChoice",
+    "Retrieval",
     "Timing",
     "decode_tokens_per_second",
     "flops",
@@ -33,5 +35,6 @@ __all__ = [
     "peak_memory",
     "perplexity",
     "ranked_choice",
+    "retrieval",
     "stored_bytes",
 ]

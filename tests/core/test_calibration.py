@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from effnb.core.calibration import Hessian, InputNorm, InputSample, batches_of, layerwise
+from effnb.core.calibration import (
+    Hessian,
+    InputNorm,
+    InputSample,
+    batches_of,
+    layerwise,
+    visit_blocks,
+)
 from effnb.core.modules import linears
 
 
@@ -82,6 +89,80 @@ def test_hessian_is_the_second_moment(llama, ids):
     x = inputs_of(llama, ids, name)
     torch.testing.assert_close(found[name].value, 2 * x.T @ x / len(x), rtol=1e-4, atol=1e-5)
     assert found[name].tokens == ids.numel()
+
+
+@pytest.mark.parametrize("features", [1, 7, 64, 65, 200, 600])
+def test_hessian_of_any_size(features):
+    """Only one triangle is accumulated, panel by panel; both are given."""
+    torch.manual_seed(0)
+    x = torch.randn(37, features)
+    hessian = Hessian(features)
+    for part in (*x.split(10), x[:0]):
+        hessian.update(part)
+    assert hessian.tokens == 37 and torch.equal(hessian.value, hessian.value.T)
+    torch.testing.assert_close(hessian.value, 2 * x.T @ x / 37, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_with_one_input_share_an_observer(llama, ids):
+    alone, shared = {}, {}
+    for found, sharing in ((alone, False), (shared, True)):
+        layerwise(
+            llama,
+            ids,
+            lambda n, m: Hessian(m.in_features),
+            lambda n, m, o, found=found: found.__setitem__(n, o),
+            share_observers=sharing,
+            batch_size=3,
+        )
+    assert list(shared) == list(alone)
+    for name, observer in shared.items():
+        assert observer.tokens == ids.numel()
+        torch.testing.assert_close(observer.value, alone[name].value, rtol=0, atol=0)
+    for i in range(3):
+        q, k, v, o, gate, up, down = (
+            shared[f"model.layers.{i}.{n}"] for n in (
+                "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+            )
+        )  # fmt: skip
+        assert q is k is v and gate is up and len({id(x) for x in (q, o, gate, down)}) == 4
+    assert len({id(observer) for observer in alone.values()}) == 21
+
+
+def test_layers_that_never_run_are_not_compressed(llama, ids):
+    llama.model.layers[1].spare = nn.Linear(4, 4)
+    names = []
+    layerwise(llama, ids, lambda n, m: InputNorm(m.in_features), lambda n, m, o: names.append(n))
+    assert len(names) == 21 and "model.layers.1.spare" not in names
+
+
+def test_results_can_be_trained(llama, ids):
+    """What is computed during the pass is no tensor of inference mode."""
+
+    def double(name, layer, observer):
+        new = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        new.weight = nn.Parameter(layer.weight * 2)
+        return new
+
+    new = layerwise(llama, ids, lambda n, m: InputNorm(m.in_features), double)
+    new(ids, labels=ids).loss.backward()
+    assert new.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+def test_blocks_are_visited_with_what_the_changed_ones_before_give(llama, ids):
+    inputs = {}
+
+    def visit(name, block, calls):
+        inputs[name] = torch.cat([call.hidden for call in calls])
+        weight = block.mlp.down_proj.weight
+        block.mlp.down_proj.weight = nn.Parameter(weight * 3)
+
+    new = visit_blocks(llama, ids, visit, batch_size=3)
+    assert list(inputs) == [f"model.layers.{i}" for i in range(3)]
+    with torch.no_grad():
+        states = new(ids, output_hidden_states=True).hidden_states
+    for state, found in zip(states[:3], inputs.values(), strict=True):
+        torch.testing.assert_close(found, state)
 
 
 def test_input_norm():

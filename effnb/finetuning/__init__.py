@@ -1,0 +1,1 @@
+"""Fine-tuning: adapting a trained model to a task with few trained numbers."""

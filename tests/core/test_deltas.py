@@ -1,0 +1,354 @@
+"""The protocol of deltas: sharing, names, order, files, with deltas made here."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from effnb.core.delta_files import attach_state, open_delta, read_delta, save_delta
+from effnb.core.deltas import (
+    Delta,
+    WithDeltas,
+    attach_deltas,
+    attached,
+    delta_parameters,
+    delta_state_dict,
+    detach,
+    freeze,
+    hosts,
+    linear_layers,
+    load_delta,
+    merge,
+    set_active,
+    set_trainable,
+    thaw,
+)
+from effnb.core.modules import share
+from effnb.core.training import TrainingSettings, train
+from effnb.evaluation import parameter_count, stored_bytes
+
+
+class Offset(Delta):
+    """y + v: additive and mergeable into the bias."""
+
+    kind = "test-offset"
+    additive = True
+
+    def __init__(self, size):
+        super().__init__()
+        self.v = nn.Parameter(torch.zeros(size))
+
+    def forward(self, inputs, output, base):
+        return output + self.v
+
+    def merged(self, base):
+        layer = share(base)
+        layer.bias = nn.Parameter(base.bias.detach() + self.v.detach(), base.bias.requires_grad)
+        return layer
+
+    def settings(self):
+        return {"note": "kept"}
+
+    @classmethod
+    def rebuild(cls, base, settings, tensors):
+        if settings != {"note": "kept"}:
+            raise ValueError("the settings were lost.")
+        return cls(base.out_features)
+
+
+class Gain(Delta):
+    """g y: acts on what comes before it; has a buffer that is part of its state."""
+
+    kind = "test-gain"
+
+    def __init__(self, size):
+        super().__init__()
+        self.inner = nn.ParameterDict({"g": nn.Parameter(torch.ones(size))})
+        self.register_buffer("fixed", torch.ones(1))
+
+    def forward(self, inputs, output, base):
+        return output * self.inner["g"] * self.fixed
+
+    @classmethod
+    def rebuild(cls, base, settings, tensors):
+        return cls(base.out_features)
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def with_offset(model, name="a", value=0.5):
+    new = attach_deltas(model, name, {"0": Offset(6), "2": Offset(3)})
+    state = {key: torch.full_like(t, value) for key, t in delta_state_dict(new, name).items()}
+    return load_delta(new, name, state)
+
+
+X = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
+
+
+def test_freezing_shares_memory_but_not_the_flag():
+    model = small()
+    model[0].bias.requires_grad_(False)
+    frozen = freeze(model)
+    for old, new in zip(model.parameters(), frozen.parameters(), strict=True):
+        assert old.data_ptr() == new.data_ptr() and not new.requires_grad
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    assert [p.requires_grad for p in thaw(frozen).parameters()] == [True, False, True, True]
+    assert [p.requires_grad for p in thaw(freeze(frozen)).parameters()] == [True, False, True, True]
+
+
+def test_tied_weights_stay_tied(llama, ids):
+    frozen = freeze(llama)
+    assert frozen.lm_head.weight is frozen.model.embed_tokens.weight
+    back = thaw(frozen)
+    assert back.lm_head.weight is back.model.embed_tokens.weight
+    assert back.lm_head.weight.requires_grad
+    with torch.no_grad():
+        assert torch.equal(frozen(ids).logits, llama(ids).logits)
+
+
+def test_running_statistics_are_not_shared():
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+    before = model[1].running_mean.clone()
+    new = attach_deltas(model, "a", {"0": Offset(5)}).train()
+    new(X + 3)
+    assert torch.equal(model[1].running_mean, before)
+    assert not torch.equal(new[1].running_mean, before)
+
+
+def test_attached_is_the_only_thing_trained_and_nobody_else_changes():
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    one = attach_deltas(model, "a", {"0": Offset(6)})
+    two = attach_deltas(one, "b", {"0": Offset(6), "2": Offset(3)})
+    assert attached(two) == ("a", "b") and attached(one) == ("a",) and attached(model) == ()
+    assert [n for n, p in two.named_parameters() if p.requires_grad] == [
+        "0.deltas.b.v",
+        "2.deltas.b.v",
+    ]
+    settings = TrainingSettings(steps=3, learning_rate=0.1)
+    train(two, lambda s: X, settings, loss=lambda m, x: m(x).square().mean())
+    assert all(float(p.detach().abs().sum()) > 0 for p in delta_parameters(two, "b").values())
+    assert all(float(p.detach().abs().sum()) == 0 for p in delta_parameters(two, "a").values())
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key])
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert attached(one) == ("a",) and not delta_parameters(one, "a")["0.v"].any()
+
+
+def test_a_further_delta_costs_its_own_bytes_only():
+    model = small()
+    new = with_offset(with_offset(model), "b")
+    assert stored_bytes(new) == stored_bytes(model) + 2 * 9 * 4
+    assert parameter_count(new) == parameter_count(model) + 2 * 9
+    assert new[0].base.weight.data_ptr() == model[0].weight.data_ptr()
+
+
+def test_order_of_application_is_that_of_active():
+    model = small()
+    new = attach_deltas(with_offset(model), "g", {"2": Gain(3)})
+    new = load_delta(new, "g", {"2.inner.g": torch.full((3,), 2.0), "2.fixed": torch.ones(1)})
+    hidden = torch.tanh(model[0](X) + 0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(new(X), 2 * (model[2](hidden) + 0.5))
+        swapped = set_active(new, "g", "a")
+        torch.testing.assert_close(swapped(X), 2 * model[2](hidden) + 0.5)
+        assert torch.equal(set_active(new)(X), model(X))
+    assert new[2].active == ("a", "g")  # the argument is as it was
+
+
+def test_detaching_the_last_gives_the_model_back():
+    model = small()
+    new = detach(with_offset(model), "a")
+    assert attached(new) == () and not any(isinstance(m, WithDeltas) for m in new.modules())
+    assert torch.equal(new(X), model(X))
+    assert all(p.requires_grad for p in new.parameters())
+    two = with_offset(with_offset(model), "b", 1.0)
+    rest = detach(two, "a")
+    torch.testing.assert_close(rest(X), with_offset(model, "b", 1.0)(X))
+    assert attached(two) == ("a", "b")
+
+
+def test_merging_keeps_the_function():
+    model = small()
+    new = with_offset(with_offset(model), "b", 1.0)
+    once = merge(new, "a")
+    assert attached(once) == ("b",)
+    torch.testing.assert_close(once(X), new(X))
+    twice = merge(once, "b")
+    assert attached(twice) == () and type(twice[0]) is nn.Linear
+    torch.testing.assert_close(twice(X), new(X))
+    assert all(p.requires_grad for p in twice.parameters())
+    assert twice[0].weight.data_ptr() == model[0].weight.data_ptr()  # only the bias is new
+    assert torch.equal(model[0].bias, small()[0].bias)
+
+
+def test_merging_under_a_delta_that_would_see_it_is_refused():
+    new = attach_deltas(small(), "g", {"0": Gain(6)})
+    new = with_offset(new)
+    with pytest.raises(ValueError, match="cannot be merged under 'g'"):
+        merge(new, "a")
+    with pytest.raises(ValueError, match="'test-gain' cannot be merged into the weights"):
+        merge(new, "g")
+    torch.testing.assert_close(merge(set_active(new, "a", "g"), "a")(X),
+                               set_active(new, "a", "g")(X))  # fmt: skip
+    with pytest.raises(ValueError, match="not active"):
+        merge(set_active(new, "g"), "a")
+
+
+def test_several_are_trained_at_once_on_copies():
+    new = with_offset(with_offset(small()), "b", 1.0)
+    both = set_trainable(new, "a", "b")
+    assert sum(p.requires_grad for p in both.parameters()) == 4
+    assert sum(p.requires_grad for p in new.parameters()) == 2
+    settings = TrainingSettings(steps=2, learning_rate=0.1)
+    train(both, lambda s: X, settings, loss=lambda m, x: m(x).square().mean())
+    assert all(bool((p == 0.5).all()) for p in delta_parameters(new, "a").values())
+    assert all(bool((p == 1.0).all()) for p in delta_parameters(new, "b").values())
+    assert not any(p.requires_grad for p in set_trainable(new).parameters())
+
+
+def test_a_classifier_is_trained_beside_a_delta():
+    model = small()
+    new = set_trainable(with_offset(model), "a", also="2.base.*")
+    settings = TrainingSettings(steps=2, learning_rate=0.1)
+    train(new, lambda s: X, settings, loss=lambda m, x: m(x).square().mean())
+    assert torch.equal(model[2].weight, small()[2].weight)
+    assert not torch.equal(new[2].base.weight, model[2].weight)
+    with pytest.raises(ValueError, match=r"no parameter fits the pattern head\.\*"):
+        set_trainable(new, also=["head.*"])
+
+
+@examples(max_examples=25)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 9))
+def test_state_goes_out_and_in(n_in, n_out, seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(n_in, n_out))
+    new = attach_deltas(model, "a", {"0": Gain(n_out)})
+    state = {"0.inner.g": torch.randn(n_out), "0.fixed": torch.randn(1)}
+    loaded = load_delta(new, "a", state)
+    found = delta_state_dict(loaded, "a")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], state[key]) for key in state)
+    assert all(bool((t == 1).all()) for t in delta_state_dict(new, "a").values())
+    assert [p.requires_grad for p in loaded.parameters()] == [False, False, True]
+    found["0.fixed"].zero_()  # a copy
+    assert torch.equal(delta_state_dict(loaded, "a")["0.fixed"], state["0.fixed"])
+    x = torch.randn(2, n_in)
+    torch.testing.assert_close(
+        loaded(x), model(x) * state["0.inner.g"] * state["0.fixed"], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_a_file_is_small_and_brings_the_delta_to_another_copy(tmp_path):
+    path = tmp_path / "delta.safetensors"
+    new = with_offset(small())
+    size = save_delta(new, "a", path)
+    assert size == path.stat().st_size < 1000
+    about, tensors = read_delta(path)
+    assert about == {"name": "a", "kind": "test-offset", "settings": {"note": "kept"}}
+    assert set(tensors) == {"0.v", "2.v"}
+    other = open_delta(small(), path)
+    assert attached(other) == ("a",) and torch.equal(other(X), new(X))
+    renamed = open_delta(other, path, name="again")
+    assert attached(renamed) == ("a", "again")
+
+
+def test_modules_inside_a_delta_survive_a_file(tmp_path):
+    path = tmp_path / "delta.safetensors"
+    new = attach_deltas(small(), "g", {"0": Gain(6)})
+    new = load_delta(new, "g", {"0.inner.g": torch.arange(6.0), "0.fixed": torch.ones(1)})
+    save_delta(new, "g", path)
+    assert torch.equal(open_delta(small(), path)(X), new(X))
+
+
+def test_what_is_no_delta_is_said(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"x\.safetensors is damaged"):
+        read_delta(path)
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="holds tensors, but no delta"):
+        read_delta(path)
+    with pytest.raises(FileNotFoundError):
+        read_delta(tmp_path / "missing.safetensors")
+    about = {"name": "z", "kind": "nobody", "settings": {}}
+    save_file({"0.v": torch.ones(6)}, path, metadata={"effnb_delta": json.dumps(about)})
+    with pytest.raises(ValueError, match=r"'nobody' are not known; known: .*test-offset"):
+        open_delta(small(), path)
+
+
+def test_bad_input_is_one_sentence():
+    model = with_offset(small())
+    with pytest.raises(ValueError, match="'a' is attached already"):
+        attach_deltas(model, "a", {"0": Offset(6)})
+    for name in ("", "a.b", "keys", "training"):
+        with pytest.raises(ValueError, match="cannot name a delta"):
+            attach_deltas(small(), name, {"0": Offset(6)})
+    with pytest.raises(ValueError, match="no layer to sit on"):
+        attach_deltas(small(), "b", {})
+    with pytest.raises(ValueError, match="no module named '7'"):
+        attach_deltas(small(), "b", {"7": Offset(6)})
+    for function in (detach, merge, delta_state_dict, delta_parameters, hosts, set_active):
+        with pytest.raises(ValueError, match="no delta is named 'z'; attached: a"):
+            function(model, "z")
+    with pytest.raises(ValueError, match="named twice in a, a"):
+        set_active(model, "a", "a")
+    with pytest.raises(ValueError, match="attached: none"):
+        detach(small(), "z")
+    state = delta_state_dict(model, "a")
+    with pytest.raises(ValueError, match=r"it lacks 2\.v"):
+        load_delta(model, "a", {"0.v": state["0.v"]})
+    with pytest.raises(ValueError, match=r"it has 9\.v, which"):
+        load_delta(model, "a", state | {"9.v": state["0.v"]})
+    with pytest.raises(ValueError, match=r"2\.v has shape \(4,\), not \(3,\)"):
+        load_delta(model, "a", state | {"2.v": torch.ones(4)})
+    with pytest.raises(ValueError, match=r"has 9\.v, but the model has no such module"):
+        attach_state(small(), "b", "test-offset", {"note": "kept"}, {"9.v": torch.ones(6)})
+    with pytest.raises(ValueError, match="0: the settings were lost"):
+        attach_state(small(), "b", "test-offset", {}, {"0.v": torch.ones(6)})
+    with pytest.raises(ValueError, match=r"0\.v has shape \(5,\), not \(6,\)"):
+        attach_state(small(), "b", "test-offset", {"note": "kept"}, {"0.v": torch.ones(5)})
+
+
+def test_linear_layers_of_any_storage():
+    class Odd(nn.Module):
+        in_features, out_features = 4, 2
+
+        def forward(self, x):
+            return x[..., :2]
+
+    model = nn.ModuleDict(
+        {
+            "a": nn.Linear(3, 2),
+            "odd": Odd(),
+            "attention": nn.MultiheadAttention(4, 2),
+            "norm": nn.LayerNorm(3),
+            "lm_head": nn.Linear(3, 5),
+        }
+    )
+    assert set(linear_layers(model)) == {"a", "odd"}
+    new = attach_deltas(model, "d", {"a": Offset(2)})
+    assert set(linear_layers(new, exclude=())) == {"a", "odd", "lm_head"}
+    assert isinstance(linear_layers(new)["a"], WithDeltas)
+    with pytest.raises(
+        ValueError, match=r"no linear layer fits the pattern b\*; the model has a, "
+    ):
+        linear_layers(model, include="b*")
+    with pytest.raises(ValueError, match="the model has none at all"):
+        linear_layers(nn.Sequential(nn.ReLU()))
+
+
+def test_a_host_shows_the_layer_under_it():
+    host = with_offset(small())[0]
+    assert (host.in_features, host.out_features) == (5, 6)
+    assert host.weight is host.base.weight and host.bias is host.base.bias
+    assert not hasattr(WithDeltas(nn.ReLU()), "weight")
