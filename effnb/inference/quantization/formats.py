@@ -18,6 +18,8 @@ them:
 One pair $(s, z)$ serves a whole tensor, a row (an output channel of a linear layer), or a group of
 consecutive inputs of a row. Smaller groups follow the weights more closely and store more scales.
 
+The range may also be chosen smaller than the numbers': see `clipping`.
+
 Rounding is half to even, as everywhere in PyTorch. Background: Gholami et al., "A Survey of
 Quantization Methods for Efficient Neural Network Inference", 2021, arXiv 2103.13630; Nagel et al.,
 "A White Paper on Neural Network Quantization", 2021, arXiv 2106.08295.
@@ -26,74 +28,73 @@ Quantization Methods for Efficient Neural Network Inference", 2021, arXiv 2103.1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Num, UInt8
 from torch import Tensor
 
-Granularity = int | Literal["row", "tensor"]
-"""What shares one scale: the whole tensor, a row, or a group of so many inputs of a row."""
+from effnb.inference.quantization.clipping import (
+    HALF_MAX,
+    HALF_MIN,
+    check_clip,
+    choose_grid,
+    round_to_grid,
+)
+from effnb.inference.quantization.stored import (
+    BITS,
+    Stored,
+    check_bits,
+    check_finite,
+    check_matrix,
+    check_tensor,
+    pack,
+    unpack,
+)
 
-BITS = range(2, 9)
-HALF_MAX, HALF_MIN = 65504, 2.0**-24
-"""Largest number, and smallest above 0, that half precision can hold: the limits of a scale."""
+__all__ = [
+    "BITS",
+    "HALF_MAX",
+    "HALF_MIN",
+    "Granularity",
+    "QuantizedTensor",
+    "bits_per_weight",
+    "check_bits",
+    "check_finite",
+    "check_granularity",
+    "choose_grid",
+    "fake_quantize",
+    "pack",
+    "quantize",
+    "unpack",
+]
+
+Granularity = int | str
+"""What shares one scale: "tensor", "row", or so many neighbouring inputs of a row."""
 
 
-def check_bits(bits: int) -> None:
-    """Refuse bit-widths that the uniform formats do not have."""
-    if bits not in BITS:
-        raise ValueError(f"bits is {bits!r}; the uniform formats have 2 to 8 bits.")
-
-
-def check_finite(weight: Tensor) -> None:
-    """Refuse tensors with NaN or infinite entries: no grid fits them."""
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
+def check_granularity(group_size: Granularity) -> None:
+    """Refuse anything but "tensor", "row" and whole numbers from 1."""
+    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
+    if group_size not in ("tensor", "row") and not (whole and group_size >= 1):
         raise ValueError(
-            f"the weight has {bad} entries that are NaN or infinite; only finite numbers can be "
-            "quantized."
+            f'group_size is {group_size!r}; it must be "tensor", "row" or a whole number from 1.'
         )
 
 
-def pack(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows packed"]:
-    """Store codes of `bits` bits without gaps, each row in `ceil(n / 8) * bits` bytes.
-
-    Eight codes make one word of `8 * bits` bits, code 0 in its lowest bits; the word is written
-    with its lowest byte first. Rows whose length is no multiple of 8 are filled up with zeros.
-
-    Raises:
-        ValueError: When a code needs more than `bits` bits.
-    """
-    check_bits(bits)
-    if codes.numel() and int(codes.max()) >= 2**bits:
-        raise ValueError(f"a code of {int(codes.max())} does not fit into {bits} bits.")
-    rows, n = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -n % 8)).view(rows, -1, 8).long()
-    shifts = torch.arange(8, device=codes.device) * bits
-    words = (padded << shifts).sum(-1)  # no carry: the codes' bits do not overlap
-    byte_shifts = torch.arange(bits, device=codes.device) * 8
-    return ((words.unsqueeze(-1) >> byte_shifts) & 255).to(torch.uint8).flatten(1)
+def scales_shape(shape: tuple[int, int], group_size: Granularity) -> tuple[int, int]:
+    """Rows and columns of the scales of a matrix: one per tensor, row, or group of a row."""
+    if group_size == "tensor":
+        return 1, 1
+    return shape[0], 1 if group_size == "row" else -(-shape[1] // group_size)
 
 
-def unpack(packed: UInt8[Tensor, "rows packed"], bits: int, n: int) -> UInt8[Tensor, "rows n"]:
-    """The inverse of `pack`, for rows of `n` codes."""
-    check_bits(bits)
-    if packed.shape[1] != -(-n // 8) * bits:
-        raise ValueError(
-            f"{packed.shape[1]} bytes do not hold rows of {n} codes of {bits} bits; "
-            f"{-(-n // 8) * bits} would."
-        )
-    words = packed.view(len(packed), -1, bits).long()
-    byte_shifts = torch.arange(bits, device=packed.device) * 8
-    words = (words << byte_shifts).sum(-1, keepdim=True)
-    shifts = torch.arange(8, device=packed.device) * bits
-    codes = (words >> shifts) & (2**bits - 1)
-    return codes.to(torch.uint8).flatten(1)[:, :n]
+def order_dtype(columns: int) -> torch.dtype:
+    """The smallest integer type that can number so many columns."""
+    return torch.int16 if columns <= 2**15 else torch.int32
 
 
 @dataclass(frozen=True)
-class QuantizedTensor:
+class QuantizedTensor(Stored):
     r"""A matrix on a uniform grid, stored as packed codes, scales and zero points.
 
     Attributes:
@@ -103,7 +104,11 @@ class QuantizedTensor:
         bits: Bits per code.
         shape: Rows and columns of the matrix.
         group_size: "tensor", "row", or inputs per group; the last group of a row may be shorter.
+        order: None, or for each stored column its place in the matrix: stored column j is column
+            `order[j]`. Groups are then made of columns that are neighbours in storage.
     """
+
+    format = "uniform"
 
     codes: UInt8[Tensor, "rows packed"]
     scales: Float[Tensor, "scale_rows groups"]
@@ -111,91 +116,145 @@ class QuantizedTensor:
     bits: int
     shape: tuple[int, int]
     group_size: Granularity
+    order: Int[Tensor, " places"] | None = None
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Num[Tensor, "rows columns"],
+        scales: Float[Tensor, "scale_rows groups"],
+        zeros: Num[Tensor, "scale_rows groups"] | None,
+        bits: int,
+        group_size: Granularity,
+        *,
+        symmetric: bool,
+        order: Int[Tensor, " places"] | None = None,
+    ) -> QuantizedTensor:
+        r"""Store codes that a method has chosen itself.
+
+        Args:
+            codes: Whole numbers as the equations have them, columns in stored order:
+                $-(2^{b-1} - 1) \ldots 2^{b-1} - 1$ if symmetric, $0 \ldots 2^b - 1$ if affine.
+            scales: The step of each group; half precision must be able to hold it.
+            zeros: The zero point of each group, $0 \ldots 2^b - 1$; None if symmetric.
+            bits: 2 to 8.
+            group_size: "tensor", "row", or so many neighbouring stored columns.
+            symmetric: Which of the two grids the codes belong to.
+            order: For each stored column its place in the matrix; None if they are in order.
+
+        Raises:
+            ValueError: When a part has the wrong shape, a code or zero point does not fit, a scale
+                is not a half-precision number, or the order is no permutation.
+        """
+        check_bits(bits)
+        check_granularity(group_size)
+        if symmetric != (zeros is None):
+            raise ValueError("a symmetric grid has no zero points, and an affine one needs them.")
+        rows, columns = codes.shape
+        expected = scales_shape((rows, columns), group_size)
+        for name, part in (("scales", scales), ("zeros", zeros)):
+            if part is not None and tuple(part.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(part.shape)}; it must be {expected}.")
+        if not torch.equal(scales.half().to(scales.dtype), scales):
+            raise ValueError(
+                "a scale is not a half-precision number; round scales before choosing codes."
+            )
+        top = 2 ** (bits - 1) - 1
+        ends = (-top, top) if symmetric else (0, 2**bits - 1)
+        for name, part, (low, high) in (("codes", codes, ends), ("zeros", zeros, (0, 2**bits - 1))):
+            if part is not None and not bool(
+                ((part >= low) & (part <= high) & (part == part.round())).all()
+            ):
+                raise ValueError(f"{name} must be whole numbers from {low} to {high}.")
+        codes = codes.to(torch.int16) + (top if symmetric else 0)
+        if order is not None:
+            _check_order(order, columns)
+            order = order.to(order_dtype(columns))
+        return cls(
+            codes=pack(codes.to(torch.uint8), bits),
+            scales=scales.half(),
+            zeros=None if zeros is None else pack(zeros.to(torch.uint8).reshape(1, -1), bits),
+            bits=bits,
+            shape=(rows, columns),
+            group_size=group_size,
+            order=order,
+        )
+
+    def check(self) -> None:
+        """Refuse tensors that do not fit the bits, shape and group size."""
+        check_bits(self.bits)
+        check_granularity(self.group_size)
+        rows, columns = self.shape
+        scales = scales_shape(self.shape, self.group_size)
+        check_tensor("codes", self.codes, torch.uint8, (rows, -(-columns // 8) * self.bits))
+        check_tensor("scales", self.scales, torch.float16, scales)
+        if self.zeros is not None:
+            packed = -(-scales[0] * scales[1] // 8) * self.bits
+            check_tensor("zeros", self.zeros, torch.uint8, (1, packed))
+        if self.order is not None:
+            check_tensor("order", self.order, order_dtype(columns), (columns,))
+            _check_order(self.order, columns)
 
     @property
     def symmetric(self) -> bool:
         """Whether the grid has no zero point."""
         return self.zeros is None
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of codes, scales and zero points together: what a file would hold."""
-        parts = (self.codes, self.scales, self.zeros)
-        return sum(t.numel() * t.element_size() for t in parts if t is not None)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits stored per number, scales and zero points counted."""
-        return 8 * self.bytes / (self.shape[0] * self.shape[1])
-
     def integers(self) -> Int[Tensor, "rows columns"]:
-        """The codes as the equations have them: signed if symmetric, from 0 if affine."""
+        """The codes as the equations have them, in stored order: signed if symmetric."""
         codes = unpack(self.codes, self.bits, self.shape[1]).to(torch.int16)
         return codes - (2 ** (self.bits - 1) - 1) if self.symmetric else codes
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows columns"]:
-        r"""$\hat x = s\,(q - z)$."""
-        q = self.integers().float()
-        s = _spread(self.scales.float(), self)
+    def zero_points(self) -> Int[Tensor, "scale_rows groups"] | None:
+        """The zero points, one for each scale; None if symmetric."""
         if self.zeros is None:
-            return (s * q).to(dtype)
-        z = unpack(self.zeros, self.bits, self.scales.numel()).float().view_as(self.scales)
-        return (s * (q - _spread(z, self))).to(dtype)
+            return None
+        zeros = unpack(self.zeros, self.bits, self.scales.numel()).to(torch.int16)
+        return zeros.view_as(self.scales)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows columns"]:
+        r"""$\hat x = s\,(q - z)$, columns where the matrix has them."""
+        q, z = self.integers().float(), self.zero_points()
+        s = _spread(self.scales.float(), self.group_size, self.shape[1])
+        if z is not None:
+            q = q - _spread(z.float(), self.group_size, self.shape[1])
+        values = (s * q).to(dtype)
+        return values if self.order is None else values[:, self.order.argsort()]
 
 
-def _spread(per_group: Tensor, like: QuantizedTensor) -> Tensor:
+def _check_order(order: Tensor, columns: int) -> None:
+    whole = torch.arange(columns, device=order.device)
+    if order.numel() != columns or not torch.equal(order.long().sort().values, whole):
+        raise ValueError(f"order does not hold each of the {columns} columns exactly once.")
+
+
+def _spread(per_group: Tensor, group_size: Granularity, columns: int) -> Tensor:
     """Repeat one number per group over the columns of the group."""
-    if isinstance(like.group_size, str):
+    if isinstance(group_size, str):
         return per_group
-    return per_group.repeat_interleave(like.group_size, dim=1)[:, : like.shape[1]]
+    return per_group.repeat_interleave(group_size, dim=1)[:, :columns]
 
 
-def _grouped(weight: Tensor, group_size: Granularity) -> Float[Tensor, "scale_rows groups size"]:
-    """The weight as one row of numbers per scale; a short last group is filled up with zeros.
-
-    Zeros change neither the largest magnitude nor a range that contains 0.
-    """
+def _choose_grids(
+    matrix: Float[Tensor, "rows columns"],
+    bits: int,
+    group_size: Granularity,
+    symmetric: bool,
+    **how: str | float,
+) -> tuple[Float[Tensor, "scale_rows groups"], Int[Tensor, "scale_rows groups"] | None]:
+    """A grid for each tensor, row or group; a shorter last group gets one from its own numbers."""
     if group_size == "tensor":
-        return weight.reshape(1, 1, -1)
-    if group_size == "row":
-        return weight.unsqueeze(1)
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(
-            f'group_size is {group_size!r}; it must be "tensor", "row" or a whole number from 1.'
-        )
-    rows, columns = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, -columns % group_size))
-    return padded.view(rows, -1, group_size)
-
-
-def choose_grid(
-    values: Num[Tensor, "*shape size"], bits: int, symmetric: bool
-) -> tuple[Float[Tensor, "*shape"], Int[Tensor, "*shape"] | None]:
-    """Scale and zero point from the extremes of the last axis.
-
-    The scale is rounded to half precision first, the form it is stored in, so that quantizing uses
-    the same number as reading back. Where all values are 0 the scale is 1.
-
-    Raises:
-        ValueError: When a scale is too large for half precision.
-    """
-    check_bits(bits)
-    if symmetric:
-        span = values.abs().amax(-1).float() / (2 ** (bits - 1) - 1)
+        parts = [matrix.reshape(1, 1, -1)]
+    elif group_size == "row":
+        parts = [matrix.unsqueeze(1)]
     else:
-        low, high = values.amin(-1).float().clamp(max=0), values.amax(-1).float().clamp(min=0)
-        span = (high - low) / (2**bits - 1)
-    if float(span.max()) > HALF_MAX:
-        raise ValueError(
-            f"the weights are too large: a scale of {float(span.max()):.3g} does not fit into half "
-            f"precision (at most {HALF_MAX})."
-        )
-    # A smaller scale would round to 0, and codes could not be computed.
-    scale = torch.where(span > 0, span.clamp(min=HALF_MIN), torch.ones_like(span))
-    scale = scale.half().float()
-    if symmetric:
-        return scale, None
-    return scale, (-low / scale).round().clamp(0, 2**bits - 1).int()
+        rest = matrix.shape[1] % group_size
+        whole = matrix[:, : matrix.shape[1] - rest].unflatten(1, (-1, group_size))
+        last = matrix[:, matrix.shape[1] - rest :].unsqueeze(1)
+        parts = [part for part in (whole, last) if part.numel()]
+    grids = [choose_grid(part, bits, symmetric, **how) for part in parts]
+    scales = torch.cat([scale for scale, _ in grids], 1)
+    return scales, None if symmetric else torch.cat([zero for _, zero in grids], 1)
 
 
 def quantize(
@@ -204,6 +263,9 @@ def quantize(
     *,
     group_size: Granularity = "row",
     symmetric: bool = False,
+    clip: str = "minmax",
+    percentile: float = 99.9,
+    exponent: float = 2.0,
 ) -> QuantizedTensor:
     """Round a matrix to the nearest points of a uniform grid and store it packed.
 
@@ -212,36 +274,75 @@ def quantize(
         bits: 2 to 8.
         group_size: What shares one scale: "tensor", "row", or so many consecutive columns.
         symmetric: Whether the grid is centred on 0 and has no zero point.
+        clip: What the grid covers: everything ("minmax"), a share of the numbers ("percentile"),
+            or the range of least error ("mse"); see `clipping`.
+        percentile: For "percentile": the share in per cent.
+        exponent: For "mse": the power of the error that is summed.
 
     Raises:
-        ValueError: Bits outside the format, entries that are not finite, not a matrix, or an
-            impossible group size.
+        ValueError: Bits outside the format, entries that are not finite, not a matrix, an
+            impossible group size, or an unknown way of clipping.
     """
     check_bits(bits)
-    if weight.ndim != 2 or 0 in weight.shape:
-        raise ValueError(
-            f"the weight has shape {tuple(weight.shape)}; only non-empty matrices are quantized."
-        )
-    check_finite(weight)
+    check_granularity(group_size)
+    check_clip(clip, percentile, exponent)
+    check_matrix(weight)
     weight = weight.detach().float()
-    grouped = _grouped(weight, group_size)
-    scale, zero = choose_grid(grouped, bits, symmetric)
-    rows, columns = weight.shape
-    ratio = (grouped / scale.unsqueeze(-1)).round()
-    if symmetric:
-        top = 2 ** (bits - 1) - 1
-        codes = ratio.clamp(-top, top) + top
-    else:
-        codes = (ratio + zero.unsqueeze(-1)).clamp(0, 2**bits - 1)
-    codes = codes.to(torch.uint8).reshape(rows, -1)[:, :columns]
-    return QuantizedTensor(
-        codes=pack(codes, bits),
-        scales=scale.half(),
-        zeros=None if zero is None else pack(zero.to(torch.uint8).view(1, -1), bits),
-        bits=bits,
-        shape=(rows, columns),
-        group_size=group_size,
-    )
+    how = {"clip": clip, "percentile": percentile, "exponent": exponent}
+    scale, zero = _choose_grids(weight, bits, group_size, symmetric, **how)
+    columns = weight.shape[1]
+    s = _spread(scale, group_size, columns)
+    z = None if zero is None else _spread(zero, group_size, columns)
+    codes = round_to_grid(weight, s, z, bits)
+    return QuantizedTensor.from_codes(codes, scale, zero, bits, group_size, symmetric=symmetric)
+
+
+def fake_quantize(
+    x: Float[Tensor, "*shape"],
+    bits: int,
+    *,
+    group_size: Granularity = "row",
+    symmetric: bool = False,
+    clip: str = "minmax",
+    percentile: float = 99.9,
+    exponent: float = 2.0,
+    half_scales: bool = False,
+) -> Float[Tensor, "*shape"]:
+    r"""Round to the grid and read back in one go, in floating point: $s\,(q - z)$, nothing packed.
+
+    For activations, and for searches that try many grids. It computes in float32, or float64 if
+    that is what it is given. With `half_scales` a float32 matrix becomes exactly what
+    `quantize(...).dequantize()` gives. The gradient is that of rounding: 0.
+
+    Args:
+        x: Any shape. "row" is the last axis: for activations (batch, time, features), a token.
+        bits: 2 to 8.
+        group_size: What shares one scale: "tensor", "row", or so many neighbours on the last axis.
+        symmetric: Whether the grid is centred on 0 and has no zero point.
+        clip: What the grid covers: "minmax", "percentile" or "mse".
+        percentile: For "percentile": the share in per cent.
+        exponent: For "mse": the power of the error that is summed.
+        half_scales: Whether scales are rounded to half precision, as in storage.
+
+    Raises:
+        ValueError: Bits outside the format, entries that are not finite, an impossible group size,
+            an unknown way of clipping, or a tensor without axes.
+    """
+    check_bits(bits)
+    check_granularity(group_size)
+    check_clip(clip, percentile, exponent)
+    if x.ndim == 0:
+        raise ValueError("a single number has no grid; give a tensor with at least one axis.")
+    if x.numel() == 0:
+        return x
+    check_finite(x, "the tensor")
+    matrix = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+    how = {"clip": clip, "percentile": percentile, "exponent": exponent}
+    scale, zero = _choose_grids(matrix, bits, group_size, symmetric, half_scales=half_scales, **how)
+    s = _spread(scale, group_size, x.shape[-1])
+    z = None if zero is None else _spread(zero, group_size, x.shape[-1])
+    q = round_to_grid(matrix, s, z, bits)
+    return (s * (q if z is None else q - z)).to(x.dtype).view(x.shape)
 
 
 def bits_per_weight(
@@ -261,13 +362,18 @@ def bits_per_weight(
         shape: Rows and columns of the matrix.
         group_size: What shares one scale.
         symmetric: Whether there are no zero points.
+
+    Raises:
+        ValueError: Bits or a group size that the format does not have.
     """
+    check_bits(bits)
+    check_granularity(group_size)
 
     def packed(codes: int) -> int:
         return -(-codes // 8) * bits
 
     rows, columns = shape
-    per_row = 1 if isinstance(group_size, str) else -(-columns // group_size)
-    scales = 1 if group_size == "tensor" else rows * per_row
+    scale_rows, groups = scales_shape(shape, group_size)
+    scales = scale_rows * groups
     total = rows * packed(columns) + 2 * scales + (0 if symmetric else packed(scales))
     return 8 * total / (rows * columns)

@@ -1,41 +1,40 @@
-"""A linear layer whose weight is stored quantized."""
+"""A linear layer whose weight is stored quantized, in any of the stored formats."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.inference.quantization.formats import Granularity, QuantizedTensor
+from effnb.inference.quantization.formats import Granularity
+from effnb.inference.quantization.stored import Stored, from_parts
 
 
 class QuantizedLinear(nn.Module):
     r"""$y = x\,\hat W^\top + b$ with $\hat W$ read back from packed codes at every call.
 
-    What the module holds is what a file would hold: packed codes, half-precision scales, packed
-    zero points. It trades time for memory; for many calls at one setting use `dequantized`.
+    What the module holds is what a file would hold: the tensors of the stored weight (packed
+    codes, scales, whatever its format has), each a buffer of the same name. It trades time for
+    memory; for many calls at one setting use `dequantized`.
     """
 
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Stored, bias: Tensor | None = None) -> None:
         """Wrap a quantized weight; the bias, if any, stays as it is and is shared."""
         super().__init__()
-        self.bits, self.group_size = weight.bits, weight.group_size
+        self.description = weight.describe()
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("codes", weight.codes)
-        self.register_buffer("scales", weight.scales)
-        self.register_buffer("zeros", weight.zeros)
+        for name, tensor in weight.tensors().items():
+            self.register_buffer(name, tensor)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
     @property
-    def quantized(self) -> QuantizedTensor:
+    def quantized(self) -> Stored:
         """The weight as it is stored."""
-        shape = (self.out_features, self.in_features)
-        return QuantizedTensor(
-            self.codes, self.scales, self.zeros, self.bits, shape, self.group_size
-        )
+        tensors = {name: self._buffers[name] for name in self.description["tensors"]}
+        return from_parts(self.description, tensors, check=False)
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
@@ -47,23 +46,52 @@ class QuantizedLinear(nn.Module):
         weight = self.quantized.dequantize(inputs.dtype)
         return nn.functional.linear(inputs, weight, self.bias)
 
-    def dequantized(self) -> nn.Linear:
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """An ordinary linear layer with the same function, as large as before quantization."""
         layer = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
         )
-        layer.weight = nn.Parameter(self.weight, requires_grad=False)
+        layer.weight = nn.Parameter(self.quantized.dequantize(dtype), requires_grad=False)
         if self.bias is not None:
             layer.bias = self.bias
         return layer
 
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Let `to` and its like move the stored tensors, but not change their types.
+
+        A scale in another type would be another number, and the description would not fit.
+        """
+        before = dict(self._buffers)
+        super()._apply(function, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
     def extra_repr(self) -> str:
-        """Shape, bits and grouping."""
-        kind = "symmetric" if self.zeros is None else "affine"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group_size={self.group_size!r}, {kind}"
-        )
+        """Shape, format, and what the format says of itself."""
+        known: dict[str, Any] = dict(self.description)
+        if known["format"] == "uniform":
+            known["symmetric"] = "zeros" not in known["tensors"]
+        told = [f"{k}={v!r}" for k, v in known.items() if k not in ("shape", "tensors")]
+        size = f"in_features={self.in_features}, out_features={self.out_features}"
+        return ", ".join([size, *told])
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Refuse a model that has quantized layers already: errors would add up unseen.
+
+    A layer counts as quantized when it has the property `quantized`, as `QuantizedLinear` has, or
+    is a linear layer whose weight is not of a floating-point type.
+
+    Raises:
+        ValueError: When there is such a layer.
+    """
+    for module in model.modules():
+        packed = isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+        if packed or hasattr(type(module), "quantized"):
+            raise ValueError("this model is quantized already; quantize the original instead.")
 
 
 def group_size_label(group_size: Granularity) -> str:

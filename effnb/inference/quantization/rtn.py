@@ -1,18 +1,63 @@
-"""Round to nearest: quantize every linear layer by its own extremes, without any data.
+"""Round to nearest: quantize every linear layer by its own numbers, without any data.
 
 It is the baseline that every other method of the chapter is measured against, and at eight bits it
-is often all one needs.
+is often all one needs. `rtn` rounds to uniform grids; `quantize_linears` to any stored format:
+
+    quantize_linears(model, quantize_nf4)
+    quantize_linears(model, lambda weight: quantize_table(weight, "e2m1", block_size=32))
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from effnb.core.modules import HEADS, Model, map_linears, named_modules_of, replace_modules
-from effnb.inference.quantization.formats import Granularity, check_bits, quantize
-from effnb.inference.quantization.linear import QuantizedLinear
+from effnb.inference.quantization.clipping import check_clip
+from effnb.inference.quantization.formats import (
+    Granularity,
+    check_bits,
+    check_granularity,
+    quantize,
+)
+from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
+from effnb.inference.quantization.stored import Stored
+
+
+def quantize_linears(
+    model: Model,
+    function: Callable[[Tensor], Stored],
+    *,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+) -> Model:
+    """Store the weight of each linear layer in the format that a function gives it.
+
+    Args:
+        model: Any module with `nn.Linear` layers; it is not changed.
+        function: From a weight (out, in) to its stored form.
+        include: Name patterns of the layers to quantize.
+        exclude: Name patterns of layers to leave alone; output heads by default.
+
+    Returns:
+        A new model with `QuantizedLinear` layers that shares every other tensor.
+
+    Raises:
+        ValueError: When the format refuses a weight (the sentence names the layer), no layer fits,
+            or the model is quantized already.
+    """
+    refuse_quantized(model)
+
+    def replace(name: str, layer: nn.Linear) -> QuantizedLinear:
+        try:
+            weight = function(layer.weight.detach())
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from None
+        return QuantizedLinear(weight, layer.bias)
+
+    return map_linears(model, replace, include, exclude)
 
 
 def rtn(
@@ -21,6 +66,9 @@ def rtn(
     *,
     group_size: Granularity = "row",
     symmetric: bool = False,
+    clip: str = "minmax",
+    percentile: float = 99.9,
+    exponent: float = 2.0,
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = HEADS,
 ) -> Model:
@@ -33,6 +81,10 @@ def rtn(
         bits: 2 to 8.
         group_size: What shares one scale: "tensor", "row", or so many inputs of a row.
         symmetric: Whether the grids are centred on 0 and have no zero points.
+        clip: What a grid covers: all its weights ("minmax"), a share of them ("percentile"), or the
+            range of least error ("mse").
+        percentile: For "percentile": the share in per cent.
+        exponent: For "mse": the power of the error that is summed.
         include: Name patterns of the layers to quantize.
         exclude: Name patterns of layers to leave alone; output heads by default.
 
@@ -40,24 +92,39 @@ def rtn(
         A new model with `QuantizedLinear` layers that shares every other tensor.
 
     Raises:
-        ValueError: Bits or a group size that the format does not have, weights that are not finite,
-            no fitting layer, or a model that is quantized already.
+        ValueError: Bits, a group size or a way of clipping that do not exist, weights that are not
+            finite, no fitting layer, or a model that is quantized already.
     """
     check_bits(bits)
-    if any(isinstance(m, QuantizedLinear) for m in model.modules()):
-        raise ValueError("this model is quantized already; quantize the original instead.")
+    check_granularity(group_size)
+    check_clip(clip, percentile, exponent)
 
-    def replace(name: str, layer: nn.Linear) -> QuantizedLinear:
-        try:
-            weight = quantize(layer.weight, bits, group_size=group_size, symmetric=symmetric)
-        except ValueError as problem:
-            raise ValueError(f"{name}: {problem}") from None
-        return QuantizedLinear(weight, layer.bias)
+    def store(weight: Tensor) -> Stored:
+        return quantize(
+            weight,
+            bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            clip=clip,
+            percentile=percentile,
+            exponent=exponent,
+        )
 
-    return map_linears(model, replace, include, exclude)
+    return quantize_linears(model, store, include=include, exclude=exclude)
 
 
-def dequantized(model: Model) -> Model:
-    """The same function with ordinary linear layers: for evaluating one setting many times fast."""
+def dequantized(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """The same function with ordinary linear layers: for evaluating one setting many times fast.
+
+    Args:
+        model: A model with `QuantizedLinear` layers, of any format; it is not changed.
+        dtype: The type of the weights read back; by default that of the model's other parameters.
+
+    Raises:
+        ValueError: When no layer is quantized.
+    """
     layers = named_modules_of(model, QuantizedLinear)
-    return replace_modules(model, {name: m.dequantized() for name, m in layers.items()})
+    if dtype is None:
+        kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
+        dtype = kinds[0] if kinds else torch.float32
+    return replace_modules(model, {name: m.dequantized(dtype) for name, m in layers.items()})
