@@ -1,0 +1,138 @@
+"""What methods share that look at the inputs of a layer before they factorise it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effnb.core.calibration import Calibration, Observer, layerwise
+from effnb.core.modules import Model, share
+from effnb.inference.low_rank.factors import (
+    Factors,
+    LowRankLinear,
+    check_setting,
+    choose_layers,
+    plan,
+)
+from effnb.inference.low_rank.svd import keep
+
+Progress = Callable[[int, int], None]
+Observe = Callable[[int, torch.device], Observer]
+Factorise = Callable[[Tensor, Any, int | None], Factors]
+
+
+def calibrated(
+    model: Model,
+    calibration: Calibration,
+    observe: Observe,
+    factorise: Factorise,
+    *,
+    kept: float | None,
+    rank: int | Mapping[str, int] | None,
+    always: bool,
+    sequential: bool,
+    include: str | Iterable[str],
+    exclude: str | Iterable[str],
+    batch_size: int,
+    progress: Progress | None,
+) -> Model:
+    """Observe the inputs of the layers inside the blocks, and factorise each by what was seen.
+
+    Args:
+        model: A transformer; it is not changed.
+        calibration: See `effnb.core.calibration.batches_of`.
+        observe: From the number of inputs and the device to an observer.
+        factorise: From weight, observer and rank to the factors.
+        kept: See `effnb.inference.low_rank.factors.plan`.
+        rank: See there.
+        always: See there.
+        sequential: Observe each block behind the factorised ones before it; otherwise in the
+            unchanged model.
+        include: Name patterns.
+        exclude: Name patterns.
+        batch_size: Sequences at a time.
+        progress: Called with (blocks done, blocks).
+    """
+    check_setting(kept, rank)
+    layers = choose_layers(model, include, exclude, in_blocks=True)
+    ranks = plan(layers, kept, rank, always=always)
+    if not ranks:
+        return share(model)
+    made: dict[str, LowRankLinear] = {}
+
+    def compress(name: str, layer: nn.Linear, observer: Any) -> nn.Module | None:
+        try:
+            factors = factorise(layer.weight, observer, ranks[name])
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from None
+        made[name] = LowRankLinear.replacing(layer, factors)
+        return made[name] if sequential else None
+
+    result = _pass(model, calibration, observe, compress, list(ranks), batch_size, progress)
+    if sequential:
+        return result
+    for name, layer in made.items():  # `result` is a copy of ours, so far with the old layers
+        parent, _, leaf = name.rpartition(".")
+        setattr(result.get_submodule(parent), leaf, layer)
+    return result
+
+
+def decompose_calibrated(
+    model: nn.Module,
+    calibration: Calibration,
+    observe: Observe,
+    factorise: Factorise,
+    *,
+    include: str | Iterable[str],
+    exclude: str | Iterable[str],
+    batch_size: int,
+    progress: Progress | None,
+) -> dict[str, Factors]:
+    """The full decomposition of each layer inside the blocks, from the unchanged model's inputs.
+
+    Args:
+        model: A transformer; it is not changed.
+        calibration: See `effnb.core.calibration.batches_of`.
+        observe: From the number of inputs and the device to an observer.
+        factorise: From weight, observer and rank to the factors.
+        include: Name patterns.
+        exclude: Name patterns.
+        batch_size: Sequences at a time.
+        progress: Called with (blocks done, blocks).
+    """
+    names = list(choose_layers(model, include, exclude, in_blocks=True))
+    found: dict[str, Factors] = {}
+
+    def compress(name: str, layer: nn.Linear, observer: Any) -> None:
+        try:
+            found[name] = keep(factorise(layer.weight, observer, None))
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from None
+
+    _pass(model, calibration, observe, compress, names, batch_size, progress)
+    return found
+
+
+def _pass(
+    model: Model,
+    calibration: Calibration,
+    observe: Observe,
+    compress: Callable[[str, nn.Linear, Any], nn.Module | None],
+    names: list[str],
+    batch_size: int,
+    progress: Progress | None,
+) -> Model:
+    return layerwise(
+        model,
+        calibration,
+        lambda name, layer: observe(layer.in_features, layer.weight.device),
+        compress,
+        include=names,
+        exclude=(),
+        share_observers=True,  # query, key and value read the same inputs
+        batch_size=batch_size,
+        progress=progress,
+    )

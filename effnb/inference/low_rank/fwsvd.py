@@ -1,0 +1,253 @@
+r"""FWSVD: weigh the weights by what the loss says of them, then truncate.
+
+The empirical Fisher information of a weight is the mean square of its gradient, taken sample by
+sample,
+
+$$F_{ij} = \mathbb{E}\Bigl[\Bigl(\frac{\partial \mathcal L}{\partial W_{ij}}\Bigr)^2\Bigr] ,$$
+
+and $\sum_{ij} F_{ij} (W - \hat W)_{ij}^2$ is about what a small change of the weights does to the
+loss of a trained model. Minimising that over matrices of rank $r$ has no closed form, so the
+weights of one input (or one output) are given one importance,
+
+$$\hat I_j = \sqrt{\textstyle\sum_i F_{ij}} , \qquad
+  \min_{\hat W} \sum_j \hat I_j^2\, \lVert W_{:,j} - \hat W_{:,j} \rVert^2 ,$$
+
+which has one: truncate $W \operatorname{diag}(\hat I)$, and undo the scaling. Equal importances
+give plain SVD.
+
+Hsu et al., "Language model compression with weighted low-rank factorization", 2022, arXiv
+2207.00112. The paper writes $y = x W$, so its rows are inputs; that is the default here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from effnb.core.calibration import Calibration, batches_of
+from effnb.core.modules import HEADS, Model, share
+from effnb.inference.low_rank.factors import (
+    Factors,
+    check_setting,
+    choose_layers,
+    exact,
+    plan,
+    put_factors,
+)
+from effnb.inference.low_rank.svd import keep, scaled_svd
+
+SampleLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+FLOOR = 1e-6
+"""Least importance, in parts of the largest one: a row that is not needed must not divide by 0."""
+
+
+def next_token_loss(model: nn.Module, sample: dict[str, Tensor]) -> Tensor:
+    """Mean next-token cross-entropy of one sample, padding left out, in nats."""
+    ids = sample["input_ids"]
+    logits = model(**sample).logits
+    labels = ids if sample.get("attention_mask") is None else ids.masked_fill(
+        sample["attention_mask"] == 0, -100
+    )  # fmt: skip
+    return nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+    )
+
+
+def fisher(
+    model: nn.Module,
+    calibration: Calibration,
+    *,
+    loss: SampleLoss = next_token_loss,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Float[Tensor, "out in"]]:
+    r"""$F = \frac1N \sum_s (\partial \mathcal L_s / \partial W)^2$ of each linear layer's weight.
+
+    One backward pass per sample: the square of a batch's gradient is something else, because
+    gradients of different signs cancel before they are squared.
+
+    Args:
+        model: The model; it is not changed, and need not be trainable.
+        calibration: Token ids (samples, time), or ready keyword arguments per batch.
+        loss: From the model and the keyword arguments of one sample to a scalar.
+        include: Name patterns of the layers.
+        exclude: Name patterns of layers to leave out.
+        progress: Called with (samples done, samples).
+
+    Raises:
+        ValueError: When there are no samples, no fitting layer, the loss is not finite for one of
+            them, or a layer had no part in it.
+    """
+    layers = choose_layers(model, include, exclude)
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    device = next(model.parameters()).device
+    samples = [
+        {key: value[i : i + 1].to(device) for key, value in batch.items()}
+        for batch in batches_of(calibration, 1, context)
+        for i in range(len(batch["input_ids"]))
+    ]
+    probe = share(model).eval()
+    weights: dict[str, Tensor] = {}
+    for name in layers:  # parameters of our own on the same memory: the original may be frozen
+        layer = probe.get_submodule(name)
+        layer.weight = weights[name] = nn.Parameter(layer.weight.detach())
+    total = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
+    with torch.enable_grad():
+        for done, sample in enumerate(samples, 1):
+            value = loss(probe, sample)
+            if not bool(torch.isfinite(value)):
+                raise ValueError(f"the loss of calibration sample {done - 1} is {float(value)}.")
+            gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+            for name, gradient in zip(weights, gradients, strict=True):
+                if gradient is None:
+                    raise ValueError(f"the loss does not depend on {name}; exclude it.")
+                total[name] += gradient.float().square()
+            if progress:
+                progress(done, len(samples))
+    return {name: squares / len(samples) for name, squares in total.items()}
+
+
+def importance(
+    information: Float[Tensor, "*matrix"], axis: str = "inputs"
+) -> Float[Tensor, " features"]:
+    r"""$\hat I_j = \sqrt{\sum_i F_{ij}}$ of each input, or of each output.
+
+    Args:
+        information: $F$, (out, in).
+        axis: "inputs" or "outputs".
+
+    Raises:
+        ValueError: When the axis is neither.
+    """
+    check_axis(axis)
+    return exact(information).sum(0 if axis == "inputs" else 1).sqrt()
+
+
+def check_axis(axis: str) -> None:
+    """Refuse an axis that a matrix does not have."""
+    if axis not in ("inputs", "outputs"):
+        raise ValueError(f'axis is {axis!r}; choose "inputs" or "outputs".')
+
+
+def fwsvd_weight(
+    weight: Float[Tensor, "*matrix"],
+    information: Float[Tensor, "*fisher"],
+    rank: int | None = None,
+    *,
+    axis: str = "inputs",
+) -> Factors:
+    r"""Truncate $W \operatorname{diag}(\hat I)$, or $\operatorname{diag}(\hat I)\, W$ for outputs.
+
+    Args:
+        weight: $W$, (out, in).
+        information: $F$ of each weight, (out, in); none below 0.
+        rank: $r$; the full rank by default.
+        axis: What gets one importance: "inputs" (the paper) or "outputs".
+
+    Returns:
+        Factors whose `error` is the root of $\sum_j \hat I_j^2 \lVert \Delta W_j \rVert^2$.
+
+    Raises:
+        ValueError: When the shapes do not fit, an entry is not finite or below 0, or the rank is
+            out of range.
+    """
+    if information.shape != weight.shape:
+        raise ValueError(
+            f"the Fisher information has shape {tuple(information.shape)}, the weight "
+            f"{tuple(weight.shape)}; they must be equal."
+        )
+    if not bool((torch.isfinite(information) & (information >= 0)).all()):
+        raise ValueError("the Fisher information must be finite and nowhere below 0.")
+    scale = importance(information, axis)
+    most = float(scale.max())
+    scale = scale.clamp(min=FLOOR * most) if most > 0 else torch.ones_like(scale)
+    if axis == "inputs":
+        return scaled_svd(weight, scale, rank)
+    turned = scaled_svd(weight.T, scale, rank)
+    return Factors(turned.right.T, turned.left.T, turned.singular_values)
+
+
+def decompose_fwsvd(
+    model: nn.Module,
+    calibration: Calibration,
+    *,
+    axis: str = "inputs",
+    loss: SampleLoss = next_token_loss,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Factors]:
+    """The full decompositions that `truncate` makes models of.
+
+    Args:
+        model: See `fwsvd`.
+        calibration: See `fwsvd`.
+        axis: See `fwsvd`.
+        loss: See `fwsvd`.
+        include: Name patterns.
+        exclude: Name patterns.
+        progress: Called with (samples done, samples).
+
+    Raises:
+        ValueError: See `fwsvd`.
+    """
+    check_axis(axis)
+    layers = choose_layers(model, include, exclude)
+    found = fisher(
+        model, calibration, loss=loss, include=list(layers), exclude=(), progress=progress
+    )
+    return {n: keep(fwsvd_weight(m.weight, found[n], axis=axis)) for n, m in layers.items()}
+
+
+def fwsvd(
+    model: Model,
+    calibration: Calibration,
+    kept: float | None = None,
+    *,
+    rank: int | Mapping[str, int] | None = None,
+    axis: str = "inputs",
+    loss: SampleLoss = next_token_loss,
+    always: bool = False,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Replace linear layers by factors that spare the weights on which the loss depends.
+
+    Args:
+        model: A model with `nn.Linear` layers; it is not changed.
+        calibration: Samples of the task: token ids (samples, time), or ready keyword arguments.
+        kept: Part of each layer's numbers that its factors may hold; see
+            `effnb.inference.low_rank.svd`, also on which layers stay dense.
+        rank: Instead of `kept`: one rank for all layers, or ranks by layer name.
+        axis: What gets one importance: "inputs" (the paper) or "outputs".
+        loss: From the model and the keyword arguments of one sample to a scalar.
+        always: Factorise also where it saves nothing.
+        include: Name patterns of the layers to factorise.
+        exclude: Name patterns of layers to leave alone.
+        progress: Called with (samples done, samples).
+
+    Returns:
+        A new model with `LowRankLinear` layers that shares every other tensor.
+
+    Raises:
+        ValueError: See `effnb.inference.low_rank.svd` and `fisher`.
+        TypeError: When a rank is not a whole number.
+    """
+    check_setting(kept, rank)
+    check_axis(axis)
+    layers = choose_layers(model, include, exclude)
+    ranks = plan(layers, kept, rank, always=always)
+    if not ranks:
+        return share(model)
+    information = fisher(
+        model, calibration, loss=loss, include=list(ranks), exclude=(), progress=progress
+    )
+    return put_factors(
+        model,
+        {n: fwsvd_weight(layers[n].weight, information[n], r, axis=axis) for n, r in ranks.items()},
+    )
