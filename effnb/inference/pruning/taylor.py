@@ -1,0 +1,325 @@
+r"""First-order Taylor importance: how much the loss changes, to first order, if a weight goes.
+
+Removing $w$ changes the loss by $L(w = 0) - L(w) = -g w + O(w^2)$, $g = \partial L / \partial w$,
+so $|w g|$ ranks weights by what they are worth to the *task* rather than to a layer's output
+(Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", 2016,
+arXiv 1611.06440; "Importance Estimation for Neural Network Pruning", 2019, arXiv 1906.10771).
+
+SNIP is the same number at initialisation, from one batch, before any training (Lee, Ajanthan, Torr,
+"SNIP: Single-shot Network Pruning based on Connection Sensitivity", 2018, arXiv 1810.02340). There
+it is derived as the gradient for gates $c = 1$ on the connections, which is the same:
+$\partial L / \partial c_j = w_j\, \partial L / \partial w_j$.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from effnb.core.calibration import batches_of
+from effnb.core.modules import HEADS, Model, linears, share
+from effnb.core.training import Loss, causal_lm_loss
+from effnb.inference.pruning.masks import Sparsity, apply_masks, choose_masks, prunable
+
+Batches = Tensor | Sequence[Any]
+"""Token ids (sequences, time), batches as keyword arguments, or whatever a given loss takes."""
+
+
+def loss_batches(calibration: Batches, loss: Loss | None, batch_size: int = 8) -> list[Any]:
+    """Calibration data as batches for a loss.
+
+    Args:
+        calibration: With a loss of one's own: the batches it takes, used as they are. Otherwise
+            token ids (sequences, time), or keyword arguments per batch; padding is not counted.
+        loss: None for the language-modelling loss.
+        batch_size: Sequences at a time, for token ids.
+
+    Raises:
+        ValueError: When there is nothing.
+    """
+    if loss is None:
+        return [_pair(batch) for batch in batches_of(calibration, batch_size)]
+    batches = list(calibration)
+    if not batches:
+        raise ValueError("the calibration data is empty; give at least one batch.")
+    return batches
+
+
+def _pair(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Ids and labels for `causal_lm_loss`."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    return ids, ids if mask is None else ids.masked_fill(mask == 0, -100)
+
+
+def each_gradient(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None,
+    take: Callable[[str, Tensor], None],
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Hand the gradient of every linear layer's weight to a function, batch by batch.
+
+    The model is not changed, and need not ask for gradients.
+
+    Args:
+        model: The model; it runs in evaluation mode.
+        batches: From `loss_batches`.
+        loss: From (model, batch) to a scalar; None for language modelling.
+        take: Called with a layer's name and the gradient of the batch's loss.
+        include: Name patterns of the layers.
+        exclude: Name patterns of layers to leave out.
+        progress: Called with the number of batches done.
+
+    Returns:
+        How many batches there were.
+
+    Raises:
+        ValueError: When a gradient is not finite, or the loss does not depend on a layer.
+    """
+    twin = share(model).eval()
+    device = next(twin.parameters()).device
+    layers = linears(twin, include, exclude)
+    loss = causal_lm_loss if loss is None else loss
+    count = 0
+    with torch.inference_mode(False), torch.enable_grad():
+        for layer in layers.values():  # parameters of the twin's own, over the same memory
+            weight = layer.weight.detach()
+            layer.weight = nn.Parameter(weight.clone() if weight.is_inference() else weight)
+        weights = [layer.weight for layer in layers.values()]
+        for batch in batches:
+            value = loss(twin, _to(batch, device))
+            found = torch.autograd.grad(value, weights, allow_unused=True)
+            for name, gradient in zip(layers, found):
+                if gradient is None:
+                    raise ValueError(f"the loss does not depend on {name}; leave it out.")
+                if not bool(torch.isfinite(gradient).all()):
+                    raise ValueError(
+                        f"the gradient of {name} is not finite (loss {float(value.detach())})."
+                    )
+                take(name, gradient)
+            count += 1
+            if progress:
+                progress(count)
+    return count
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, tuple):
+        return tuple(_to(part, device) for part in batch)
+    if isinstance(batch, dict):
+        return {key: _to(part, device) for key, part in batch.items()}
+    return batch
+
+
+def mean_gradients(
+    model: nn.Module,
+    calibration: Batches,
+    *,
+    loss: Loss | None = None,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Gradient of every fitting linear layer's weight, the mean over the batches, in float32.
+
+    Gradients are averaged *before* any absolute value is taken: the mean of $|w g|$ over batches
+    would mostly measure their noise.
+
+    Args:
+        model: The model; it is not changed.
+        calibration: See `loss_batches`.
+        loss: From (model, batch) to a scalar; None for language modelling.
+        include: Name patterns of the layers.
+        exclude: Name patterns of layers to leave out.
+        batch_size: Sequences at a time, for token ids.
+        progress: Called with (batches done, batches).
+
+    Raises:
+        ValueError: No data, no fitting layer, or a gradient that is not finite.
+    """
+    batches = loss_batches(calibration, loss, batch_size)
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        kind = torch.promote_types(gradient.dtype, torch.float32)
+        sums[name] = sums[name] + gradient if name in sums else gradient.to(kind)
+
+    report = (lambda done: progress(done, len(batches))) if progress else None
+    count = each_gradient(model, batches, loss, add, include, exclude, report)
+    return {name: total / count for name, total in sums.items()}
+
+
+def taylor_score(
+    weight: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    r"""$|w\, g|$, with $g$ the mean gradient."""
+    return (weight.detach() * gradient).abs()
+
+
+def taylor_groups(
+    weight: Float[Tensor, " groups *rest"],
+    gradient: Float[Tensor, " groups *rest"],
+    form: str = "vector",
+) -> Float[Tensor, " groups"]:
+    r"""Importance of whole groups of weights, one group for each index of the first axis.
+
+    Args:
+        weight: Weights, the groups on the first axis.
+        gradient: Their mean gradients.
+        form: "vector", $|\sum w g|$: the first-order change of the loss when the group goes;
+            "element", $\sum |w g|$: contributions do not cancel; "squared", $\sum (w g)^2$.
+
+    Raises:
+        ValueError: When the form is none of these.
+    """
+    product = (weight.detach() * gradient).flatten(1)
+    if form == "vector":
+        return product.sum(1).abs()
+    if form == "element":
+        return product.abs().sum(1)
+    if form == "squared":
+        return product.square().sum(1)
+    raise ValueError(f'form is {form!r}; it must be "vector", "element" or "squared".')
+
+
+def taylor_scores(
+    model: nn.Module,
+    calibration: Batches,
+    *,
+    loss: Loss | None = None,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    r"""$|w g|$ of every fitting linear layer; arguments as in `mean_gradients`.
+
+    Args:
+        model: The model; it is not changed.
+        calibration: See `loss_batches`.
+        loss: From (model, batch) to a scalar; None for language modelling.
+        include: Name patterns of the layers.
+        exclude: Name patterns of layers to leave out.
+        batch_size: Sequences at a time, for token ids.
+        progress: Called with (batches done, batches).
+    """
+    gradients = mean_gradients(
+        model, calibration, loss=loss, include=include, exclude=exclude,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    layers = linears(model, include, exclude)
+    return {name: taylor_score(layers[name].weight, g) for name, g in gradients.items()}
+
+
+def taylor(
+    model: Model,
+    calibration: Batches,
+    sparsity: Sparsity = None,
+    *,
+    pattern: str = "global",
+    loss: Loss | None = None,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    r"""Set the weights with the smallest $|w g|$ to 0.
+
+    The scores of all layers are changes of one loss, so a global threshold is natural.
+
+    Args:
+        model: Any module with `nn.Linear` layers; it is not changed.
+        calibration: Token ids (sequences, time), or batches; see `loss_batches`.
+        sparsity: Part of the weights to remove, in [0, 1); or one per layer's name; None for "N:M".
+        pattern: Where weights compete: "global", "layer", "row" or "N:M".
+        loss: From (model, batch) to a scalar; None for language modelling.
+        include: Name patterns of the layers to prune.
+        exclude: Name patterns of layers to leave alone.
+        batch_size: Sequences at a time, for token ids.
+        progress: Called with (batches done, batches).
+
+    Returns:
+        A new model with exact zeros, sharing every tensor that was not pruned.
+
+    Raises:
+        ValueError: A sparsity or pattern that does not fit, no data, no fitting layer, numbers that
+            are not finite, a layer that would lose every weight, or a quantized model.
+    """
+    prunable(model, sparsity, pattern, include, exclude)
+    scores = taylor_scores(
+        model, calibration, loss=loss, include=include, exclude=exclude,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    return apply_masks(model, choose_masks(scores, sparsity, pattern))
+
+
+def snip_scores(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Loss | None = None,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+) -> dict[str, Tensor]:
+    r"""Connection sensitivity $s_j = |w_j g_j| / \sum_k |w_k g_k|$ of one batch; they sum to 1.
+
+    Args:
+        model: A model at its initialisation; it is not changed.
+        batch: Token ids (sequences, time), or what a given loss takes.
+        loss: From (model, batch) to a scalar; None for language modelling.
+        include: Name patterns of the layers.
+        exclude: Name patterns of layers to leave out.
+
+    Raises:
+        ValueError: An empty batch, no fitting layer, gradients that are not finite or all 0.
+    """
+    alone = batch if loss is None and isinstance(batch, Tensor) else [batch]
+    size = len(batch) if isinstance(batch, Tensor) and len(batch) else 1
+    scores = taylor_scores(
+        model, alone, loss=loss, include=include, exclude=exclude, batch_size=size
+    )
+    total = sum(float(score.double().sum()) for score in scores.values())
+    if total == 0:
+        raise ValueError("every gradient of this batch is 0; there is nothing to rank.")
+    return {name: score / total for name, score in scores.items()}
+
+
+def snip(
+    model: Model,
+    batch: Any,
+    sparsity: Sparsity = None,
+    *,
+    pattern: str = "global",
+    loss: Loss | None = None,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+) -> Model:
+    """Prune a model before training, by the connection sensitivities of one batch.
+
+    Train the result with `effnb.inference.pruning.fine_tune`, which holds the mask.
+
+    Args:
+        model: A model at its initialisation; it is not changed.
+        batch: Token ids (sequences, time), or what a given loss takes.
+        sparsity: Part of the weights to remove, in [0, 1); or one per layer's name; None for "N:M".
+        pattern: Where weights compete: "global" (the paper's), "layer", "row" or "N:M".
+        loss: From (model, batch) to a scalar; None for language modelling.
+        include: Name patterns of the layers to prune.
+        exclude: Name patterns of layers to leave alone.
+
+    Raises:
+        ValueError: As `taylor`; at high sparsity one threshold may empty a layer, which is refused.
+    """
+    prunable(model, sparsity, pattern, include, exclude)
+    scores = snip_scores(model, batch, loss=loss, include=include, exclude=exclude)
+    return apply_masks(model, choose_masks(scores, sparsity, pattern))
