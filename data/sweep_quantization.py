@@ -1,0 +1,490 @@
+"""The stored measurements of `notebooks/05_inference/3_quantization` (`make results`).
+
+    python data/sweep_quantization.py                 # every part, about an hour on two CPU cores
+    python data/sweep_quantization.py methods domains # these parts
+
+Each part is written to `data/results/quantization_<part>.json`:
+
+methods    rounding to nearest, GPTQ and AWQ at 2 to 8 bits, and the other formats, on `mini-5m`
+outliers   the same and W8A8 / W6A6 after function-preserving outlier injection
+domains    what quantization costs on novels, the Bible, package descriptions and translations
+mixed      bits chosen per layer under a budget, against uniform bits of equal size
+training   quantization after, while fine-tuning, and in training: quality and cost, three seeds
+cache      the key-value cache at 2, 4 and 8 bits
+minilm     retrieval quality of `minilm-l6` at 2 to 8 bits
+smollm2    `smollm2-135m` at 3 and 4 bits: quality
+speed      `smollm2-135m`: tokens per second of packed layers beside float32
+
+Quality is measured on the first 16 windows of 512 tokens of the held-out novel (the loss of each
+window is stored, so that two settings can be compared pair by pair), and as ranked choice on
+held-out package descriptions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from statistics import median
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from effnb.core.outliers import inject_key_outliers, inject_outliers
+from effnb.core.training import TrainingSettings, train
+from effnb.evaluation import decode_tokens_per_second, ranked_choice, retrieval, stored_bytes
+from effnb.evaluation.quality import token_losses
+from effnb.finetuning import lora
+from effnb.inference import quantization
+from effnb.inference.quantization import QuantizedLinear, dequantized
+from effnb.lab import corpora, load, results
+
+CONTEXT = 512
+WINDOWS = 16
+QUESTIONS = 150
+CALIBRATION = (32, 256)
+"""Sequences and tokens of each that calibrate a method, drawn from both training corpora."""
+SEEDS = (0, 1, 2)
+
+
+def windows_of(loaded, texts: list[str], count: int, length: int = CONTEXT) -> torch.Tensor:
+    """The first `count` windows of the texts' tokens, one behind the other."""
+    ids: list[int] = []
+    for text in texts:
+        ids += loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        ids.append(loaded.tokenizer.eos_token_id)
+        if len(ids) >= count * length:
+            break
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[:count]
+
+
+def calibration(loaded, seed: int, shape: tuple[int, int] = CALIBRATION) -> torch.Tensor:
+    """Random sequences of both training corpora, half of each."""
+    rng = random.Random(seed)
+    sequences, length = shape
+    rows: list[torch.Tensor] = []
+    for name in corpora.NAMES:
+        texts = corpora.documents(name, "train")
+        while len(rows) < sequences * (1 + corpora.NAMES.index(name)) // len(corpora.NAMES):
+            ids: list[int] = []
+            while len(ids) < length:
+                ids += loaded.tokenizer.encode(
+                    rng.choice(texts), add_special_tokens=False, verbose=False
+                )
+            start = rng.randrange(len(ids) - length + 1)
+            rows.append(torch.tensor(ids[start : start + length]))
+    return torch.stack(rows)
+
+
+class Bench:
+    """The fixed texts and questions that every setting of one model is asked."""
+
+    def __init__(self, name: str = "mini-5m", questions: int = QUESTIONS) -> None:
+        """Load the model and cut the held-out texts."""
+        self.loaded = load(name, device="cpu")
+        self.model = self.loaded.model
+        novel = [c.text for c in corpora.novels("test") if c.work == "Persuasion"]
+        self.windows = windows_of(self.loaded, novel, WINDOWS)
+        self.items = corpora.choice_items(questions, context_characters=120, choice_characters=40)
+
+    @torch.inference_mode()
+    def losses(self, model: nn.Module, windows: torch.Tensor | None = None) -> list[float]:
+        """Mean loss of each window, in nats per token."""
+        windows = self.windows if windows is None else windows
+        parts = [token_losses(model, part).mean(1) for part in windows.split(4)]
+        return [round(x, 5) for x in torch.cat(parts).tolist()]
+
+    def row(self, model: nn.Module, packed: nn.Module | None = None, **about) -> dict:
+        """Quality of a model, and the bytes of its packed form."""
+        losses = self.losses(model)
+        choice = ranked_choice(model, self.loaded.tokenizer, self.items)
+        row = about | {
+            "loss": round(sum(losses) / len(losses), 5),
+            "windows": losses,
+            "accuracy": round(choice.accuracy, 4),
+            "standard_error": round(choice.standard_error, 4),
+            "bytes": stored_bytes(self.model if packed is None else packed),
+            "layer_bits": 32.0 if packed is None else round(layer_bits(packed), 4),
+        }
+        print({k: v for k, v in row.items() if k != "windows"}, flush=True)
+        return row
+
+
+def layer_bits(packed: nn.Module) -> float:
+    """Mean bits stored per weight of the quantized layers, scales and all."""
+    layers = [m.quantized for m in packed.modules() if isinstance(m, QuantizedLinear)]
+    return 8 * sum(q.bytes for q in layers) / sum(q.shape[0] * q.shape[1] for q in layers)
+
+
+def timed(method: Callable[..., nn.Module], *arguments, **keywords) -> tuple[nn.Module, float]:
+    """A method's result and its seconds."""
+    began = time.perf_counter()
+    result = method(*arguments, **keywords)
+    return result, round(time.perf_counter() - began, 2)
+
+
+# ------------------------------------------------------------------------------------ parts
+
+
+def methods() -> dict:
+    """Every method at every number of bits."""
+    bench = Bench()
+    model = bench.model
+    table = [bench.row(model, method="original", bits=32, group_size="none", seed=0)]
+
+    def add(packed: nn.Module, **about) -> None:
+        table.append(bench.row(dequantized(packed), packed, **about))
+
+    for group_size in ("row", 64):
+        for bits in range(2, 9):
+            about = {"bits": bits, "group_size": str(group_size)}
+            packed, seconds = timed(quantization.rtn, model, bits, group_size=group_size)
+            add(packed, method="RTN", seed=0, seconds=seconds, **about)
+            for seed in SEEDS if bits < 5 else SEEDS[:1]:
+                given = calibration(bench.loaded, seed)
+                packed, seconds = timed(
+                    quantization.gptq, model, given, bits, group_size=group_size
+                )
+                add(packed, method="GPTQ", seed=seed, seconds=seconds, **about)
+            if bits > 4:
+                continue
+            given = calibration(bench.loaded, 0)
+            clipped = quantization.rtn(model, bits, group_size=group_size, clip="mse")
+            add(clipped, method="RTN, clipped", seed=0, **about)
+            packed, seconds = timed(
+                quantization.gptq, model, given, bits, group_size=group_size, act_order=True
+            )
+            add(packed, method="GPTQ, act-order", seed=0, seconds=seconds, **about)
+            packed, seconds = timed(quantization.awq, model, given, bits, group_size=group_size)
+            add(packed, method="AWQ", seed=0, seconds=seconds, **about)
+    return {"model": "mini-5m", "calibration": CALIBRATION, "table": table}
+
+
+def outliers() -> dict:
+    """Weights and activations, before and after the function-preserving injection of outliers."""
+    bench = Bench(questions=100)
+    many = inject_outliers(bench.model, range(0, 256, 16), 8.0)
+    few = inject_outliers(bench.model, [40, 170], 40.0)
+    given = calibration(bench.loaded, 0)
+    table = []
+    for label, model in (("none", bench.model), ("8 x on 16 channels", many)):
+        table.append(bench.row(model, method="original", injected=label, weights=32, inputs=32))
+        for bits in (4, 3):
+            for method, packed in (
+                ("RTN", quantization.rtn(model, bits, group_size=64)),
+                ("AWQ", quantization.awq(model, given, bits, group_size=64)),
+                ("GPTQ", quantization.gptq(model, given, bits, group_size=64)),
+            ):
+                about = {"method": method, "injected": label, "weights": bits, "inputs": 32}
+                table.append(bench.row(dequantized(packed), packed, **about))
+    for label, model in (("none", bench.model), ("40 x on 2 channels", few)):
+        if label != "none":
+            table.append(bench.row(model, method="original", injected=label, weights=32, inputs=32))
+        for bits in (8, 6):
+            for per, level in (("tensor", "O2"), ("token", "O1")):
+                about = {"injected": label, "weights": bits, "inputs": bits, "per": per}
+                plain = quantization.quantize_activations(model, bits, bits, granularity=per)
+                table.append(bench.row(plain, method="plain", **about))
+                smooth = quantization.smoothquant(
+                    model, given, 0.5, weight_bits=bits, activation_bits=bits, level=level
+                )
+                table.append(bench.row(smooth, method="SmoothQuant", **about))
+            about = {"injected": label, "weights": bits, "inputs": bits, "per": "token"}
+            rotated = quantization.quarot(model, bits, bits)
+            table.append(bench.row(rotated, method="rotation", **about))
+        kept = quantization.llm_int8(model, threshold=6.0)
+        about = {"injected": label, "weights": 8, "inputs": 8, "per": "token"}
+        table.append(bench.row(kept, method="LLM.int8()", **about))
+    return {"model": "mini-5m", "calibration": CALIBRATION, "table": table}
+
+
+def domains() -> dict:
+    """The same loss for everyone? Each domain's windows under each setting."""
+    bench = Bench()
+    bible = [c.text for c in corpora.novels("test") if c.work != "Persuasion"]
+    texts = {
+        "novel": [c.text for c in corpora.novels("test") if c.work == "Persuasion"],
+        "Bible": bible,
+        "packages": corpora.documents("packages", "test"),
+        **{
+            f"packages in {name}": [t.text for t in corpora.translations(code, "test")]
+            for name, code in (("German", "de"), ("French", "fr"), ("Japanese", "ja"))
+        },
+    }
+    windows = {name: windows_of(bench.loaded, of, 24, 256) for name, of in texts.items()}
+    given = calibration(bench.loaded, 0)
+    models = {"original": bench.model}
+    for bits, group_size in ((4, 64), (3, "row"), (2, 64)):
+        at = f"{bits} bits, {quantization.group_size_label(group_size)}"
+        models[f"RTN, {at}"] = dequantized(
+            quantization.rtn(bench.model, bits, group_size=group_size)
+        )
+        models[f"GPTQ, {at}"] = dequantized(
+            quantization.gptq(bench.model, given, bits, group_size=group_size)
+        )
+    table = {}
+    for name, model in models.items():
+        table[name] = {domain: bench.losses(model, rows) for domain, rows in windows.items()}
+        means = {d: round(sum(x) / len(x), 4) for d, x in table[name].items()}
+        print(name, means, flush=True)
+    return {"model": "mini-5m", "window": 256, "table": table}
+
+
+def mixed() -> dict:
+    """2, 3 or 4 bits for each layer, against the same bits for all, at equal bytes."""
+    bench = Bench(questions=100)
+    choices, group_size = (2, 3, 4), 64
+    given = calibration(bench.loaded, 0, (8, 256))
+    sizes = quantization.layer_bytes(bench.model, choices, group_size=group_size)
+    rounding = partial(quantization.quantize, group_size=group_size)
+    rounded = partial(quantization.rtn, group_size=group_size)
+    traces = quantization.hessian_traces(bench.model, given[::2], samples=8)
+    costs = {
+        "loss": quantization.loss_sensitivity(bench.model, given, choices, rounding=rounding),
+        "output": quantization.output_sensitivity(bench.model, given, choices, rounding=rounding),
+        "hessian": quantization.hessian_sensitivity(
+            bench.model, traces, choices, rounding=rounding
+        ),
+    }
+    data: dict = {"model": "mini-5m", "choices": choices, "group_size": group_size, "table": []}
+
+    def add(allocation: dict[str, int], **about) -> dict:
+        packed = quantization.mixed_precision(bench.model, allocation, rounded)
+        row = bench.row(dequantized(packed), packed, **about)
+        data["table"].append(row | {"allocation": allocation})
+        return row
+
+    for bits in choices:
+        row = add(dict.fromkeys(sizes, bits), by="uniform", method="uniform", bits=bits)
+        if bits == 3:
+            data["uniform"] = row
+    least, most = (sum(size[b] for size in sizes.values()) for b in (2, 4))
+    middle = sum(size[3] for size in sizes.values())
+    for budget in (middle, *(round(least + x * (most - least)) for x in (0.15, 0.3, 0.7))):
+        bits = 2 + 2 * (budget - least) / (most - least)
+        for by, method in (
+            ("loss", "exact"), ("loss", "greedy"), ("output", "exact"), ("hessian", "exact")
+        ):  # fmt: skip
+            chosen = quantization.allocate(costs[by], sizes, budget, method)
+            row = add(chosen, by=by, method=method, bits=round(bits, 3), budget=budget)
+            if (by, method, budget) == ("loss", "exact", middle):
+                data["exact"] = row
+                check = quantization.additivity(
+                    bench.model, chosen, costs["loss"], given, quantizer=rounded
+                )
+                data["additivity"] = {"predicted": check.predicted, "together": check.measured}
+    data["sensitivity"] = {
+        name: {str(b): round(x, 6) for b, x in by_bits.items()}
+        for name, by_bits in costs["loss"].items()
+    }
+    return data
+
+
+def training() -> dict:
+    """After training, while fine-tuning, in training: the same steps on the same batches."""
+    bench = Bench(questions=60)
+    steps, shape = 30, (8, 128)
+    table = [bench.row(bench.model, method="original", stage="none", bits=32, seed=0)]
+
+    def prepare(method: str, packed: nn.Module, bits: int, seed: int) -> nn.Module:
+        if method == "LoRA on GPTQ":
+            return lora.attach(packed, rank=8, alpha=16, seed=seed)
+        if method == "PEQA on GPTQ":
+            return quantization.tune_scales(packed)
+        kind = "ste" if method == "QAT" else "lsq"
+        return quantization.prepare_qat(
+            bench.model, bits, method=kind, group_size=64, symmetric=kind == "lsq"
+        )
+
+    # A small part of the peak rate of the model's own training, 2e-3: it has been annealed.
+    rates = {"LoRA on GPTQ": 5e-4, "PEQA on GPTQ": 1e-4, "QAT": 1e-4, "QAT, LSQ": 1e-4}
+    for seed in SEEDS:
+        batches = [
+            calibration(bench.loaded, 1000 * (seed + 1) + step, shape) for step in range(steps)
+        ]
+        for bits in (3, 2):
+            given = calibration(bench.loaded, seed)
+            for method, make, more in (
+                ("RTN", quantization.rtn, ()),
+                ("GPTQ", quantization.gptq, (given,)),
+            ):
+                packed, seconds = timed(make, bench.model, *more, bits, group_size=64)
+                tokens = 0 if method == "RTN" else given.numel()
+                about = {"stage": "after training", "trainable": 0, "tokens": tokens}
+                about |= {"method": method, "bits": bits, "seed": seed, "seconds": seconds}
+                table.append(bench.row(dequantized(packed), packed, **about))
+            for method, rate in rates.items():
+                student = prepare(method, packed, bits, seed)
+                settings = TrainingSettings(
+                    steps=steps, learning_rate=rate, warmup_steps=5, schedule="cosine",
+                    clip_norm=1.0, seed=seed,
+                )  # fmt: skip
+                result = train(student, batches.__getitem__, settings)
+                trained = [p for p in student.parameters() if p.requires_grad]
+                about = {
+                    "method": method, "bits": bits, "seed": seed,
+                    "stage": "in training" if method.startswith("QAT") else "while fine-tuning",
+                    "seconds": round(result.seconds, 2), "tokens": steps * shape[0] * shape[1],
+                    "trainable": sum(p.numel() for p in trained),
+                }  # fmt: skip
+                table.append(bench.row(student, **about) | {"stored": stored_size(student, method)})
+    return {"model": "mini-5m", "steps": steps, "rates": rates, "table": table}
+
+
+def stored_size(student: nn.Module, method: str) -> int:
+    """Bytes of a trained model as it would be stored."""
+    if method.startswith("QAT"):
+        return stored_bytes(quantization.convert(student))
+    return stored_bytes(quantization.to_quantized(student) if "PEQA" in method else student)
+
+
+def cache() -> dict:
+    """Loss and bytes with a quantized key-value cache, with and without outliers in the keys."""
+    bench = Bench(questions=2)
+    windows = bench.windows[:8]
+    table = []
+    for label, model in (
+        ("none", bench.model),
+        ("10 x on 2 channels", inject_key_outliers(bench.model, [1, 9], 10.0)),
+    ):
+        for bits in (16, 8, 4, 2):
+            for axis in ("channel", "token"):
+                past = (
+                    DynamicCache()
+                    if bits == 16
+                    else quantization.KiviCache(
+                        model.config, bits=bits, group_size=32, residual=32, key_axis=axis,
+                        quantized_prompt=True,
+                    )
+                )  # fmt: skip
+                losses = quantization.decode_losses(model, windows, past).mean(1)
+                held = 2 * windows.numel() * 6 * 4 * 32 * 2 if bits == 16 else past.bytes
+                table.append(
+                    {
+                        "injected": label, "bits": bits, "keys": axis, "bytes": held,
+                        "loss": round(float(losses.mean()), 5),
+                        "windows": [round(x, 5) for x in losses.tolist()],
+                    }
+                )  # fmt: skip
+                print({k: v for k, v in table[-1].items() if k != "windows"}, flush=True)
+    return {"model": "mini-5m", "tokens": CONTEXT, "table": table}
+
+
+def minilm() -> dict:
+    """Find a package's long description from its one-line synopsis, with a rounded encoder."""
+    encoder = load("minilm-l6", device="cpu")
+    chosen = [p for p in corpora.packages("test") if len(p.text) > 300]
+    chosen = random.Random(0).sample(chosen, 400)
+    queries, documents = [p.synopsis for p in chosen], [p.text[:600] for p in chosen]
+
+    def row(model: nn.Module, packed: nn.Module | None = None, **about) -> dict:
+        rounded = replace(encoder, model=model)
+        found = retrieval(rounded.encode(queries), rounded.encode(documents))
+        row = about | {
+            "recall_at_1": round(found.recall_at_1, 4),
+            "mrr_at_10": round(found.mrr_at_10, 4),
+            "standard_error": round(found.standard_error, 4),
+            "bytes": stored_bytes(packed or model),
+        }
+        print(row, flush=True)
+        return row
+
+    table = [row(encoder.model, method="original", bits=32, group_size="none")]
+    texts = [p.text[:600] for p in random.Random(1).sample(corpora.packages("train"), 64)]
+    batch = encoder.tokenizer(
+        texts, padding=True, truncation=True, max_length=128, return_tensors="pt"
+    )
+    for bits in (8, 6, 5, 4, 3, 2):
+        for group_size in ("row", 64):
+            packed = quantization.rtn(encoder.model, bits, group_size=group_size)
+            about = {"bits": bits, "group_size": str(group_size)}
+            table.append(row(dequantized(packed), packed, method="RTN", **about))
+            if bits <= 4:
+                packed = quantization.gptq(encoder.model, [batch], bits, group_size=group_size)
+                table.append(row(dequantized(packed), packed, method="GPTQ", **about))
+    return {"model": "minilm-l6", "queries": len(queries), "table": table}
+
+
+def smollm2() -> dict:
+    """A model of 135 million parameters at 3 and 4 bits."""
+    loaded = load("smollm2-135m", device="cpu")
+    novel = [c.text for c in corpora.novels("test") if c.work == "Persuasion"]
+    windows = windows_of(loaded, novel, 4)
+    given = calibration(loaded, 0, (16, 256))
+    table = []
+
+    @torch.inference_mode()
+    def add(model: nn.Module, packed: nn.Module | None = None, **about) -> None:
+        losses = torch.cat([token_losses(model, w[None]).mean(1) for w in windows])
+        table.append(
+            about
+            | {
+                "loss": round(float(losses.mean()), 5),
+                "windows": [round(x, 5) for x in losses.tolist()],
+                "bytes": stored_bytes(packed or model),
+                "layer_bits": 32.0 if packed is None else round(layer_bits(packed), 4),
+            }
+        )
+        print({k: v for k, v in table[-1].items() if k != "windows"}, flush=True)
+
+    add(loaded.model, method="original", bits=32, group_size="none")
+    for bits, group_size in ((4, 64), (3, "row"), (3, 64)):
+        about = {"bits": bits, "group_size": str(group_size)}
+        packed = quantization.rtn(loaded.model, bits, group_size=group_size)
+        add(dequantized(packed), packed, method="RTN", **about)
+        packed, seconds = timed(quantization.gptq, loaded.model, given, bits, group_size=group_size)
+        add(dequantized(packed), packed, method="GPTQ", seconds=seconds, **about)
+    return {"model": "smollm2-135m", "windows": len(windows), "table": table}
+
+
+def speed() -> dict:
+    """Tokens per second of SmolLM2 with packed layers, as ratios of one interleaved run."""
+    loaded = load("smollm2-135m", device="cpu")
+    prompt = loaded.tokenizer("Efficient language models", return_tensors="pt").input_ids
+    models = {
+        "float32": loaded.model,
+        "int8": quantization.fast(loaded.model, 8),
+        "int4": quantization.fast(loaded.model, 4),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(5):  # interleaved: what else the machine does meets all of them alike
+        for name, model in models.items():
+            timing = decode_tokens_per_second(model, prompt, tokens=24, runs=1)
+            rates[name].append(round(timing, 3))
+            print(name, rates[name][-1], flush=True)
+    return {
+        "model": "smollm2-135m",
+        "threads": torch.get_num_threads(),
+        "tokens_per_second": rates,
+        "times_float32": {
+            name: round(median(rates[name]) / median(rates["float32"]), 3) for name in models
+        },
+        "bytes": {name: stored_bytes(model) for name, model in models.items()},
+    }
+
+
+PARTS: dict[str, Callable[[], dict]] = {
+    part.__name__: part
+    for part in (methods, outliers, domains, mixed, training, cache, minilm, smollm2, speed)
+}
+
+
+def main() -> None:
+    """Measure the parts that are asked for, and store each when it is done."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.parts) - set(PARTS)):
+        parser.error(f"there is no part {unknown[0]!r}; choose from {', '.join(PARTS)}.")
+    for part in arguments.parts or PARTS:
+        data = PARTS[part]()
+        results.store(f"quantization_{part}", data, f"python data/sweep_quantization.py {part}")
+        print(f"stored quantization_{part}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Really faster: linear layers that run from packed codes.
+
+Generating text one token at a time multiplies each weight matrix with a single vector: every weight
+is fetched from memory, used once, and dropped. The time is that of moving bytes, so 4-bit codes can
+be several times faster than 32-bit numbers, if the kernel reads the codes as they are. That is what
+the layers here do; `QuantizedLinear` writes the whole matrix out at every call instead.
+
+One function, `packed_linear`, multiplies by a stored weight as fast as it can: by a kernel where
+there is one for the device and format (`packed` says which, and what is rounded), by reading the
+weight back where there is none.
+
+**Many rows.** With many tokens at once (a prompt) the time is that of arithmetic, and the ordinary
+matrix product is the best arithmetic there is. From `Machine.rows` inputs on, the weight is read
+back once, a few megabytes at a time, and multiplied as usual: in bfloat16 where the processor
+multiplies that natively, which made a prompt of 512 tokens faster than float32 weights where it was
+measured, else in float32, where the reading back is lost time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from effnb.core.modules import Model, matches, named_modules_of, replace_modules
+from effnb.inference.quantization.formats import Granularity, QuantizedTensor, quantize
+from effnb.inference.quantization.linear import QuantizedLinear
+from effnb.inference.quantization.packed import PANEL, PackedTensor, machine, why_not
+from effnb.inference.quantization.rtn import rtn
+from effnb.inference.quantization.stored import Stored, check_bits
+
+CHUNK = 1 << 20
+"""Weights that are read back at a time, so that they are still in the cache when multiplied."""
+
+LANGUAGE_HEADS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out")
+
+
+def packed_linear(
+    inputs: Float[Tensor, "*batch in"], weight: Stored, bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, "*batch out"]:
+    r"""$y = x\,\hat W^\top + b$ by the fastest way there is for this device and format.
+
+    Args:
+        inputs: Any floating-point type; the result has the same. Where gradients flow through the
+            inputs the weight is read back, since the kernels have none.
+        weight: A `PackedTensor` for the kernels; any other stored weight is read back.
+        bias: Added at the end.
+
+    Raises:
+        ValueError: When the inputs' last axis is not the weight's.
+    """
+    rows, columns = weight.shape
+    if inputs.shape[-1] != columns:
+        raise ValueError(
+            f"the inputs have {inputs.shape[-1]} features; the weight has {columns} columns."
+        )
+    if not isinstance(weight, PackedTensor):
+        return nn.functional.linear(inputs, weight.dequantize(inputs.dtype), bias)
+    shape = inputs.shape
+    x = inputs if len(shape) == 2 else inputs.reshape(-1, columns)
+    if weight.order is not None:
+        x = x.index_select(1, weight.order)
+    multiply = _kernel if _kernel_wins(x, weight) else _dense
+    y = multiply(x, weight)
+    if weight.after is not None:
+        y = y * weight.after  # bfloat16 times half precision is computed in float32
+    if y.shape[1] != rows:
+        y = y[:, :rows].contiguous()
+    if bias is not None:
+        y = y + bias
+    if y.dtype != inputs.dtype:
+        y = y.to(inputs.dtype)
+    return y if len(shape) == 2 else y.view(*shape[:-1], rows)
+
+
+def _kernel_wins(x: Tensor, weight: PackedTensor) -> bool:
+    """Whether a kernel can and should compute this product."""
+    return (
+        len(x) < weight.rows_limit
+        and x.device.type == "cpu"
+        and x.dtype != torch.float64
+        and not _differentiable(x)
+    )
+
+
+def _differentiable(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _kernel(x: Tensor, weight: PackedTensor) -> Tensor:
+    """The product with all stored rows in the kernel's type."""
+    x = x.to(machine().dtype).contiguous()
+    if x.shape[1] != weight.columns:
+        x = nn.functional.pad(x, (0, weight.columns - x.shape[1]))
+    if weight.kind == "two int4":
+        x = torch.cat([x, x], 1)
+    if weight.kind != "int8":
+        return torch._weight_int4pack_mm_for_cpu(
+            x, weight.codes, weight.kernel_group, weight.scales
+        )
+    if x.data_ptr() % 32:  # a view into something larger; the kernel loads whole registers
+        x = x.clone()
+    return torch._weight_int8pack_mm(x, weight.codes, _ones(len(weight.codes), x.dtype))
+
+
+def _dense(x: Tensor, weight: PackedTensor) -> Tensor:
+    """Read the weight back, some rows at a time, and multiply."""
+    if x.device.type == "cpu" and x.dtype != torch.float64 and not _differentiable(x):
+        x = x.to(machine().dense)
+    if x.shape[1] != weight.columns:
+        x = nn.functional.pad(x, (0, weight.columns - x.shape[1]))
+    n = len(weight.codes)
+    step = max(PANEL, CHUNK // weight.columns // PANEL * PANEL)
+    parts = []
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        if weight.kind == "int8":
+            parts.append(nn.functional.linear(x, weight.codes[rows].to(x.dtype)))
+        else:
+            parts.append(x @ weight._read_back(rows, x.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+@lru_cache(64)
+def _ones(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.ones(size, dtype=dtype)
+
+
+def _product_flops(inputs: torch.Size, codes: torch.Size, *_: object, **__: object) -> int:
+    return 2 * inputs[0] * inputs[1] * codes[0]
+
+
+# PyTorch's counter does not know its own kernels; without this they would count as nothing.
+for _kernel_name in ("_weight_int4pack_mm_for_cpu", "_weight_int8pack_mm"):
+    _operation = getattr(torch.ops.aten, _kernel_name)
+    if _operation not in flop_registry:
+        register_flop_formula(_operation)(_product_flops)
+
+
+class PackedLinear(QuantizedLinear):
+    """A `QuantizedLinear` whose product is computed by `packed_linear`."""
+
+    _stored: Stored | None = None
+
+    @property
+    def quantized(self) -> Stored:
+        """The weight as it is stored; put together anew only after the tensors were moved."""
+        if self._stored is None or self._stored.codes is not self._buffers["codes"]:
+            self._stored = super().quantized
+        return self._stored
+
+    def forward(self, inputs: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Multiply by the packed codes."""
+        return packed_linear(inputs, self.quantized, self.bias)
+
+
+def accelerate(model: Model) -> Model:
+    """Let every quantized layer that a kernel can compute run from packed codes.
+
+    What comes out is laid out for this machine: save a model before, not after.
+
+    Args:
+        model: A model quantized by any method that stores uniform grids (RTN, GPTQ, AWQ, …), on the
+            device it will run on; it is not changed.
+
+    Returns:
+        A new model in which `QuantizedLinear` layers have become `PackedLinear` wherever a kernel
+        knows their format; the others still read their weight back at every call. Off the CPU the
+        weights stay as they are stored, and `packed_linear` decides.
+
+    Raises:
+        ValueError: When no layer is quantized, or none of them can run packed; the sentence says
+            why.
+    """
+    layers = named_modules_of(model, QuantizedLinear)
+    new, reasons = {}, []
+    for name, layer in layers.items():
+        stored = layer.quantized
+        reason = "" if isinstance(stored, PackedTensor) else why_not(stored)
+        if reason:
+            reasons.append(f"{name}: {reason}")
+        elif not isinstance(layer, PackedLinear):
+            if isinstance(stored, QuantizedTensor) and stored.codes.device.type == "cpu":
+                stored = PackedTensor.from_quantized(stored)
+            new[name] = PackedLinear(stored, layer.bias)
+    if len(reasons) == len(layers):
+        raise ValueError(f"no layer can run packed; {reasons[0]}")
+    return replace_modules(model, new)
+
+
+def fast(
+    model: Model,
+    bits: int = 4,
+    *,
+    group_size: Granularity | None = None,
+    head: bool | int = True,
+    source: Callable[..., Model] = rtn,
+) -> Model:
+    """Quantize a language model, its output head too, and let it run from packed codes.
+
+    The head is often the largest matrix of a small model, and the same as the embedding: a packed
+    head gets storage of its own, the embedding stays as it is.
+
+    Args:
+        model: Any module with `nn.Linear` layers; it is not changed.
+        bits: 2 to 8.
+        group_size: What shares one scale. By default groups of 64 up to 4 bits; above, rows without
+            zero points, which every kernel can multiply by.
+        head: Whether to quantize the output head, if the model has one, by rounding to nearest; a
+            number gives it that many bits.
+        source: What quantizes the rest, called as `source(model, bits, group_size=...)`, above 4
+            bits and without a group size with `symmetric=True` as well.
+
+    Raises:
+        ValueError: Bits or a group size without a kernel, or what `source` refuses.
+    """
+    head_bits = bits if head is True else head
+    for number in (bits, head_bits or bits):
+        check_bits(number)
+    if isinstance(group_size, int) and group_size % 32:
+        raise ValueError(f"groups of {group_size} have no kernel; only multiples of 32 have.")
+
+    def how(number: int) -> dict:
+        if group_size is not None:
+            return {"group_size": group_size}
+        return {"group_size": 64} if number <= 4 else {"group_size": "row", "symmetric": True}
+
+    result = source(model, bits, **how(bits))
+    heads = {
+        name: QuantizedLinear(quantize(layer.weight, head_bits, **how(head_bits)), layer.bias)
+        for name, layer in result.named_modules()
+        if head_bits and isinstance(layer, nn.Linear) and matches(name, LANGUAGE_HEADS)
+    }
+    return accelerate(replace_modules(result, heads))

@@ -1,0 +1,323 @@
+r"""Rotate a model's features, so that no single one stands out, and quantize then.
+
+An orthogonal matrix spreads a feature that is far larger than the rest over all of them. A
+transformer whose blocks normalise first does not notice if its residual stream is rotated: the
+embeddings write $x Q$ in place of $x$, layers that read the stream undo $Q$, layers that write to
+it apply $Q$, and $\operatorname{RMSNorm}(x Q) = \operatorname{RMSNorm}(x)\, Q$ once the norm's
+gain $g$ has moved into the layers behind it. Weights $W$ (out, in) and embeddings $E$ become
+
+$$E \leftarrow E Q, \qquad W_{read} \leftarrow W_{read} \operatorname{diag}(g)\, Q, \qquad
+  W_{write} \leftarrow Q^\top W_{write}.$$
+
+$Q = \operatorname{diag}(\pm 1)\, H / \sqrt n$ is a Hadamard matrix with random signs; see
+`hadamard`.
+
+Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024, arXiv 2404.00456.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from effnb.core.modules import HEADS, Model, find_blocks, replace_modules, share
+from effnb.core.outliers import norm_readers
+from effnb.inference.quantization.activations import check_inputs, quantize_inputs
+from effnb.inference.quantization.formats import Granularity, check_bits, check_granularity
+from effnb.inference.quantization.hadamard import check_order, hadamard_transform, random_signs
+from effnb.inference.quantization.linear import refuse_quantized
+from effnb.inference.quantization.rtn import rtn
+from effnb.inference.quantization.smoothquant import check_same_function
+
+
+class HadamardInputs(nn.Module):
+    r"""A layer that rotates its inputs first: $y = f\left(x (H \otimes I_b) / \sqrt{n / b}\right)$.
+
+    With b = 1 the whole input is mixed; with b a head's width, only equal channels of the heads.
+    The weight of the wrapped layer has been rotated along, so the function stays.
+    """
+
+    def __init__(self, layer: nn.Module, block: int = 1) -> None:
+        """Wrap a layer whose weight is rotated already."""
+        super().__init__()
+        self.layer, self.block = layer, block
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The wrapped layer's weight."""
+        return self.layer.weight
+
+    def forward(self, inputs: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Rotate, then apply the layer."""
+        return self.layer(_mix(inputs, self.block))
+
+    def extra_repr(self) -> str:
+        """What is mixed."""
+        return f"block={self.block}"
+
+
+def _mix(x: Tensor, block: int) -> Tensor:
+    """$x (H ⊗ I)$: a transform across blocks, channel by channel."""
+    if block == 1:
+        return hadamard_transform(x)
+    return hadamard_transform(x.unflatten(-1, (-1, block)).transpose(-1, -2)).mT.flatten(-2)
+
+
+class PlainRMSNorm(nn.Module):
+    r"""$x / \sqrt{\operatorname{mean}(x^2) + \epsilon}$: what is left of a LayerNorm.
+
+    Its gain and bias have moved into the layers behind it, and its inputs have mean 0 already.
+    """
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Divide by the root mean square."""
+        working = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(working.square().mean(-1, keepdim=True) + self.eps)
+        return (working * scale).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Who reads and writes the residual stream, by name."""
+
+    width: int
+    norms: dict[str, list[str]]
+    writers: list[str]
+    embeddings: list[str]
+
+
+def _stream(model: nn.Module) -> _Stream:
+    prefix, _ = find_blocks(model)
+    modules = dict(model.named_modules())
+    ids = torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)
+    readers = norm_readers(model, ids)
+    inside = {n: r for n, r in readers.items() if n.startswith(f"{prefix}.")}
+    if not inside:
+        raise ValueError("no norm of this model's blocks feeds a linear layer directly.")
+    width = modules[next(iter(inside))].weight.numel()
+    norms = [
+        name
+        for name, m in modules.items()
+        if "norm" in type(m).__name__.lower()
+        and getattr(m, "weight", None) is not None
+        and m.weight.numel() == width
+    ]
+    linears = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
+    heads = [n for n in linears if not n.startswith(f"{prefix}.")]
+    final = [n for n in norms if not n.startswith(f"{prefix}.")]
+    if len(final) != 1 or len(heads) != 1 or modules[heads[0]].in_features != width:
+        raise ValueError(
+            "only language models with one final norm and one output head behind it can be rotated."
+        )
+    found = {n: inside[n] for n in norms if n in inside} | {final[0]: heads}
+    reading = set(itertools.chain(*found.values()))
+    writers = [n for n in linears if n not in reading]
+    odd = [n for n in norms if n not in found] + [
+        n for n in writers if modules[n].out_features != width
+    ]
+    if odd:
+        raise ValueError(f"{odd[0]} is neither before nor behind a norm as in a pre-norm block.")
+    embeddings = [
+        n for n, m in modules.items() if isinstance(m, nn.Embedding) and m.embedding_dim == width
+    ]
+    return _Stream(width, found, writers, embeddings)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).detach().double()
+
+
+def _set(module: nn.Module, key: str, value: Tensor) -> None:
+    like = module.weight if getattr(module, key) is None else getattr(module, key)
+    new = value.to(like.dtype).to(like.device).contiguous()
+    setattr(module, key, nn.Parameter(new, like.requires_grad))
+
+
+def _fold_norms(result: nn.Module, stream: _Stream) -> None:
+    """Move gains and biases into the readers; turn LayerNorm into RMSNorm of a centred stream."""
+    centred = False
+    for name, readers in stream.norms.items():
+        norm = result.get_submodule(name)
+        gain, bias = _wide(norm.weight), getattr(norm, "bias", None)
+        for layer in map(result.get_submodule, readers):
+            W = _wide(layer.weight)
+            if bias is not None:
+                old = 0 if layer.bias is None else _wide(layer.bias)
+                _set(layer, "bias", old + W @ _wide(bias))
+            _set(layer, "weight", W * gain)
+        if isinstance(norm, nn.LayerNorm):
+            parent, _, leaf = name.rpartition(".")
+            setattr(result.get_submodule(parent), leaf, PlainRMSNorm(norm.eps))
+            centred = True
+        else:
+            _set(norm, "weight", torch.ones_like(gain))
+    if centred:
+        for name in stream.embeddings:
+            E = result.get_submodule(name)
+            W = _wide(E.weight)
+            _set(E, "weight", W - W.mean(1, keepdim=True))
+        for layer in map(result.get_submodule, stream.writers):
+            W = _wide(layer.weight)
+            _set(layer, "weight", W - W.mean(0))
+            if layer.bias is not None:
+                b = _wide(layer.bias)
+                _set(layer, "bias", b - b.mean())
+
+
+def _head_sizes(model: nn.Module) -> dict[str, int]:
+    """Attention modules whose values can be rotated head by head, with the width of a head."""
+    parts = ("v_proj", "o_proj", "head_dim")
+    return {
+        name: module.head_dim
+        for name, module in model.named_modules()
+        if all(hasattr(module, part) for part in parts)
+    }
+
+
+def _rotate_heads(result: nn.Module, sizes: dict[str, int]) -> None:
+    """Hadamard within each head on values, undone in the output layer."""
+    for name, size in sizes.items():
+        attention = result.get_submodule(name)
+        v, o = attention.v_proj, attention.o_proj
+        for key in ("weight", "bias"):
+            old = getattr(v, key)
+            if old is not None:
+                rows = _wide(old).view(-1, size, *old.shape[1:])
+                new = hadamard_transform(rows.transpose(1, -1)).transpose(1, -1)
+                _set(v, key, new.reshape(old.shape))
+        heads = _wide(o.weight).unflatten(1, (-1, size))
+        _set(o, "weight", hadamard_transform(heads).flatten(1))
+
+
+def rotate(model: Model, seed: int = 0, *, heads: bool = True, online: bool = False) -> Model:
+    r"""The same function with its features rotated; nothing is quantized yet.
+
+    Norm gains move into the layers behind them, a tied output head gets a weight of its own, and
+    the residual stream is multiplied by `random_hadamard`. A LayerNorm also subtracts the mean:
+    whatever writes to the stream is made to write numbers of mean 0, after which it is an RMSNorm.
+
+    Args:
+        model: A causal language model whose blocks normalise first (Llama and its kin, GPT-NeoX,
+            OPT, …); it is not changed.
+        seed: For the signs of $Q$.
+        heads: Also rotate each attention head's values, where attention has `v_proj`, `o_proj` and
+            `head_dim`; the output layer undoes it.
+        online: Also rotate what the writing layers read (after the activation function, and across
+            heads), by transforms at run time: their inputs are not on the residual stream. The
+            model then has `HadamardInputs` in place of these layers. Without, it stays an ordinary
+            model of its class.
+
+    Returns:
+        A new model with the same outputs up to rounding.
+
+    Raises:
+        ValueError: A model that is quantized already, an architecture that is not as described, or
+            a width for which there is no Hadamard matrix here.
+    """
+    refuse_quantized(model)
+    stream = _stream(model)
+    check_order(stream.width, "the model's width")
+    sizes = _head_sizes(model) if heads else {}
+    for name, size in sizes.items():
+        check_order(size, f"the width of a head in {name}")
+    blocks = {name: sizes.get(name.rpartition(".")[0], 1) for name in stream.writers}
+    for name, block in blocks.items() if online else ():
+        inputs = model.get_submodule(name).in_features
+        check_order(inputs // block, f"the number of inputs of {name}")
+    result = share(model)
+    _fold_norms(result, stream)
+    signs = random_signs(stream.width, seed)
+
+    def turn(rows: Tensor) -> Tensor:
+        """Rows times Q."""
+        return hadamard_transform(rows * signs.to(rows.device))
+
+    for name in [*stream.embeddings, *itertools.chain(*stream.norms.values())]:
+        layer = result.get_submodule(name)
+        _set(layer, "weight", turn(_wide(layer.weight)))
+    for layer in map(result.get_submodule, stream.writers):
+        W = _wide(layer.weight)
+        _set(layer, "weight", turn(W.T).T)
+        if layer.bias is not None:
+            _set(layer, "bias", turn(_wide(layer.bias)))
+    if getattr(getattr(result, "config", None), "tie_word_embeddings", False):
+        result.config.tie_word_embeddings = False
+    _rotate_heads(result, sizes)
+    if online:
+        new = {}
+        for name, block in blocks.items():
+            layer = result.get_submodule(name)
+            _set(layer, "weight", _mix(_wide(layer.weight), block))
+            new[name] = HadamardInputs(layer, block)
+        result = replace_modules(result, new)
+    check_same_function(model, result)
+    return result
+
+
+def quarot(
+    model: Model,
+    bits: int = 4,
+    activation_bits: int | None = 4,
+    *,
+    seed: int = 0,
+    group_size: Granularity = "row",
+    clip_ratio: float = 1.0,
+    quantizer: Callable[[Model], Model] | None = None,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+) -> Model:
+    r"""Rotate, round the weights, and round every token's inputs at run time.
+
+    Keys can be rotated and quantized in the cache, see `kv_cache.KiviCache(rotate_keys=True)`.
+
+    Args:
+        model: A causal language model as `rotate` takes it; it is not changed.
+        bits: Bits of the weights, 2 to 8.
+        activation_bits: Bits of the inputs, symmetric with a scale per token; None leaves them.
+        seed: For the signs of the rotation.
+        group_size: What shares a scale of the weights. They are symmetric.
+        clip_ratio: Fraction of a token's largest magnitude that its grid spans.
+        quantizer: Another way to quantize the weights of the rotated model, in place of rounding
+            them; for example `lambda m: gptq(m, calibration, 4)`. `bits` and `group_size` are then
+            its business.
+        include: Name patterns of the layers; wrapped ones end in `.layer`.
+        exclude: Name patterns of layers to leave alone; output heads by default.
+
+    Returns:
+        A new model.
+
+    Raises:
+        ValueError: As `rotate`, `effnb.inference.quantization.rtn` and
+            `effnb.inference.quantization.activations.quantize_inputs`.
+    """
+    check_bits(bits)
+    check_granularity(group_size)
+    if activation_bits is not None:
+        check_inputs(activation_bits, "token", clip_ratio)
+    rotated = rotate(model, seed, online=True)
+    if quantizer is None:
+        weights = rtn(
+            rotated,
+            bits,
+            group_size=group_size,
+            symmetric=True,
+            include=include,
+            exclude=exclude,
+        )
+    else:
+        weights = quantizer(rotated)
+    if activation_bits is None:
+        return weights
+    return quantize_inputs(
+        weights, activation_bits, clip_ratio=clip_ratio, include=include, exclude=exclude
+    )

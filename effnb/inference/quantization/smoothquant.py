@@ -1,0 +1,289 @@
+r"""SmoothQuant: move the outliers of the activations into the weights, where they do little harm.
+
+A linear layer does not notice if its input features are divided by factors and the columns of its
+weight multiplied by them:
+
+$$Y = \left(X \operatorname{diag}(s)^{-1}\right) \left(W \operatorname{diag}(s)\right)^\top,
+  \qquad s_j = \frac{\max_t |X_{tj}|^{\alpha}}{\max_o |W_{oj}|^{1 - \alpha}}.$$
+
+With $\alpha = 1/2$ inputs and weights of a feature get the same largest magnitude, and both are
+easy to quantize. The division costs nothing: it is folded into the gain (and bias) of the
+normalisation layer that the features come from. So only layers that read a normalisation layer are
+smoothed, and all layers that read the same one share one $s$.
+
+Xiao, Lin, Seznec, Wu, Demouth, Han, "SmoothQuant: Accurate and Efficient Post-Training Quantization
+for Large Language Models", 2022, arXiv 2211.10438, eq. 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from effnb.core.calibration import Calibration, batches_of
+from effnb.core.modules import HEADS, Model, find_blocks, matches, share
+from effnb.core.outliers import norm_readers
+from effnb.inference.quantization.activations import input_maxima, quantize_activations
+from effnb.inference.quantization.formats import Granularity, check_bits
+from effnb.inference.quantization.linear import refuse_quantized
+
+FLOOR = 1e-5
+"""Smallest factor, and smallest weight maximum that a factor is computed from."""
+
+LEVELS = {"O1": "token", "O2": "tensor", "O3": "static"}
+"""The paper's settings by name: what shares a scale of the inputs."""
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it must lie between 0 and 1.")
+
+
+def smooth_scales(
+    input_maxima: Float[Tensor, " in"],
+    weights: Sequence[Float[Tensor, "_ in"]],
+    alpha: float = 0.5,
+) -> Float[Tensor, " in"]:
+    r"""$s_j = \max|X_j|^{\alpha} / \max|W_{:j}|^{1 - \alpha}$, at least $10^{-5}$.
+
+    Args:
+        input_maxima: $\max_t |X_{tj}|$ over the calibration data.
+        weights: The weights (out, in) of all layers that read these inputs; the maximum of a
+            column is taken over all of them.
+        alpha: How much of the difficulty moves into the weights. 0 does not mean off: it divides
+            by the weights' maxima, and so moves *their* outliers into the activations. Off is
+            $s = 1$.
+
+    Returns:
+        The factors. That of a feature that is 0 on all calibration data is 1.
+
+    Raises:
+        ValueError: `alpha` outside 0 … 1, no weights, or maxima that are negative or not finite.
+    """
+    _check_alpha(alpha)
+    if not weights:
+        raise ValueError("there is no weight that reads these inputs.")
+    if not bool(((input_maxima >= 0) & input_maxima.isfinite()).all()):
+        raise ValueError("the inputs' maxima must be finite numbers from 0.")
+    top = torch.stack([weight.detach().abs().amax(0) for weight in weights]).amax(0)
+    if not bool(top.isfinite().all()):
+        raise ValueError("a weight has entries that are NaN or infinite.")
+    x = input_maxima.to(torch.promote_types(input_maxima.dtype, torch.float32))
+    s = (x.pow(alpha) / top.to(x.dtype).clamp(min=FLOOR).pow(1 - alpha)).clamp(min=FLOOR)
+    return torch.where(x > 0, s, 1)
+
+
+class _Uses(TorchFunctionMode):
+    """Notes which of some tensors are used by anything but a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched: dict[str, Tensor] = {}
+        self.found: set[str] = set()
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        result = function(*arguments, **keywords)
+        if self.watched and function is not nn.functional.linear:
+            given = [t for t in tree_leaves((arguments, keywords)) if isinstance(t, Tensor)]
+            made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+            for name, tensor in self.watched.items():  # asking for a shape makes no tensor
+                if any(t is tensor for t in given) and any(t is not tensor for t in made):
+                    self.found.add(name)
+        return result
+
+
+def _used_elsewhere(model: nn.Module, ids: Tensor, norms: Iterable[str]) -> set[str]:
+    """Those norms whose output something besides linear layers reads: a residual sum, say."""
+    watched = share(model).eval()
+    uses = _Uses()
+
+    def hook_for(name: str):
+        def hook(module, arguments, output):
+            uses.watched[name] = output
+
+        return hook
+
+    for name in norms:
+        watched.get_submodule(name).register_forward_hook(hook_for(name))
+    with torch.no_grad(), uses:
+        watched(input_ids=ids)
+    return uses.found
+
+
+def smoothable(
+    model: nn.Module,
+    *,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+) -> dict[str, list[str]]:
+    """The normalisation layers of a model's blocks that can take factors in, and their readers.
+
+    A norm can if nothing but linear layers reads its output, and all of these fit the patterns.
+
+    Raises:
+        ValueError: When there is none.
+    """
+    prefix, _ = find_blocks(model)
+    ids = torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)
+    readers = {n: r for n, r in norm_readers(model, ids).items() if n.startswith(f"{prefix}.")}
+    shared = _used_elsewhere(model, ids, readers)
+    fitting = {
+        norm: names
+        for norm, names in readers.items()
+        if norm not in shared
+        and all(matches(n, include) and not matches(n, exclude) for n in names)
+    }
+    if not fitting:
+        raise ValueError(
+            "no normalisation layer of this model's blocks feeds linear layers only, all of which "
+            "fit the patterns; there is nothing to fold the factors into."
+        )
+    return fitting
+
+
+def check_same_function(model: nn.Module, changed: nn.Module) -> None:
+    """Refuse a model that computes something else after a change that should not show.
+
+    Some architectures have more to them than meets the eye: a gain stored as its distance from 1,
+    a norm behind the attention. Eight tokens are enough to see it.
+
+    Raises:
+        ValueError: When outputs differ by more than rounding explains.
+    """
+    first = next(model.parameters())
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    ids = torch.arange(1, 9, device=first.device).remainder(min(sizes, default=1)).view(1, -1)
+    with torch.no_grad():
+        outputs = [share(m).eval()(input_ids=ids) for m in (model, changed)]
+    before, after = (getattr(out, "logits", out).float() for out in outputs)
+    tolerance = 1e-3 if first.dtype in (torch.float32, torch.float64) else 0.3
+    if not float((after - before).norm()) <= tolerance * float(before.norm()):
+        raise ValueError(
+            f"{type(model).__name__} would compute something else; its architecture is not that of "
+            "a plain pre-norm transformer."
+        )
+
+
+def smooth(
+    model: Model,
+    calibration: Calibration,
+    alpha: float = 0.5,
+    *,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    r"""The same function with smoother activations; nothing is quantized yet.
+
+    For every norm with gain $g$ (and bias $b$) and the weights $W$ that read it:
+    $g \leftarrow g / s$, $b \leftarrow b / s$, $W \leftarrow W \operatorname{diag}(s)$.
+
+    Args:
+        model: A transformer whose blocks normalise before their linear layers; it is not changed.
+        calibration: Token ids (sequences, time), or batches of keyword arguments.
+        alpha: 0 to 1; see `smooth_scales`.
+        include: Name patterns of the layers to smooth; a norm takes part if all its readers fit.
+        exclude: Name patterns of layers to leave alone.
+        batch_size: Calibration sequences at a time.
+        progress: Called with (batches done, batches).
+
+    Returns:
+        A new model with the same outputs up to rounding, sharing all tensors but those scaled.
+
+    Raises:
+        ValueError: `alpha` outside 0 … 1, no or bad calibration data, or a model that is quantized
+            already, has no norm that feeds linear layers only, or has norms that do more than
+            multiply by their gain.
+    """
+    _check_alpha(alpha)
+    refuse_quantized(model)
+    batches_of(calibration, batch_size)  # says at once if there is none
+    norms = smoothable(model, include=include, exclude=exclude)
+    first = [readers[0] for readers in norms.values()]
+    maxima = input_maxima(model, calibration, first, batch_size=batch_size, progress=progress)
+    result = share(model)
+    for norm_name, readers in norms.items():
+        norm = result.get_submodule(norm_name)
+        layers = [result.get_submodule(name) for name in readers]
+        s = smooth_scales(maxima[readers[0]], [layer.weight for layer in layers], alpha)
+        for key in ("weight", "bias"):
+            old = getattr(norm, key, None)
+            if old is not None:
+                new = (old.detach().to(s.dtype) / s).to(old.dtype)
+                setattr(norm, key, nn.Parameter(new, old.requires_grad))
+        for layer in layers:
+            new = (layer.weight.detach().to(s.dtype) * s).to(layer.weight.dtype)
+            layer.weight = nn.Parameter(new, layer.weight.requires_grad)
+    check_same_function(model, result)
+    return result
+
+
+def smoothquant(
+    model: Model,
+    calibration: Calibration,
+    alpha: float = 0.5,
+    *,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    level: str = "O1",
+    group_size: Granularity = "row",
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Smooth, then quantize weights and inputs of all linear layers.
+
+    Args:
+        model: A transformer whose blocks normalise before their linear layers; it is not changed.
+        calibration: Token ids (sequences, time), or batches of keyword arguments.
+        alpha: 0 to 1; see `smooth_scales`.
+        weight_bits: Bits of the weights, 2 to 8.
+        activation_bits: Bits of the inputs, 2 to 8.
+        level: "O1": a scale per token, found at run time. "O2": one scale for all tokens of a
+            batch, found at run time. "O3": one scale, from the calibration data.
+        group_size: What shares a scale of the weights. They are symmetric.
+        include: Name patterns of the layers to quantize.
+        exclude: Name patterns of layers to leave alone; output heads by default.
+        batch_size: Calibration sequences at a time.
+        progress: Called with (batches done, batches) of each pass over the calibration data: one
+            for smoothing, a second for the scales of "O3".
+
+    Returns:
+        A new model that shares every tensor it did not change.
+
+    Raises:
+        ValueError: As `smooth` and `quantize_activations`; or an unknown level.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}; it must be one of {', '.join(LEVELS)}.")
+    check_bits(weight_bits)
+    check_bits(activation_bits)
+    smoothed = smooth(
+        model,
+        calibration,
+        alpha,
+        include=include,
+        exclude=exclude,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return quantize_activations(
+        smoothed,
+        weight_bits,
+        activation_bits,
+        granularity=LEVELS[level],
+        group_size=group_size,
+        calibration=calibration if level == "O3" else None,
+        batch_size=batch_size,
+        include=include,
+        exclude=exclude,
+        progress=progress,
+    )
