@@ -11,7 +11,7 @@ written depends on the source and on what the cells print, never on the time or 
 come from the cells, widget ids are numbered, nothing is stamped.
 
 Tags of cells: `exercise` (a stub to fill in), `hint` (Markdown, folded in <details>), `solution`
-(left out of the learners' edition), `real-model` (reads stored results unless EFFNB_FULL=1),
+(left out of the learners' edition), `real-model` (stored results unless `results.live()`),
 `nbval-check-output` (compared on every run), `hide-input`, and `run-time` (the builder writes
 the measured time into its output).
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import platform
 import re
 from dataclasses import asdict, dataclass
@@ -156,3 +157,14 @@ def device_name() -> str:
 
         return f"cuda ({torch.cuda.get_device_name(0)})"
     return f"{best.type} ({platform.machine()})"
+
+
+def live() -> bool:
+    """Whether a section on a real model computes now instead of reading what is stored.
+
+    It does for a reader who runs the page, and under `make test-full`; not while a page is built or
+    tested, where minutes for each chapter would add up.
+    """
+    if os.environ.get("EFFNB_FULL") == "1":
+        return True
+    return not {"EFFNB_BUILD", "EFFNB_SWEEP"} & set(os.environ)

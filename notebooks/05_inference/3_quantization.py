@@ -915,7 +915,7 @@ for r in results.read("quantization_cache").data["table"]:
 # ## On a real model
 #
 # `minilm-l6` is a sentence encoder with full-precision weights: 22 million of them. The task is to find a package's long description
-# from its one-line synopsis among 400. The curve is stored; the setting below it runs live under `make test-full`, or when you set `EFFNB_FULL=1`.
+# from its one-line synopsis among 400. The curve is stored; the setting below it is computed when you run the page.
 
 # %% tags=["hide-input"]
 minilm = results.read("quantization_minilm").data["table"]
@@ -951,10 +951,9 @@ figure(
 )
 
 # %% tags=["real-model"]
-import os
 from dataclasses import replace
 
-if os.environ.get("EFFNB_FULL") == "1":
+if results.live():
     from effnb.evaluation import retrieval
 
     encoder = load("minilm-l6")
@@ -1000,7 +999,7 @@ speed
 # read per token, stays as it was, and makes up most of the bytes that are left.)
 
 # %% tags=["real-model"]
-if os.environ.get("EFFNB_FULL") == "1":
+if results.live():
     from effnb.evaluation import decode_tokens_per_second
 
     real = load("smollm2-135m", device="cpu")
@@ -1011,7 +1010,7 @@ if os.environ.get("EFFNB_FULL") == "1":
     ]
     print(f"on this machine: int4 decodes {rates[1] / rates[0]:.2f} times as fast")
 else:
-    print("set EFFNB_FULL=1 to time it on this machine")
+    print("run this page to time it on your machine")
 
 # %% [markdown]
 # ## Where it breaks

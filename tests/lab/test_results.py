@@ -101,3 +101,20 @@ def test_every_result_of_the_repository_can_be_read(monkeypatch):
         found = results.read(file.stem)
         assert found.provenance.command
         assert json.dumps(found.data)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, True),
+        ({"EFFNB_BUILD": "1"}, False),
+        ({"EFFNB_SWEEP": "1"}, False),
+        ({"EFFNB_SWEEP": "1", "EFFNB_FULL": "1"}, True),
+    ],
+)
+def test_real_models_run_for_readers_and_in_full_tests_only(monkeypatch, variables, expected):
+    for name in ("EFFNB_BUILD", "EFFNB_SWEEP", "EFFNB_FULL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert results.live() is expected
