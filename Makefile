@@ -14,7 +14,7 @@ endif
 SETUP = $(if $(PYTHON),$(PYTHON),$(error No Python was found: install Python 3.11 to 3.13, or name one, as in `make lab PYTHON=/path/to/python3`)) .make/setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-full notebooks data models results bench check clean
+.PHONY: help lab test test-full notebooks site data models results bench check clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,10 @@ test-full: ## prove everything, real models and long runs included
 notebooks: ## build each chapter's .ipynb from its .py by executing it (CHAPTERS="00_start_here")
 	@$(SETUP) install test
 	$(RUN) -m effnb.lab.build $(CHAPTERS)
+
+site: ## make the book's web pages, in build/site, from the chapters as they were executed; runs none
+	@$(SETUP) install docs
+	$(RUN) -m effnb.lab.site
 
 data: ## rebuild the corpora from Debian's archive; only on Debian or Ubuntu, needs the network
 	@$(SETUP) install data

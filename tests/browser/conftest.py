@@ -37,12 +37,15 @@ NPM = ROOT / "build" / "npm"
 """Ignored by git; filled once from the npm registry."""
 
 PAGE_FILES = {
+    "axe.min.js": ("axe-core", "4.14.1", "package/axe.min.js"),
     "embed-amd.js": ("@jupyter-widgets/html-manager", "1.0.15", "package/dist/embed-amd.js"),
     "require.js": ("requirejs", "2.3.8", "package/require.js"),
 }
-"""What a page without a kernel needs to show widgets: file, npm package, version, place inside."""
+"""What a page without a kernel needs to show widgets, and what looks at pages as a screen reader
+would: file, npm package, version, place inside."""
 
 SHA256 = {
+    "axe.min.js": "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c",
     "embed-amd.js": "ca87dff57c70ffb2658794fde0eab0e27e5f5472a1f5df7ab2b08e1039fc4b72",
     "require.js": "c1fc6b1d53af7522f78d664922abb32acac64ed0ecccb8f907f1e6fc7262563a",
 }

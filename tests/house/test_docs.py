@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TARGETS = (
-    "lab test test-full notebooks data models results bench check clean help".split()  # noqa: SIM905
+    "lab test test-full notebooks site data models results bench check clean help".split()  # noqa: SIM905
 )
 
 

@@ -1,0 +1,88 @@
+"""The command `python -m effnb.lab.site`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from effnb.lab.chapters import NOTEBOOKS
+from effnb.lab.site.book import REPOSITORY, SiteError, read_book
+from effnb.lab.site.sources import write
+
+CONFIGURATION = REPOSITORY / ".make" / "site"
+OUT = REPOSITORY / "build" / "site"
+MARK = ".nojekyll"
+"""Lies in every site, and tells hosts to publish folders that begin with an underscore as well."""
+
+
+def build(out: Path = OUT, notebooks: Path = NOTEBOOKS) -> tuple[int, list[str]]:
+    """Make the site: its sources first, then its pages.
+
+    Args:
+        out: The folder to publish; it is made anew. Beside it lies one of the same name that ends
+            in `-sources`, which is no part of the site.
+        notebooks: The executed chapters.
+
+    Returns:
+        The exit status of Sphinx, 1 when it warned of anything; and what is ill-formed without
+        stopping the book, as sentences.
+
+    Raises:
+        SiteError: When a page cannot be made.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
+        raise SiteError(f"{out} has something in it that is no site: name another folder.")
+    work = out.with_name(f"{out.name}-sources")
+    shutil.rmtree(out, ignore_errors=True)
+    notes = write(work / "pages", work / "extra", read_book(notebooks))
+    command = [
+        *(sys.executable, "-m", "sphinx", "--builder", "html", "--quiet", "--fresh-env"),
+        *("--fail-on-warning", "--keep-going", "--conf-dir", str(CONFIGURATION)),
+        *("--doctree-dir", str(work / "doctrees"), "--define", f"html_extra_path={work / 'extra'}"),
+        *(str(work / "pages"), str(out)),
+    ]
+    status = subprocess.run(command, check=False).returncode
+    (out / MARK).touch()
+    for rest in (".buildinfo", ".buildinfo.bak", "_sources"):  # of no use to a reader
+        shutil.rmtree(out / rest) if (out / rest).is_dir() else (out / rest).unlink(missing_ok=True)
+    for rest in out.rglob("*.map"):
+        rest.unlink()
+    icons = out / "_static" / "scripts" / "fontawesome.js"
+    if icons.exists():
+        shutil.copyfile(CONFIGURATION / "static" / "icons.js", icons)
+    return status, notes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the site; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m effnb.lab.site", description="Make the book's pages from its chapters."
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="the folder to publish")
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+    try:
+        status, notes = build(options.out.resolve())
+    except SiteError as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    for note in notes:
+        print(f"Note: {note}", file=sys.stderr)
+    if status:
+        print("Every warning above is an error: the site is not fit to publish.", file=sys.stderr)
+        return status
+    pages = sum(1 for _ in options.out.rglob("*.html"))
+    size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
+    print(
+        f"{pages} pages, {size / 2**20:.1f} MiB, in {time.perf_counter() - start:.0f} s: "
+        f"open {options.out / 'index.html'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""What is collected from all chapters: claims, symbols, terms and advice."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from effnb.lab.claims import ledger
+from effnb.lab.site.book import Book, SiteError, Written, link
+from effnb.lab.site.verdicts import badge, certainty, evidence_html, piece
+from effnb.lab.site.words import Advice
+
+OPEN = "not yet measured"
+
+
+def raw(content: str) -> str:
+    """HTML inside of Markdown, as it is."""
+    return f"```{{raw}} html\n{content}\n```"
+
+
+# ------------------------------------------------------------------------------------ the claims
+
+
+def verdicts_on(book: Book, claim: str) -> list[tuple[Written, dict[str, Any]]]:
+    """The verdicts on a claim; first that of the chapter which the ledger names."""
+    found = [(w, one) for w in book.written for one in w.verdicts if one["id"] == claim]
+    return sorted(found, key=lambda pair: pair[0].name not in ledger()[claim].chapters)
+
+
+def summary_part(book: Book) -> str:
+    """How many claims have which verdict."""
+    counted: dict[str, int] = {}
+    for name in ledger():
+        found = verdicts_on(book, name)
+        verdict = found[0][1]["verdict"] if found else OPEN
+        counted[verdict] = counted.get(verdict, 0) + 1
+    items = "".join(
+        f"<li><strong>{counted[verdict]}</strong> {badge(verdict)}</li>"
+        for verdict in sorted(counted, key=lambda v: (v == OPEN, -counted[v], v))
+    )
+    return raw(f'<ul class="claims-summary">{items}</ul>')
+
+
+def claims_part(book: Book) -> str:
+    """All claims, under the articles that make them."""
+    parts, source = [], ""
+    for name, claim in ledger().items():
+        if claim.source != source:
+            source = claim.source
+            title, _, rest = source.partition(", ")
+            parts.append(f"\n## {title}\n\n{rest}.\n")
+        parts.append(raw(_claim(book, name)))
+    return "\n".join(parts)
+
+
+def _claim(book: Book, name: str) -> str:
+    """One row of the ledger, with every verdict that a chapter computed."""
+    claim, found = ledger()[name], verdicts_on(book, name)
+    titles = {chapter.name: chapter.title for chapter in book.chapters}
+    parts = []
+    for written, verdict in found:
+        where = link(titles[written.name], "claims", f"{written.name}.html#claim-{name}")
+        first = "" if written.name in claim.chapters else " (a first look)"
+        parts.append(
+            f'<div class="claim-verdict"><p>{badge(verdict["verdict"])} '
+            f'<span class="claim-where">in {where}{first}</span></p>{evidence_html(verdict)}</div>'
+        )
+    missing = [c for c in claim.chapters if c not in {written.name for written, _ in found}]
+    wanted = " and ".join(
+        f"{html.escape(titles[c])} ({'no verdict there' if book.find(c) else 'not written yet'})"
+        for c in missing
+    )
+    still = f'{badge(OPEN)} <span class="claim-where">in {wanted}</span>' if missing else ""
+    if found and missing:
+        parts.append(f'<div class="claim-verdict"><p>{still}</p></div>')
+    kind = "" if found else " claim-open"
+    return (
+        f'<section class="claim{kind}" id="{name}" aria-label="Claim {name}">'
+        f'<p class="claim-head"><a class="claim-id" href="#{name}">{name}</a>'
+        f"{'' if found else still}</p>"
+        f'<p class="claim-words">{html.escape(claim.claim)}</p>{"".join(parts)}</section>'
+    )
+
+
+# ------------------------------------------------------------------------- notation and glossary
+
+
+def symbols_part(book: Book) -> str:
+    """The symbols of all chapters, as a table."""
+    rows = [
+        (symbol, written)
+        for written in book.written
+        for symbol in written.words.symbols
+    ]  # fmt: skip
+    if not rows:
+        return "No chapter has introduced a symbol yet."
+    order = sorted(rows, key=lambda row: (row[0].local, _bare(row[0].tex).lower(), row[0].tex))
+    lines = ["| symbol | meaning | introduced in |", "|---|---|---|"]
+    for symbol, written in order:
+        only = " (in this chapter only)" if symbol.local else ""
+        where = f"[{written.chapter.title}](/{written.name}.ipynb)"
+        lines.append(f"| ${symbol.tex}$ | {symbol.means}{only} | {where} |")
+    return "\n".join(["```{rst-class} symbols", "```", "", *lines])
+
+
+def _bare(tex: str) -> str:
+    """A symbol without its hat, and Greek after Latin."""
+    letters = re.sub(r"\\(?:hat|bar|tilde|mathbf|mathcal|mathbb|boldsymbol)\b|[{} ]", "", tex)
+    return ("~" if letters.startswith("\\") else "") + letters.lstrip("\\")
+
+
+def terms_part(book: Book) -> str:
+    """The terms that the chapters explain, in the order of the alphabet."""
+    found: dict[str, Written] = {}
+    lines = []
+    rows = [(term, written) for written in book.written for term in written.words.terms]
+    for term, written in sorted(rows, key=lambda row: row[0].name.lower()):
+        if term.name.lower() in found:
+            raise SiteError(
+                f"{written.name} and {found[term.name.lower()].name} both explain the term "
+                f"{term.name!r}: keep the better of the two."
+            )
+        found[term.name.lower()] = written
+        if term.at not in written.headings:
+            raise SiteError(
+                f"notebooks/{written.name}.toml: the term {term.name!r} is said to be explained "
+                f"under {term.at!r}, and the chapter has no such heading."
+            )
+        where = f"[{written.chapter.title}](/{written.name}.ipynb#{written.headings[term.at]})"
+        lines += [
+            f'{term.name} <span class="ja" lang="ja">{html.escape(term.ja)}</span>',
+            f": {term.means[0].upper()}{term.means[1:].rstrip('.')}. {where}",
+            "",
+        ]
+    if not lines:
+        return "No chapter has explained a term yet."
+    return "\n".join(["{.glossary}", *lines])
+
+
+# --------------------------------------------------------------------------------------- advice
+
+
+def supported(written: Written) -> Iterator[tuple[Advice, list[dict[str, Any]]]]:
+    """The advice that a chapter's own measurements support, with the pieces of evidence.
+
+    Raises:
+        SiteError: When advice names a claim or a measurement that the chapter does not have.
+    """
+    verdicts = {one["id"]: one for one in written.verdicts}
+    for advice in written.words.advice:
+        pieces, holds = [], True
+        for reason in advice.because:
+            parts = verdicts.get(reason.claim, {"parts": []})["parts"]
+            fitting = [part for part in parts if part["what"].startswith(reason.part)]
+            if len(fitting) != 1:
+                raise SiteError(
+                    f"notebooks/{written.name}.toml: the advice {advice.use!r} rests on "
+                    f"{len(fitting)} measurements of {reason.claim} that begin with "
+                    f"{reason.part!r}, and has to rest on one."
+                )
+            holds &= fitting[0]["outcome"] == reason.outcome
+            pieces.append({**fitting[0], "claim": reason.claim})
+        if holds:
+            yield advice, pieces
+
+
+def advice_part(book: Book) -> str:
+    """What the measurements of all chapters recommend, under what the reader wants."""
+    goals: dict[str, list[str]] = {}
+    for written in book.written:
+        for advice, pieces in supported(written):
+            chapter = f"{written.name}.html#claim-"
+            rows = "".join(
+                f"<li>{html.escape(one['what'])}: <strong>{piece(one).measured()}</strong> "
+                f'<span class="expected">({certainty(one)}; '
+                f"{link(one['claim'], 'which', chapter + one['claim'])})</span></li>"
+                for one in pieces
+            )
+            where = link(written.chapter.title, "which", f"{written.name}.html")
+            goals.setdefault(advice.goal, []).append(
+                f'<section class="advice"><p class="advice-when">If {html.escape(advice.when)}:</p>'
+                f'<p class="advice-use">{html.escape(advice.use)}</p>'
+                f'<p class="advice-why">Measured in {where}:</p><ul>{rows}</ul></section>'
+            )
+    if not goals:
+        return "Nothing has been measured yet that would support a recommendation."
+    return "\n\n".join(f"## {goal}\n\n{raw(''.join(cards))}" for goal, cards in goals.items())

@@ -1,0 +1,446 @@
+"""The book as a reader of the published folder meets it: every page, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page
+
+from effnb.lab.site.__main__ import build
+
+PATIENCE = 60_000
+PHONE, SCREEN = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder to publish, built once."""
+    out = tmp_path_factory.mktemp("book") / "site"
+    status, _ = build(out)
+    assert status == 0, "Sphinx has warned, and a warning is an error"
+    return out
+
+
+def contents(folder: Path) -> list[dict]:
+    """The groups of the sidebar."""
+    stored = folder.with_name("site-sources") / "pages" / "contents.json"
+    return json.loads(stored.read_text(encoding="utf-8"))
+
+
+def pages(folder: Path) -> list[str]:
+    """All pages of the theme, by their paths; those of the sources' listings are made apart."""
+    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.html")))
+    return [path for path in found if not path.startswith(("source/", "_static/"))]
+
+
+def few(folder: Path) -> list[str]:
+    """Every page that is no module's, and two that are."""
+    return [p for p in pages(folder) if not p.startswith("api/effnb")] + [
+        "api/effnb.inference.quantization.formats.html",
+        "api/effnb.lab.panels.html",
+    ]
+
+
+# ----------------------------------------------------------------------------- reading the files
+
+
+class Reader(HTMLParser):
+    """Collects what a page refers to, its anchors, and the images that say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.anchors: set[str] = set()
+        self.silent: list[str] = []
+        self.title = ""
+        self._in_title = False
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        named = dict(attributes)
+        self.anchors |= {named[key] for key in ("id", "name") if named.get(key)}
+        if tag == "a" and "href" in named:
+            self.links.append(named["href"])
+        if tag in ("img", "script", "iframe", "source", "video") and named.get("src"):
+            self.loads.append(named["src"])
+        if tag == "link" and named.get("href") and named.get("rel") != "canonical":
+            self.loads.append(named["href"])
+        if tag == "img" and "alt" not in named:
+            self.silent.append(named.get("src", ""))
+        in_article = not (named.get("src") or "").endswith("icon.svg")
+        if tag == "img" and in_article and len((named.get("alt") or "").split()) < 3:
+            self.silent.append(named.get("src", ""))
+        self._in_title = tag == "title"
+
+    def handle_data(self, data: str) -> None:
+        if self._in_title:
+            self.title += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_title = False
+
+
+@pytest.fixture(scope="module")
+def read(folder: Path) -> dict[str, Reader]:
+    """Every HTML file of the site, read."""
+    found = {}
+    for path in folder.rglob("*.html"):
+        if "_static" not in path.parts:
+            reader = Reader()
+            reader.feed(path.read_text(encoding="utf-8"))
+            found[path.relative_to(folder).as_posix()] = reader
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(folder: Path) -> set[str]:
+    """Every file of the site."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def missing(files: set[str], read: dict[str, Reader], page: str, link: str) -> bool:
+    """Whether an internal link leads nowhere."""
+    parts = urlsplit(link)
+    if parts.scheme or parts.netloc:
+        return False
+    path = posixpath.join(posixpath.dirname(page), unquote(parts.path)) if parts.path else page
+    target, anchor = posixpath.normpath(path), unquote(parts.fragment)
+    if target not in files:
+        return True
+    return bool(anchor) and target in read and anchor not in read[target].anchors
+
+
+def test_every_link_leads_somewhere(files, read):
+    assert len(read) > 30
+    broken = [
+        f"{page}: {link}"
+        for page, reader in read.items()
+        for link in {*reader.links, *reader.loads}
+        if missing(files, read, page, link)
+    ]
+    assert broken == []
+
+
+def test_a_broken_link_would_be_found(files, read):
+    assert missing(files, read, "index.html", "nowhere.html")
+    assert missing(files, read, "index.html", "claims.html#no-such-claim")
+    assert missing(files, read, "map.html", "#nothing")
+    assert not missing(files, read, "index.html", "claims.html#S-I3")
+
+
+def test_nothing_is_loaded_from_elsewhere(folder, read):
+    foreign = [f"{p}: {u}" for p, r in read.items() for u in r.loads if urlsplit(u).netloc]
+    styles = [path for path in folder.rglob("*.css") if "@import url(http" in path.read_text()]
+    assert foreign == []
+    assert styles == []
+    fetched = re.compile(r"""(?:fetch|importScripts|import)\(\s*["'`]https?:""")
+    for script in folder.rglob("*.js"):
+        assert not fetched.search(script.read_text(encoding="utf-8")), script.name
+
+
+def test_every_picture_says_what_it_shows(read):
+    assert [f"{page}: {src}" for page, reader in read.items() for src in reader.silent] == []
+    assert sum(len(reader.loads) for reader in read.values()) > 100  # it has looked
+
+
+def test_every_chapter_and_every_page_beside_them_is_in_the_sidebar(folder, read):
+    listed = {page["page"] + ".html" for group in contents(folder) for page in group["pages"]}
+    below = {
+        one["page"] + ".html"
+        for group in contents(folder)
+        for page in group["pages"]
+        for one in page["below"]
+    }
+    assert set(pages(folder)) - {"index.html", "search.html"} == listed | below
+    for page in listed:
+        assert {link.rpartition("/")[2] for link in read[page].links} >= {
+            other.rpartition("/")[2] for other in listed - {page}
+        }
+
+
+def test_pages_are_light(folder):
+    """A phone on a slow line: what every page loads, and the largest page."""
+    scripts = sum(path.stat().st_size for path in folder.rglob("_static/**/*.js"))
+    assert scripts < 600_000
+    assert not list(folder.rglob("*.map"))
+    largest = max((folder / page).stat().st_size for page in pages(folder))
+    assert largest < 1_500_000, "pictures belong into files of their own"
+
+
+# ------------------------------------------------------------------------------ in the browser
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def end_headers(self) -> None:
+        """Let the browser keep what all pages share, as a host does."""
+        self.send_header("Cache-Control", "max-age=600")
+        super().end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@dataclass
+class Book:
+    """The served site, and what went wrong in the browser."""
+
+    context: BrowserContext
+    address: str
+    foreign: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def page(self, **options) -> Page:
+        """A new page that lets nothing through to other hosts."""
+        page = self.context.new_page()
+        page.set_default_timeout(PATIENCE)
+        if options:
+            page.set_viewport_size(options)
+        page.on("console", self._said)
+        page.on("pageerror", lambda error: self.errors.append(f"{page.url}: {error}"))
+        return page
+
+    def _said(self, message) -> None:
+        if message.type == "error":
+            self.errors.append(f"{message.location.get('url')}: {message.text}")
+
+    def guard(self, route) -> None:
+        if route.request.url.startswith((self.address, "data:", "blob:")):
+            route.continue_()
+        else:
+            self.foreign.append(route.request.url)
+            route.abort()
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def book(browser: Browser, served: str) -> Iterator[Book]:
+    context = browser.new_context(viewport=SCREEN, color_scheme="light", has_touch=True)
+    opened = Book(context, served)
+    # Only what is not ours is looked at: asking about every file would slow all of them down.
+    context.route(re.compile(rf"^(?!{re.escape(served)}/|data:|blob:)"), opened.guard)
+    yield opened
+    context.close()
+    assert opened.foreign == [], "the book asked other hosts"
+    assert opened.errors == []
+
+
+def test_a_page_that_asks_another_host_or_fails_would_be_found(browser, served):
+    context = browser.new_context()
+    opened = Book(context, served)
+    context.route(re.compile(rf"^(?!{re.escape(served)}/|data:|blob:)"), opened.guard)
+    page = opened.page()
+    page.goto(f"{served}/reading.html")
+    page.evaluate("fetch('https://fonts.example/a.css').catch(() => 0)")
+    page.evaluate("setTimeout(() => { throw new Error('planted'); })")
+    page.wait_for_timeout(300)
+    assert opened.foreign == ["https://fonts.example/a.css"]
+    assert any("planted" in error for error in opened.errors)
+    context.close()
+
+
+def test_every_page_opens_on_a_phone(book, folder):
+    """Without an error, without another host, and without anything wider than the screen."""
+    page = book.page(**PHONE)
+    wide, named = [], set()
+    for name in pages(folder):
+        page.goto(f"{book.address}/{name}", wait_until="load")
+        if page.evaluate("document.documentElement.scrollWidth") > PHONE["width"]:
+            wide.append(name)
+        named.add(page.title())
+    assert wide == []
+    assert len(named) > len(pages(folder)) * 0.9  # titles tell pages apart
+
+
+def problems(page: Page, axe: str, where: str) -> list[str]:
+    """What axe finds wrong on the page that is open."""
+    page.evaluate(axe)
+    found = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
+    return [
+        f"{where}: {rule['id']} ({node['target'][0]}): {node['failureSummary'][:160]}"
+        for rule in found["violations"]
+        for node in rule["nodes"][:3]
+    ]
+
+
+def look_at(book, page_files, names) -> list[str]:
+    axe = next(page_files.glob("*-axe.min.js")).read_text(encoding="utf-8")
+    page = book.page(**SCREEN)
+    found = []
+    for name in names:
+        page.emulate_media(color_scheme="light")
+        page.goto(f"{book.address}/{name}", wait_until="load")
+        for theme in ("light", "dark"):
+            page.emulate_media(color_scheme=theme)
+            page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
+            found += problems(page, axe, f"{name}, {theme}")
+    return found
+
+
+def test_words_can_be_read_and_heard_in_light_and_dark(book, folder, page_files):
+    assert look_at(book, page_files, few(folder)) == []
+
+
+@pytest.mark.full
+def test_words_can_be_read_and_heard_on_every_page(book, folder, page_files):
+    assert look_at(book, page_files, pages(folder)) == []
+
+
+def test_pale_words_would_be_found(book, page_files):
+    axe = next(page_files.glob("*-axe.min.js")).read_text(encoding="utf-8")
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/reading.html")
+    page.evaluate("document.querySelector('article p').style.color = '#bbb'")
+    assert "color-contrast" in "".join(problems(page, axe, ""))
+
+
+def visible_numbers(panel) -> str:
+    return panel.locator(".panel-frame:visible .effnb-numbers").text_content()
+
+
+def test_a_panel_moves_in_every_chapter_that_has_one(book, folder):
+    page = book.page(**SCREEN)
+    moved = 0
+    chapters = [
+        path for path in pages(folder) if 'class="panel"' in (folder / path).read_text("utf-8")
+    ]
+    assert "00_start_here.html" in chapters
+    for name in chapters:
+        page.goto(f"{book.address}/{name}")
+        panel = page.locator("section.panel").first
+        numbers, source = visible_numbers(panel), panel.locator("img:visible").get_attribute("src")
+        assert panel.locator(".panel-frame:visible").count() == 1
+        knob = panel.locator("input[type=range]")
+        if knob.count():
+            knob.focus()
+            at_end = knob.get_attribute("value") == knob.get_attribute("max")
+            page.keyboard.press("ArrowLeft" if at_end else "ArrowRight")
+            assert panel.locator(".panel-value").text_content() == knob.get_attribute(
+                "aria-valuetext"
+            )
+        else:
+            panel.get_by_role("radio", checked=False).first.check()
+        assert panel.locator(".panel-frame:visible").count() == 1
+        assert visible_numbers(panel) != numbers
+        assert panel.locator("img:visible").get_attribute("src") != source
+        picture = panel.locator("img:visible")
+        loaded = "image => image.complete && image.naturalWidth > 500"
+        page.wait_for_function(loaded, arg=picture.element_handle())
+        moved += 1
+    assert moved == len(chapters)
+
+
+def test_a_panel_answers_keyboard_mouse_and_finger(book):
+    page = book.page(**PHONE)
+    page.goto(f"{book.address}/index.html")
+    panel = page.locator("section.panel")
+    knob = panel.get_by_role("slider", name="bits")
+    output = panel.locator(".panel-value")
+    knob.focus()
+    page.keyboard.press("Home")
+    first = panel.locator(".panel-ticks span").first.text_content()
+    assert output.text_content() == first
+    page.keyboard.press("ArrowRight")
+    second = output.text_content()
+    assert second != first
+    # A screen reader hears the new numbers, once.
+    said = panel.get_by_role("status")
+    page.wait_for_function("e => e.textContent", arg=said.element_handle())
+    assert f"bits {second}." in said.text_content()
+    assert "Perplexity" in said.text_content()
+    knob.scroll_into_view_if_needed()
+    box = knob.bounding_box()
+    page.mouse.click(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
+    last = panel.locator(".panel-ticks span").last.text_content()
+    assert output.text_content() == last
+    page.touchscreen.tap(box["x"] + 14, box["y"] + box["height"] / 2)
+    same = "([element, text]) => element.textContent === text"
+    page.wait_for_function(same, arg=[output.element_handle(), first])
+    assert "bits = " in panel.locator("img:visible").get_attribute("alt")
+
+
+def test_search_finds_english_and_japanese(book):
+    page = book.page(**SCREEN)
+    for word, expected in (("perplexity", "00_start_here.html"), ("ゼロ点", "glossary.html")):
+        page.goto(f"{book.address}/search.html?q={word}")
+        page.locator(f"#search-results a[href*='{expected}']").first.wait_for()
+
+
+def test_a_button_says_how_to_run_the_chapter(book):
+    page = book.page(**PHONE)
+    page.goto(f"{book.address}/00_start_here.html")
+    command = page.get_by_text("make lab", exact=True)
+    assert not command.is_visible()
+    page.get_by_text("Run this chapter").click()
+    assert command.is_visible()
+    assert page.get_by_text("notebooks/00_start_here.ipynb").is_visible()
+    assert page.get_by_text("py .make/setup.py lab", exact=True).is_visible()
+
+
+def test_the_theme_can_be_chosen_and_pages_lead_on(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/reading.html")
+    page.get_by_role("button", name="Color mode").click()
+    page.get_by_role("button", name="Dark").click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.get_by_role("link", name=re.compile("next", re.I)).click()
+    page.wait_for_url("**/00_start_here.html")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.get_by_role("link", name=re.compile("previous", re.I)).click()
+    page.wait_for_url("**/reading.html")
+
+
+def test_a_printed_chapter_is_sensible(book, tmp_path):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/00_start_here.html")
+    page.emulate_media(media="print", color_scheme="dark")
+    shown = {
+        name: page.locator(name).locator("visible=true").count()
+        for name in (".bd-sidebar-primary", ".bd-header-article", ".prev-next-footer", ".run-it")
+    }
+    assert set(shown.values()) == {0}, shown
+    panel = page.locator("section.panel").first
+    assert panel.locator("img:visible").count() == 1
+    assert panel.locator("input:visible").count() == 0
+    assert "Perplexity" in visible_numbers(panel)
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == "rgb(255, 255, 255)"
+    wide = page.evaluate(
+        "[...document.querySelectorAll('pre')].filter(e => e.offsetParent !== null"
+        " && e.scrollWidth > e.clientWidth + 1).length"
+    )
+    assert wide == 0, "code is cut off at the edge of the paper"
+    file = tmp_path / "chapter.pdf"
+    page.pdf(path=file, format="A4")
+    sheets = len(re.findall(rb"/Type\s*/Page\b", file.read_bytes()))
+    assert 6 <= sheets <= 24
+
+
+def test_it_can_be_read_without_scripts(browser, served):
+    context = browser.new_context(java_script_enabled=False, viewport=PHONE)
+    page = context.new_page()
+    page.goto(f"{served}/00_start_here.html")
+    assert page.locator(".katex").first.is_visible()
+    panel = page.locator("section.panel").first
+    assert panel.locator("img:visible").count() == 1
+    assert "Perplexity" in visible_numbers(panel)
+    context.close()
