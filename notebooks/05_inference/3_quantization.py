@@ -651,10 +651,14 @@ def text(result):
     now, was = result["choice"], plain["choice"]
     return "\n".join(
         [
-            f"{result['method']}, {result['bits']} bits, group: {result['group']}",
-            f"Perplexity: {result['perplexity']:.4g} (original {plain['perplexity']:.4g})",
-            f"Right answers: {now.accuracy:.0%} ± {now.standard_error:.0%} (original {was.accuracy:.0%})",
-            f"Stored: {result['bytes'] / 2**20:.2f} MiB (original {plain['bytes'] / 2**20:.2f} MiB)",
+            f"Method: {result['method']}",
+            f"Bits and group: {result['bits']}, {result['group']}",
+            f"Perplexity: {result['perplexity']:.4g}",
+            f"Original's: {plain['perplexity']:.4g}",
+            f"Right answers: {now.accuracy:.0%} ± {now.standard_error:.0%}",
+            f"Original's right answers: {was.accuracy:.0%}",
+            f"Stored: {result['bytes'] / 2**20:.2f} MiB",
+            f"Original's size: {plain['bytes'] / 2**20:.2f} MiB",
             f"The original writes: {plain['text']} …",
             f"Quantised, it writes: {result['text']} …",
         ]
@@ -750,7 +754,7 @@ print(
 # Three rows of the claims ledger belong to this chapter. The verdicts are computed from stored measurements: windows of the held-out novel
 # are compared pair by pair, and training runs seed by seed.
 
-# %%
+# %% tags=["hide-input"]
 from effnb.lab import Evidence, claims_table, verdict
 
 speed = results.read("quantization_speed")
@@ -868,17 +872,19 @@ c_7 = verdict(
 claims_table(s_i3, c_3, c_7)
 
 # %% [markdown]
-# Which domain loses most? The rise of the loss, in per cent of the original's. The translations are texts in languages that the model never learned. There
+# Which domain loses most? The rise of the loss, in per cent of the original's ("/64" means groups of 64, "/row" one scale per row). The translations are texts in languages that the model never learned. There
 # rounding can even *lower* the loss: it flattens predictions that were confident and wrong. Harm can only be measured where there was skill.
 
 # %% tags=["nbval-check-output"]
-print(f"{'':31}", *(f"{d.replace('packages in ', ''):>9}" for d in domains["original"]))
+SHORT = {", groups of 64": " /64", ", per row": " /row", " bits": ""}
+print(" " * 13, *(f"{d.replace('packages in ', ''):>9}" for d in domains["original"]))
 for name in domains:
+    label = name
+    for long, short in SHORT.items():
+        label = label.replace(long, short)
     if name != "original":
-        print(
-            f"{name:31}",
-            *(f"{sum(harm(name, d)) / len(harm(name, d)):8.1f}%" for d in domains["original"]),
-        )
+        rises = (sum(harm(name, d)) / len(harm(name, d)) for d in domains[name])
+        print(f"{label:13}", *(f"{rise:8.1f}%" for rise in rises))
 
 # %% [markdown]
 # ## What it costs and saves
@@ -904,11 +910,11 @@ cost_card(
 # sit in fixed channels) and values in groups along *channels* (per token). Two bits of code, with half-precision scales and minima in groups of 32, are three bits:
 
 # %% tags=["nbval-check-output"]
+print("keys: outliers        bits  grouped by  perplexity    KiB")
 for r in results.read("quantization_cache").data["table"]:
     if r["bits"] in (2, 16) and (r["keys"] == "channel" or r["bits"] == 2):
         print(
-            f"key outliers {r['injected']:18} {r['bits']:2} bits, keys per {r['keys']:7}: "
-            f"perplexity {math.exp(r['loss']):6.2f}, {r['bytes'] / 2**10:7.0f} KiB"
+            f"{r['injected']:20} {r['bits']:5}  {r['keys']:10} {math.exp(r['loss']):11.2f} {r['bytes'] / 2**10:6.0f}"
         )
 
 # %% [markdown]
@@ -1052,7 +1058,7 @@ base = quantization.quantize(W, 2, group_size=64).dequantize() - W
 for label, seen in (("real inputs", h), ("noise", noise)):
     d = quantization.gptq_weight(W, seen, 2, group_size=64).dequantize() - W
     share = torch.trace(d @ h @ d.T) / torch.trace(base @ h @ base.T)
-    print(f"GPTQ calibrated on {label:11}: {share:.1f} times RTN's output error")
+    print(f"GPTQ calibrated on {label:13}: {share:.1f} times RTN's output error")
 
 # %% [markdown]
 # **Bad input** gets one sentence, before any work starts:

@@ -130,17 +130,19 @@ def test_a_real_models_size_takes_little_time():
 
 
 def test_greedy_on_paper():
-    """Lowering a loses 3 per 10 bytes, b 2 per 20 bytes, c 1 per 20 bytes: c first, then b."""
+    """Lowering a loses 3 for 10 bytes, b 2 for 20 and c 1 for 5: b goes first, then c, then a.
+
+    When all three are down, 35 bytes, c comes back if there are 40.
+    """
     costs = {"a": {4: 3.0, 8: 0.0}, "b": {4: 2.0, 8: 0.0}, "c": {4: 1.0, 8: 0.0}}
-    sizes = {"a": {4: 10, 8: 20}, "b": {4: 20, 8: 40}, "c": {4: 20, 8: 40}}
-    chosen = [allocate(costs, sizes, budget, "greedy") for budget in (100, 99, 80, 79, 60, 59, 50)]
+    sizes = {"a": {4: 10, 8: 20}, "b": {4: 20, 8: 40}, "c": {4: 5, 8: 10}}
+    chosen = [allocate(costs, sizes, budget, "greedy") for budget in (70, 50, 49, 45, 44, 39)]
     assert [tuple(a.values()) for a in chosen] == [
         (8, 8, 8),
-        (8, 8, 4),
-        (8, 8, 4),
+        (8, 4, 8),
         (8, 4, 4),
         (8, 4, 4),
-        (4, 4, 4),
+        (4, 4, 8),
         (4, 4, 4),
     ]
 

@@ -1,4 +1,4 @@
-"""What a chapter adds to the book's common pages: symbols, terms, advice.
+r"""What a chapter adds to the book's common pages: symbols, terms, advice.
 
 It is written once, in the file beside the chapter (`notebooks/05_inference/3_quantization.toml`):
 
@@ -17,6 +17,10 @@ It is written once, in the file beside the chapter (`notebooks/05_inference/3_qu
     when = "there is no data to calibrate with"
     use = "Round to nearest with four bits, one scale for each 64 weights."
     because = [{ claim = "S-I3", part = "memory" }]
+
+Every symbol in a chapter's formulas has to be introduced by some chapter, once in the whole book;
+with `local = true` a chapter uses a letter in its own way. What stands below the line, and words,
+need no entry, and a hat is introduced once for all letters, as '\hat{\cdot}'.
 
 Advice stands on measurements: each entry of `because` names a claim and the beginning of one piece
 of its evidence in that chapter, and what must have come out (`outcome`: shown, unless it says
