@@ -211,7 +211,8 @@ def fast(
         group_size: What shares one scale. By default groups of 64 up to 4 bits; above, rows without
             zero points, which every kernel can multiply by.
         head: Whether to quantize the output head, if the model has one, by rounding to nearest; a
-            number gives it that many bits.
+            number gives it that many bits. On SmolLM2-135M a head of 4 bits lost as much as all
+            other layers together, one of 8 bits hardly anything, in a little more time.
         source: What quantizes the rest, called as `source(model, bits, group_size=...)`, above 4
             bits and without a group size with `symmetric=True` as well.
 
