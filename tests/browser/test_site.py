@@ -271,6 +271,15 @@ def test_every_page_opens_on_a_phone(book, folder):
     assert len(named) > len(pages(folder)) * 0.9  # titles tell pages apart
 
 
+SETTLED = """async () => {
+    const moving = () => document.getAnimations().filter(a => a.playState === 'running');
+    do {
+        await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+        await Promise.allSettled(moving().map(a => a.finished));
+    } while (moving().length);
+}"""
+
+
 def problems(page: Page, axe: str, where: str) -> list[str]:
     """What axe finds wrong on the page that is open."""
     page.evaluate(axe)
@@ -292,6 +301,8 @@ def look_at(book, page_files, names) -> list[str]:
         for theme in ("light", "dark"):
             page.emulate_media(color_scheme=theme)
             page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
+            # Colours that are still fading from one theme to the other belong to neither.
+            page.evaluate(SETTLED)
             found += problems(page, axe, f"{name}, {theme}")
     return found
 
