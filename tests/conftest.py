@@ -56,7 +56,7 @@ def _tiny_llama(seed: int = 0, **changes):
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_llama():
     """A function of (seed, configuration changes) that makes tiny random Llamas."""
     return _tiny_llama

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.modules import HEADS, Model, find_blocks, matches, share
+from effnb.core.modules import HEADS, Model, find_blocks, matches, replace_modules, share
 
 Calibration = Tensor | Sequence[Mapping[str, Tensor]]
 
@@ -278,6 +278,7 @@ def layerwise(
     exclude: str | Iterable[str] = HEADS,
     true_sequential: bool = False,
     share_observers: bool = False,
+    unreached: bool = False,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
@@ -295,6 +296,8 @@ def layerwise(
             key and value) before the layers behind them are observed.
         share_observers: Give layers that read the very same tensor (query, key and value; gate and
             up) one observer, the first layer's, so that their statistics are computed once.
+        unreached: Compress layers that no token reached too (experts that the router never chose),
+            with an observer that saw nothing; otherwise they stay as they are.
         batch_size: Sequences at a time.
         progress: Called with (blocks done, blocks).
 
@@ -302,9 +305,18 @@ def layerwise(
         A new model that shares every tensor that was not replaced.
 
     Raises:
-        ValueError: No calibration data, sequences beyond the context, or no fitting layer.
+        ValueError: No calibration data, sequences beyond the context, or no fitting layer; what
+            `compress` refuses, with the layer's name.
     """
     wanted = block_linears(model, include, exclude)
+    reached: set[str] = set()
+
+    def named(name: str, layer: nn.Linear, observer: Any) -> nn.Module | None:
+        reached.add(name)
+        try:
+            return compress(name, layer, observer)
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from None
 
     def visit(prefix: str, block: nn.Module, calls: list[Call]) -> None:
         names = [
@@ -321,12 +333,21 @@ def layerwise(
             }
             for name, observer in watch(block, observers, calls, share_observers).items():
                 layer = block.get_submodule(name)
-                new = compress(f"{prefix}.{name}", layer, observer)
+                new = named(f"{prefix}.{name}", layer, observer)
                 if new is not None and new is not layer:
                     parent, _, leaf = name.rpartition(".")
                     setattr(block.get_submodule(parent), leaf, new)
 
-    return visit_blocks(model, calibration, visit, batch_size=batch_size, progress=progress)
+    result = visit_blocks(model, calibration, visit, batch_size=batch_size, progress=progress)
+    if not unreached:
+        return result
+    seen = {id(wanted[name]) for name in reached}  # a block may stand in the list a second time
+    missed = {
+        name: named(name, layer, observe(name, layer))
+        for name, layer in wanted.items()
+        if id(layer) not in seen
+    }
+    return replace_modules(result, {name: new for name, new in missed.items() if new is not None})
 
 
 def watch(

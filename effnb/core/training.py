@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,22 @@ def causal_lm_loss(model: nn.Module, batch: Tensor | tuple[Tensor, Tensor]) -> T
     a label of -100 is not counted. Labels are aligned with the ids; the shift happens here.
     """
     ids, labels = batch if isinstance(batch, tuple) else (batch, batch)
-    logits = model(input_ids=ids, use_cache=False).logits
+    return _next_token(model(input_ids=ids, use_cache=False).logits, labels)
+
+
+def next_token_loss(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+    """`causal_lm_loss` of a batch of keyword arguments, padding left out.
+
+    `batch` holds `input_ids` of shape (batch, time) and whatever else the model takes; where its
+    `attention_mask` is 0, nothing is counted.
+    """
+    labels = batch["input_ids"]
+    if batch.get("attention_mask") is not None:
+        labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    return _next_token(model(**batch).logits, labels)
+
+
+def _next_token(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
     )

@@ -31,26 +31,9 @@ def one_sentence(message: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def decoder_folder(tmp_path_factory):
+def decoder_folder(tmp_path_factory, tiny_llama):
     """A tiny Llama with the workbook's tokenizer, as `save_pretrained` writes it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=4096,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
+    model = tiny_llama(vocab_size=4096, num_hidden_layers=2)
     folder = tmp_path_factory.mktemp("decoder")
     model.save_pretrained(folder)
     shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True)

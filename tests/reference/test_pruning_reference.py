@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -149,10 +150,9 @@ def test_csr_holds_what_torchs_csr_holds():
 
 
 def test_the_bitmap_is_numpys_packing():
-    numpy = pytest.importorskip("numpy")
     weight = randn(5, 13) * keep_mask(randn(5, 13, seed=1).abs(), 0.5)
     ours = encode(weight, "bitmap")
-    packed = numpy.packbits((weight != 0).numpy().flatten(), bitorder="little")
+    packed = np.packbits((weight != 0).numpy().flatten(), bitorder="little")
     assert ours.places.tolist() == packed.tolist()
     assert torch.equal(unpack_bits(ours.places, 65), (weight != 0).flatten())
 

@@ -54,10 +54,6 @@ def test_torch_per_channel_to_the_bit(bits, symmetric):
     assert torch.equal(theirs, stored.dequantize())
 
 
-@pytest.mark.skipif(
-    not hasattr(torch, "quantize_per_channel"),
-    reason="this PyTorch has no quantized types any more",
-)
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_torch_quantized_tensors_to_the_bit(symmetric):

@@ -64,10 +64,7 @@ def calibrated(
     made: dict[str, LowRankLinear] = {}
 
     def compress(name: str, layer: nn.Linear, observer: Any) -> nn.Module | None:
-        try:
-            factors = factorise(layer.weight, observer, ranks[name])
-        except ValueError as problem:
-            raise ValueError(f"{name}: {problem}") from None
+        factors = factorise(layer.weight, observer, ranks[name])
         made[name] = LowRankLinear.replacing(layer, factors)
         return made[name] if sequential else None
 
@@ -107,10 +104,7 @@ def decompose_calibrated(
     found: dict[str, Factors] = {}
 
     def compress(name: str, layer: nn.Linear, observer: Any) -> None:
-        try:
-            found[name] = keep(factorise(layer.weight, observer, None))
-        except ValueError as problem:
-            raise ValueError(f"{name}: {problem}") from None
+        found[name] = keep(factorise(layer.weight, observer, None))
 
     _pass(model, calibration, observe, compress, names, batch_size, progress)
     return found

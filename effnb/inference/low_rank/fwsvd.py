@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, batches_of
 from effnb.core.modules import HEADS, Model, share
+from effnb.core.training import next_token_loss
 from effnb.inference.low_rank.factors import (
     Factors,
     check_setting,
@@ -42,18 +43,6 @@ from effnb.inference.low_rank.svd import keep, scaled_svd
 SampleLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 FLOOR = 1e-6
 """Least importance, in parts of the largest one: a row that is not needed must not divide by 0."""
-
-
-def next_token_loss(model: nn.Module, sample: dict[str, Tensor]) -> Tensor:
-    """Mean next-token cross-entropy of one sample, padding left out, in nats."""
-    ids = sample["input_ids"]
-    logits = model(**sample).logits
-    labels = ids if sample.get("attention_mask") is None else ids.masked_fill(
-        sample["attention_mask"] == 0, -100
-    )  # fmt: skip
-    return nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
-    )
 
 
 def fisher(

@@ -26,11 +26,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, Hessian
+from effnb.core.calibration import Calibration, Hessian, layerwise
 from effnb.core.hessian import check_damping, damp_hessian
 from effnb.core.modules import HEADS, Model, linears
 from effnb.core.training import Loss
-from effnb.inference.pruning.calibrated import prune_layerwise
 from effnb.inference.pruning.masks import (
     Pattern,
     Sparsity,
@@ -291,7 +290,7 @@ def obs(
     """
     _check(pattern)
     check_damping(damping)
-    layers, goals = prunable(model, sparsity, pattern, include, exclude, inside_blocks=True)
+    _, goals = prunable(model, sparsity, pattern, include, exclude, inside_blocks=True)
 
     def observe(name: str, layer: nn.Linear) -> Hessian:
         return Hessian(layer.in_features, layer.weight.device)
@@ -304,9 +303,10 @@ def obs(
         )  # fmt: skip
         return with_weight(layer, found.weight)
 
-    return prune_layerwise(
-        model, calibration, layers, observe, prune, include=include, exclude=exclude,
-        true_sequential=true_sequential, batch_size=batch_size, progress=progress,
+    return layerwise(
+        model, calibration, observe, prune, include=include, exclude=exclude,
+        true_sequential=true_sequential, share_observers=True, unreached=True,
+        batch_size=batch_size, progress=progress,
     )  # fmt: skip
 
 

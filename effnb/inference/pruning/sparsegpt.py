@@ -26,10 +26,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, Hessian
+from effnb.core.calibration import Calibration, Hessian, layerwise
 from effnb.core.hessian import check_damping, inverse_cholesky
 from effnb.core.modules import HEADS, Model
-from effnb.inference.pruning.calibrated import prune_layerwise
 from effnb.inference.pruning.masks import (
     Pattern,
     Sparsity,
@@ -299,7 +298,7 @@ def sparsegpt(
             model.
     """
     parsed = _check(pattern, block_size, damping, bits, group_size)
-    layers, goals = prunable(model, sparsity, pattern, include, exclude, inside_blocks=True)
+    _, goals = prunable(model, sparsity, pattern, include, exclude, inside_blocks=True)
 
     def observe(name: str, layer: nn.Linear) -> _Curvature:
         return _Curvature(layer.in_features, layer.weight.device)
@@ -316,9 +315,10 @@ def sparsegpt(
             return QuantizedLinear(found.tensor, layer.bias)
         return with_weight(layer, found.weight)
 
-    return prune_layerwise(
-        model, calibration, layers, observe, prune, include=include, exclude=exclude,
-        true_sequential=true_sequential, batch_size=batch_size, progress=progress,
+    return layerwise(
+        model, calibration, observe, prune, include=include, exclude=exclude,
+        true_sequential=true_sequential, share_observers=True, unreached=True,
+        batch_size=batch_size, progress=progress,
     )  # fmt: skip
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, InputNorm, block_linears, layerwise
 from effnb.core.modules import HEADS, Model
-from effnb.inference.pruning.calibrated import prune_layerwise
 from effnb.inference.pruning.masks import (
     Sparsity,
     apply_masks,
@@ -170,7 +169,7 @@ def wanda(
     """
     if adaptive:
         _check_adaptive(pattern)
-    layers, goals = prunable(model, sparsity, pattern, include, exclude, inside_blocks=True)
+    _, goals = prunable(model, sparsity, pattern, include, exclude, inside_blocks=True)
     if pattern == "global":
         scores = wanda_scores(
             model, calibration, include=include, exclude=exclude,
@@ -182,7 +181,8 @@ def wanda(
         mask = wanda_mask(layer.weight, _norms(seen), goals[name], pattern, adaptive=adaptive)
         return with_weight(layer, masked(layer.weight, mask))
 
-    return prune_layerwise(
-        model, calibration, layers, _observe, prune, include=include, exclude=exclude,
-        true_sequential=true_sequential, batch_size=batch_size, progress=progress,
+    return layerwise(
+        model, calibration, _observe, prune, include=include, exclude=exclude,
+        true_sequential=true_sequential, share_observers=True, unreached=True,
+        batch_size=batch_size, progress=progress,
     )  # fmt: skip

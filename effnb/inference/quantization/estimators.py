@@ -24,10 +24,10 @@ from effnb.inference.quantization.extreme import EPSILON, binarize, ternarize
 from effnb.inference.quantization.formats import (
     Granularity,
     QuantizedTensor,
-    _choose_grids,
-    _spread,
+    choose_grids,
     fake_quantize,
     quantize,
+    spread,
 )
 from effnb.inference.quantization.stored import Stored
 
@@ -138,14 +138,14 @@ class RangeGrid(nn.Module):
     def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The rounded weight."""
         w = _work(weight)
-        scale, zero = _choose_grids(
+        scale, zero = choose_grids(
             w.detach(), self.bits, self.group_size, self.symmetric, clip=self.clip
         )
-        scale = _spread(scale, self.group_size, w.shape[1])
+        scale = spread(scale, self.group_size, w.shape[1])
         top = 2 ** (self.bits - 1) - 1
         if zero is None:
             return quantize_ste(w, scale, 0, -top, top).to(weight.dtype)
-        zero = _spread(zero, self.group_size, w.shape[1])
+        zero = spread(zero, self.group_size, w.shape[1])
         return quantize_ste(w, scale, zero, 0, 2 * top + 1).to(weight.dtype)
 
     def stored(self, weight: Float[Tensor, "out in"]) -> Stored:
@@ -209,7 +209,7 @@ class LearnedGrid(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The rounded numbers."""
-        step = _spread(self.steps(), self.group_size, x.shape[-1])
+        step = spread(self.steps(), self.group_size, x.shape[-1])
         if self.group_size == "tensor":
             step = step.squeeze()
         return lsq_quantize(_work(x), step, self.low, self.high, self.gradient_scale).to(x.dtype)
@@ -217,7 +217,7 @@ class LearnedGrid(nn.Module):
     def stored(self, weight: Float[Tensor, "out in"]) -> Stored:
         """The rounded weight, packed; the grid has one code more below 0, so it is affine."""
         step = self.steps().detach()
-        ratio = _work(weight.detach()) / _spread(step, self.group_size, weight.shape[1])
+        ratio = _work(weight.detach()) / spread(step, self.group_size, weight.shape[1])
         codes = ratio.round().clamp(self.low, self.high) - self.low
         zeros = torch.full(self.shape, -self.low, device=weight.device)
         bits = int(self.high - self.low).bit_length()

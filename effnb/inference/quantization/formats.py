@@ -215,9 +215,9 @@ class QuantizedTensor(Stored):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows columns"]:
         r"""$\hat x = s\,(q - z)$, columns where the matrix has them."""
         q, z = self.integers().float(), self.zero_points()
-        s = _spread(self.scales.float(), self.group_size, self.shape[1])
+        s = spread(self.scales.float(), self.group_size, self.shape[1])
         if z is not None:
-            q = q - _spread(z.float(), self.group_size, self.shape[1])
+            q = q - spread(z.float(), self.group_size, self.shape[1])
         values = (s * q).to(dtype)
         return values if self.order is None else values[:, self.order.argsort()]
 
@@ -228,14 +228,14 @@ def _check_order(order: Tensor, columns: int) -> None:
         raise ValueError(f"order does not hold each of the {columns} columns exactly once.")
 
 
-def _spread(per_group: Tensor, group_size: Granularity, columns: int) -> Tensor:
+def spread(per_group: Tensor, group_size: Granularity, columns: int) -> Tensor:
     """Repeat one number per group over the columns of the group."""
     if isinstance(group_size, str):
         return per_group
     return per_group.repeat_interleave(group_size, dim=1)[:, :columns]
 
 
-def _choose_grids(
+def choose_grids(
     matrix: Float[Tensor, "rows columns"],
     bits: int,
     group_size: Granularity,
@@ -289,10 +289,10 @@ def quantize(
     check_matrix(weight)
     weight = weight.detach().float()
     how = {"clip": clip, "percentile": percentile, "exponent": exponent}
-    scale, zero = _choose_grids(weight, bits, group_size, symmetric, **how)
+    scale, zero = choose_grids(weight, bits, group_size, symmetric, **how)
     columns = weight.shape[1]
-    s = _spread(scale, group_size, columns)
-    z = None if zero is None else _spread(zero, group_size, columns)
+    s = spread(scale, group_size, columns)
+    z = None if zero is None else spread(zero, group_size, columns)
     codes = round_to_grid(weight, s, z, bits)
     return QuantizedTensor.from_codes(codes, scale, zero, bits, group_size, symmetric=symmetric)
 
@@ -338,9 +338,9 @@ def fake_quantize(
     check_finite(x, "the tensor")
     matrix = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
     how = {"clip": clip, "percentile": percentile, "exponent": exponent}
-    scale, zero = _choose_grids(matrix, bits, group_size, symmetric, half_scales=half_scales, **how)
-    s = _spread(scale, group_size, x.shape[-1])
-    z = None if zero is None else _spread(zero, group_size, x.shape[-1])
+    scale, zero = choose_grids(matrix, bits, group_size, symmetric, half_scales=half_scales, **how)
+    s = spread(scale, group_size, x.shape[-1])
+    z = None if zero is None else spread(zero, group_size, x.shape[-1])
     q = round_to_grid(matrix, s, z, bits)
     return (s * (q if z is None else q - z)).to(x.dtype).view(x.shape)
 

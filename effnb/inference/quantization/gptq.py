@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, Hessian, block_linears, layerwise
 from effnb.core.hessian import check_damping, inverse_cholesky
-from effnb.core.modules import HEADS, Model, replace_modules
+from effnb.core.modules import HEADS, Model
 from effnb.inference.quantization.clipping import check_clip, choose_grid
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_granularity
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
@@ -324,8 +324,7 @@ def gptq(
     """
     _check(bits, group_size, block_size, damping, clip, exponent)
     refuse_quantized(model)
-    layers = block_linears(model, include, exclude)
-    for name, layer in layers.items():
+    for name, layer in block_linears(model, include, exclude).items():
         try:
             check_matrix(layer.weight)
         except ValueError as problem:
@@ -346,15 +345,12 @@ def gptq(
         return _Curvature(layer.in_features, layer.weight.device)
 
     def compress(name: str, layer: nn.Linear, seen: _Curvature) -> QuantizedLinear:
-        try:
-            result = rounding(layer.weight, seen.inverted(damping, act_order))
-        except ValueError as problem:
-            raise ValueError(f"{name}: {problem}") from None
+        result = rounding(layer.weight, seen.inverted(damping, act_order))
         if report:
             report(name, result)
         return QuantizedLinear(result.tensor, layer.bias)
 
-    result = layerwise(
+    return layerwise(
         model,
         calibration,
         observe,
@@ -363,11 +359,10 @@ def gptq(
         exclude=exclude,
         true_sequential=true_sequential,
         share_observers=True,
+        unreached=True,
         batch_size=batch_size,
         progress=progress,
     )
-    unseen = {n: m for n, m in layers.items() if isinstance(result.get_submodule(n), nn.Linear)}
-    return replace_modules(result, {n: compress(n, m, observe(n, m)) for n, m in unseen.items()})
 
 
 def _check(

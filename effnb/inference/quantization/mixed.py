@@ -20,6 +20,7 @@ from torch import nn
 
 from effnb.core.calibration import Calibration
 from effnb.core.modules import HEADS, Model, linears, replace_modules, share
+from effnb.core.training import next_token_loss
 from effnb.inference.quantization.allocation import (
     Costs,
     allocate,
@@ -37,7 +38,6 @@ from effnb.inference.quantization.sensitivity import (
     loss_sensitivity,
     mean_loss,
     model_batches,
-    next_token_loss,
     output_sensitivity,
 )
 

@@ -29,7 +29,7 @@ from effnb.core.modules import HEADS, Model, named_modules_of, replace_modules
 from effnb.inference.quantization.activations import QuantizedInputs
 from effnb.inference.quantization.clipping import HALF_MAX, HALF_MIN
 from effnb.inference.quantization.estimators import straight_through
-from effnb.inference.quantization.formats import Granularity, QuantizedTensor, _spread
+from effnb.inference.quantization.formats import Granularity, QuantizedTensor, spread
 from effnb.inference.quantization.linear import QuantizedLinear
 from effnb.inference.quantization.llm_int8 import LLMInt8Linear
 from effnb.inference.quantization.rtn import rtn
@@ -48,7 +48,7 @@ def scale_gradient(
     whole = stored.integers().to(weight_gradient.dtype)
     zero = stored.zero_points()
     if zero is not None:
-        whole = whole - _spread(zero.to(whole.dtype), stored.group_size, columns)
+        whole = whole - spread(zero.to(whole.dtype), stored.group_size, columns)
     if stored.order is not None:  # stored column j is column order[j] of the matrix
         weight_gradient = weight_gradient[:, stored.order.long()]
     product = weight_gradient * whole

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effnb.core.calibration import Calibration, Hessian, batches_of, layerwise
 from effnb.core.modules import HEADS, linears, replace_modules, share
+from effnb.core.training import next_token_loss
 from effnb.inference.quantization.formats import quantize
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
 from effnb.inference.quantization.stored import Stored, check_bits
@@ -50,15 +51,6 @@ class HessianTrace:
     standard_error: float
     samples: int
     weights: int
-
-
-def next_token_loss(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean next-token cross-entropy of a batch in nats, padding left out."""
-    labels = batch["input_ids"]
-    if batch.get("attention_mask") is not None:
-        labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
-    logits = model(**batch).logits[:, :-1]
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
 def output_sensitivity(
