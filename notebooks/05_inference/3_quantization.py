@@ -356,7 +356,7 @@ print(f"the largest change of any token's loss: {change:.1e} nats")
 #   $s_j = \max|X_j|^\alpha / \max|W_{:j}|^{1-\alpha}$ and multiply column $j$ of the weight by it. The division disappears in the
 #   norm before.
 # - **AWQ** (Lin et al., 2023): for weights only. *Protect what matters.* Columns that meet large inputs are scaled up before
-#   rounding, by $s_j = \operatorname{mean}|X_j|^r$ with the exponent $r$ searched by the error of the block's output.
+#   rounding, by $s_j = \operatorname{mean}|X_j|^\beta$ with the exponent $\beta$ searched by the error of the block's output.
 #
 # SmoothQuant in two pictures, on the inputs of the first block's query, key and value:
 
@@ -439,7 +439,7 @@ for method in ("RTN", "AWQ", "GPTQ"):
 # almost everywhere, so **quantisation-aware training** (QAT) lies a little: forward it rounds, backward it pretends to be the
 # identity inside the range, and 0 outside. This is the **straight-through estimator** (Bengio et al., 2013). **LSQ** (Esser et al., 2019) also learns the step:
 #
-# $$\frac{\partial \hat x}{\partial s} = \begin{cases} \operatorname{round}(x/s) - x/s & \text{inside the range} \\ -Q_N \text{ or } Q_P & \text{beyond its ends} \end{cases}$$
+# $$\frac{\partial \hat x}{\partial s} = \begin{cases} \operatorname{round}(x/s) - x/s & \text{inside the range} \\ \text{the code of that end} & \text{beyond it} \end{cases}$$
 
 # %% tags=["hide-input"]
 x = torch.linspace(-3, 3, 601, requires_grad=True)
@@ -474,7 +474,7 @@ show(quantization.quantize_ste)
 
 # %% [markdown]
 # Between the two lies **quantisation-aware fine-tuning** (QAF): the rounded weights stay frozen, and something small
-# beside them is trained. In **QLoRA** (Dettmers et al., 2023) that is a pair of thin matrices, $\hat W + \frac{\alpha}{r} B A$, over weights stored in NF4; in
+# beside them is trained. In **QLoRA** (Dettmers et al., 2023) that is a pair of thin matrices, $\hat W + B A$ with a constant factor on the product, over weights stored in NF4; in
 # **PEQA** (Kim et al., 2023) it is the scales alone, so that a task is a few kilobytes. All of them on the same 30 batches, three seeds each:
 
 # %% tags=["nbval-check-output"]
@@ -688,7 +688,7 @@ panel(
 #
 # Some layers bear two bits and some do not. **Mixed precision** measures each layer's sensitivity, then spends a byte budget where it helps most:
 #
-# $$\min_{b}\ \sum_i \Omega_i(b_i) \quad \text{so that} \quad \sum_i \operatorname{bytes}_i(b_i) \le B.$$
+# $$\min_{b}\ \sum_i \Omega_i(b_i) \quad \text{so that} \quad \sum_i \operatorname{bytes}_i(b_i) \le \text{budget}.$$
 #
 # $\Omega_i(b)$ can be the rise of the loss when only layer $i$ is rounded, the error of its output, or its curvature (HAWQ: mean Hessian trace times
 # squared rounding error). The sensitivities took minutes and are stored; the exact allocation is a second's work:
@@ -1284,7 +1284,7 @@ for name, held in (
 # %% [markdown]
 # **FP8 and FP4.** Small floating-point numbers: E4M3 and E5M2 in eight bits, E2M1 in four. Steps grow with the magnitude, $\hat x = c\,(-1)^S\,2^{E - b}\,(1 + M/2^m)$. Use FP8 where the hardware multiplies it.
 #
-# **Ternary and binary** (BitNet b1.58: Ma et al., 2024; BinaryBERT: Bai et al., 2020). $\hat W = \gamma \operatorname{clip}(\operatorname{round}(W/\gamma), -1, 1)$ with $\gamma = \operatorname{mean}|W|$, or $\alpha \operatorname{sign}(W)$. Only for models trained this way: try them in the panel.
+# **Ternary and binary** (BitNet b1.58: Ma et al., 2024; BinaryBERT: Bai et al., 2020). $\hat W = \gamma \operatorname{clip}(\operatorname{round}(W/\gamma), -1, 1)$ with $\gamma = \operatorname{mean}|W|$, or $\gamma \operatorname{sign}(W)$. Only for models trained this way: try them in the panel.
 #
 # **Rotation** (QuaRot: Ashkboos et al., 2024). Multiply the residual stream by an orthogonal Hadamard matrix, $W \leftarrow W Q$, and undo it where it is written. The function is the same, and no channel stands out any more. Use it to quantise *inputs* to four bits.
 #
