@@ -22,109 +22,41 @@ held-out package descriptions.
 
 from __future__ import annotations
 
-import argparse
 import random
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from statistics import median
 
+import sweeping
 import torch
+from sweeping import CALIBRATION, CONTEXT, SEEDS, calibration, held_out_novel, timed, windows_of
 from torch import nn
 from transformers import DynamicCache
 
 from effnb.core.outliers import inject_key_outliers, inject_outliers
 from effnb.core.training import TrainingSettings, train
-from effnb.evaluation import decode_tokens_per_second, ranked_choice, retrieval, stored_bytes
+from effnb.evaluation import decode_tokens_per_second, retrieval, stored_bytes
 from effnb.evaluation.quality import token_losses
 from effnb.finetuning import lora
 from effnb.inference import quantization
 from effnb.inference.quantization import QuantizedLinear, dequantized
-from effnb.lab import corpora, load, results
-
-CONTEXT = 512
-WINDOWS = 16
-QUESTIONS = 150
-CALIBRATION = (32, 256)
-"""Sequences and tokens of each that calibrate a method, drawn from both training corpora."""
-SEEDS = (0, 1, 2)
+from effnb.lab import corpora, load
 
 
-def windows_of(loaded, texts: list[str], count: int, length: int = CONTEXT) -> torch.Tensor:
-    """The first `count` windows of the texts' tokens, one behind the other."""
-    ids: list[int] = []
-    for text in texts:
-        ids += loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        ids.append(loaded.tokenizer.eos_token_id)
-        if len(ids) >= count * length:
-            break
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[:count]
-
-
-def calibration(loaded, seed: int, shape: tuple[int, int] = CALIBRATION) -> torch.Tensor:
-    """Random sequences of both training corpora, half of each."""
-    rng = random.Random(seed)
-    sequences, length = shape
-    rows: list[torch.Tensor] = []
-    for name in corpora.NAMES:
-        texts = corpora.documents(name, "train")
-        while len(rows) < sequences * (1 + corpora.NAMES.index(name)) // len(corpora.NAMES):
-            ids: list[int] = []
-            while len(ids) < length:
-                ids += loaded.tokenizer.encode(
-                    rng.choice(texts), add_special_tokens=False, verbose=False
-                )
-            start = rng.randrange(len(ids) - length + 1)
-            rows.append(torch.tensor(ids[start : start + length]))
-    return torch.stack(rows)
-
-
-class Bench:
-    """The fixed texts and questions that every setting of one model is asked."""
-
-    def __init__(self, name: str = "mini-5m", questions: int = QUESTIONS) -> None:
-        """Load the model and cut the held-out texts."""
-        self.loaded = load(name, device="cpu")
-        self.model = self.loaded.model
-        novel = [c.text for c in corpora.novels("test") if c.work == "Persuasion"]
-        self.windows = windows_of(self.loaded, novel, WINDOWS)
-        self.items = corpora.choice_items(questions, context_characters=120, choice_characters=40)
-
-    @torch.inference_mode()
-    def losses(self, model: nn.Module, windows: torch.Tensor | None = None) -> list[float]:
-        """Mean loss of each window, in nats per token."""
-        windows = self.windows if windows is None else windows
-        parts = [token_losses(model, part).mean(1) for part in windows.split(4)]
-        return [round(x, 5) for x in torch.cat(parts).tolist()]
+class Bench(sweeping.Bench):
+    """The fixed texts and questions; rows also tell what the packed form takes."""
 
     def row(self, model: nn.Module, packed: nn.Module | None = None, **about) -> dict:
         """Quality of a model, and the bytes of its packed form."""
-        losses = self.losses(model)
-        choice = ranked_choice(model, self.loaded.tokenizer, self.items)
-        row = about | {
-            "loss": round(sum(losses) / len(losses), 5),
-            "windows": losses,
-            "accuracy": round(choice.accuracy, 4),
-            "standard_error": round(choice.standard_error, 4),
-            "bytes": stored_bytes(self.model if packed is None else packed),
-            "layer_bits": 32.0 if packed is None else round(layer_bits(packed), 4),
-        }
-        print({k: v for k, v in row.items() if k != "windows"}, flush=True)
-        return row
+        about["layer_bits"] = 32.0 if packed is None else round(layer_bits(packed), 4)
+        return super().row(model, stored_bytes(self.model if packed is None else packed), **about)
 
 
 def layer_bits(packed: nn.Module) -> float:
     """Mean bits stored per weight of the quantized layers, scales and all."""
     layers = [m.quantized for m in packed.modules() if isinstance(m, QuantizedLinear)]
     return 8 * sum(q.bytes for q in layers) / sum(q.shape[0] * q.shape[1] for q in layers)
-
-
-def timed(method: Callable[..., nn.Module], *arguments, **keywords) -> tuple[nn.Module, float]:
-    """A method's result and its seconds."""
-    began = time.perf_counter()
-    result = method(*arguments, **keywords)
-    return result, round(time.perf_counter() - began, 2)
 
 
 # ------------------------------------------------------------------------------------ parts
@@ -207,7 +139,7 @@ def domains() -> dict:
     bench = Bench()
     bible = [c.text for c in corpora.novels("test") if c.work != "Persuasion"]
     texts = {
-        "novel": [c.text for c in corpora.novels("test") if c.work == "Persuasion"],
+        "novel": held_out_novel(),
         "Bible": bible,
         "packages": corpora.documents("packages", "test"),
         **{
@@ -412,7 +344,7 @@ def minilm() -> dict:
 def smollm2() -> dict:
     """A model of 135 million parameters at 3 and 4 bits."""
     loaded = load("smollm2-135m", device="cpu")
-    novel = [c.text for c in corpora.novels("test") if c.work == "Persuasion"]
+    novel = held_out_novel()
     windows = windows_of(loaded, novel, 4)
     given = calibration(loaded, 0, (16, 256))
     table = []
@@ -473,18 +405,5 @@ PARTS: dict[str, Callable[[], dict]] = {
 }
 
 
-def main() -> None:
-    """Measure the parts that are asked for, and store each when it is done."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
-    arguments = parser.parse_args()
-    if unknown := sorted(set(arguments.parts) - set(PARTS)):
-        parser.error(f"there is no part {unknown[0]!r}; choose from {', '.join(PARTS)}.")
-    for part in arguments.parts or PARTS:
-        data = PARTS[part]()
-        results.store(f"quantization_{part}", data, f"python data/sweep_quantization.py {part}")
-        print(f"stored quantization_{part}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    sweeping.run(PARTS, "quantization", __file__, __doc__.splitlines()[0])
