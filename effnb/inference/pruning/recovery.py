@@ -1,7 +1,8 @@
 r"""After pruning, and before it: win quality back, and decide which layer gives how much.
 
 *Recovery.* Fine-tuning repairs much of the damage if the pruned weights stay 0. `fine_tune` holds
-the mask through every step.
+the mask through every step. A model whose structures were cut out has no mask to hold: `recover`
+trains a LoRA on it, as LLM-Pruner does, and merges it into the weights.
 
 *Allocation.* The same sparsity everywhere is rarely best. One threshold over all layers lets the
 scores decide. Or each layer is pruned alone, the loss measured, and the layers that mind least give
@@ -13,12 +14,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from torch import Tensor, nn
 
 from effnb.core.modules import HEADS, Model, linears
-from effnb.core.training import Batches, Loss, TrainingSettings, causal_lm_loss
+from effnb.core.training import (
+    Batches,
+    Loss,
+    TrainingResult,
+    TrainingSettings,
+    causal_lm_loss,
+    train,
+)
+from effnb.finetuning import lora
 from effnb.inference.pruning.magnitude import magnitude
 from effnb.inference.pruning.masked_training import PruningRun, train_masked
 from effnb.inference.pruning.masks import (
@@ -65,6 +75,64 @@ def fine_tune(
         apply_masks(model, masks), batches, settings, masks,
         loss=loss, evaluate=evaluate, progress=progress,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A model after training a LoRA on it.
+
+    Attributes:
+        model: The model with the LoRA merged in: as large as before, and as plain.
+        training: Losses of all steps.
+        trained_parameters: Numbers that were trained.
+    """
+
+    model: nn.Module = field(repr=False)
+    training: TrainingResult = field(repr=False)
+    trained_parameters: int
+
+
+def recover(
+    model: nn.Module,
+    batches: Batches,
+    settings: TrainingSettings,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+    seed: int = 0,
+    loss: Loss = causal_lm_loss,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    progress: bool | Callable[[int, int, float], None] = False,
+) -> Recovered:
+    """Train a LoRA on a smaller dense model and merge it.
+
+    Not for masked models: the product of a LoRA fills every zero. `fine_tune` is for those.
+
+    Args:
+        model: A model with linear layers; it is not changed.
+        batches: From the step's number to its batch.
+        settings: Steps, rates, seeds.
+        rank: Of the LoRA.
+        alpha: Of the LoRA.
+        include: Name patterns of the layers that get one.
+        exclude: Name patterns of layers to leave alone.
+        seed: Of the LoRA's start.
+        loss: From (model, batch) to a scalar.
+        evaluate: From the model to named numbers, as in `effnb.core.training.train`.
+        progress: True for a progress bar; or a function of (steps done, steps, loss).
+
+    Raises:
+        ValueError: A quantized model, no linear layer, or numbers out of range.
+    """
+    refuse(model)
+    working = lora.attach(
+        model, "recovery", rank=rank, alpha=alpha, include=include, exclude=exclude, seed=seed
+    )
+    count = sum(p.numel() for p in lora.delta_parameters(working, "recovery").values())
+    result = train(working, batches, settings, loss=loss, evaluate=evaluate, progress=progress)
+    return Recovered(lora.merge(working, "recovery"), result, count)
 
 
 def allocate_uniform(

@@ -94,7 +94,7 @@ def each_gradient(
             layer.weight = nn.Parameter(weight.clone() if weight.is_inference() else weight)
         weights = [layer.weight for layer in layers.values()]
         for batch in batches:
-            value = loss(twin, _to(batch, device))
+            value = loss(twin, to_device(batch, device))
             found = torch.autograd.grad(value, weights, allow_unused=True)
             for name, gradient in zip(layers, found):
                 if gradient is None:
@@ -110,13 +110,14 @@ def each_gradient(
     return count
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch, whatever it is made of, with its tensors on a device."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, tuple):
-        return tuple(_to(part, device) for part in batch)
+        return tuple(to_device(part, device) for part in batch)
     if isinstance(batch, dict):
-        return {key: _to(part, device) for key, part in batch.items()}
+        return {key: to_device(part, device) for key, part in batch.items()}
     return batch
 
 

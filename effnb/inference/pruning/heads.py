@@ -1,0 +1,209 @@
+r"""Attention heads: which of them could go?
+
+Put a gate $\xi_h = 1$ on the output of each head. To first order, closing it changes the loss by
+$-\partial L / \partial \xi_h$, and
+
+$$I_h = \mathbb{E}_x \left| \frac{\partial L(x)}{\partial \xi_h} \right|
+      = \mathbb{E}_x \left| \sum_t \mathrm{Att}_h(x)_t^\top
+        \frac{\partial L(x)}{\partial \mathrm{Att}_h(x)_t} \right|,$$
+
+the absolute value taken for each example $x$, after the sum over its tokens. The layers' gradients
+differ in size, so each layer's importances are divided by their $\ell_2$ norm. One backward pass
+scores all heads; removing each head alone and measuring (`head_ablation`) takes one pass per head.
+
+Michel, Levy, Neubig, "Are Sixteen Heads Really Better than One?", 2019, arXiv 1905.10650.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from effnb.core.modules import Model, share
+from effnb.core.training import Loss
+from effnb.inference.pruning.choice import check_unit, removals
+from effnb.inference.pruning.shrink import Pruned, prune_structures
+from effnb.inference.pruning.structures import anatomy, structures_of, zero
+from effnb.inference.pruning.taylor import Batches, loss_batches, to_device
+
+
+def head_importance(
+    model: nn.Module,
+    calibration: Batches,
+    *,
+    normalize: bool = True,
+    loss: Loss | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[Tensor, "layers heads"]:
+    """The mean over examples of the absolute gradient of each head's gate.
+
+    Args:
+        model: A Llama-like model; it is not changed.
+        calibration: Token ids (sequences, time) or keyword arguments per batch: each sequence is an
+            example, and its loss the mean over its tokens. With a loss of one's own, the batches
+            it takes: each batch is an example.
+        normalize: Divide each layer's importances by their norm.
+        loss: From (model, batch) to a scalar; None for language modelling.
+        batch_size: Sequences at a time, for token ids.
+        progress: Called with (batches done, batches).
+
+    Raises:
+        ValueError: No data, gradients that are not finite, or a model that is not Llama-like or is
+            quantized.
+    """
+    shape = anatomy(model)
+    batches = loss_batches(calibration, loss, batch_size)
+    twin = share(model).eval()
+    device = next(twin.parameters()).device
+    gates: list[Tensor] = []
+
+    def gate(layer: int):
+        def hook(module: nn.Module, arguments: tuple) -> tuple:
+            parts = arguments[0].unflatten(-1, (shape.heads, shape.head_dim))
+            # One gate per sequence and head, whatever lies between: time, and the head's size.
+            return ((parts * gates[layer][:, None, :, None].to(parts.dtype)).flatten(-2),)
+
+        return hook
+
+    for layer, block in enumerate(twin.get_submodule(shape.blocks)):
+        block.self_attn.o_proj.register_forward_pre_hook(gate(layer))
+    total = torch.zeros(shape.layers, shape.heads, device=device)
+    examples = 0
+    with torch.inference_mode(False), torch.enable_grad():
+        for done, batch in enumerate(batches):
+            batch = to_device(batch, device)
+            count = len(batch[0]) if loss is None else 1
+            gates[:] = [
+                torch.ones(count, shape.heads, device=device, requires_grad=True)
+                for _ in range(shape.layers)
+            ]
+            value = _sum_of_sequences(twin, batch) if loss is None else loss(twin, batch)
+            found = torch.stack(torch.autograd.grad(value, gates))
+            if not bool(torch.isfinite(found).all()):
+                raise ValueError(f"a head's gradient is not finite (loss {float(value.detach())}).")
+            total += found.abs().sum(1)
+            examples += count
+            if progress:
+                progress(done + 1, len(batches))
+    scores = (total / examples).cpu()
+    if normalize:
+        scores = scores / scores.norm(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    return scores
+
+
+def _sum_of_sequences(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum over sequences of each one's mean loss: no sequence changes another's gradient."""
+    ids, labels = batch
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    targets = labels[:, 1:]
+    losses = nn.functional.cross_entropy(
+        logits.transpose(1, 2), targets, ignore_index=-100, reduction="none"
+    )
+    return (losses.sum(1) / (targets != -100).sum(1).clamp_min(1)).sum()
+
+
+def lowest_heads(scores: Float[Tensor, "layers heads"], count: int) -> dict[int, list[int]]:
+    """The heads with the lowest scores of the whole model, by layer: the paper's order.
+
+    Args:
+        scores: From `head_importance`, or any others.
+        count: How many heads.
+
+    Raises:
+        ValueError: When there are not so many.
+    """
+    if not 0 <= count <= scores.numel():
+        raise ValueError(f"count is {count}; the model has {scores.numel()} heads.")
+    order = torch.sort(scores.flatten(), stable=True).indices[:count].sort().values
+    found: dict[int, list[int]] = {}
+    for index in order.tolist():
+        found.setdefault(index // scores.shape[1], []).append(index % scores.shape[1])
+    return found
+
+
+def mask_heads(model: Model, heads: Mapping[int, Iterable[int]]) -> Model:
+    """Silence heads, any number in any layer: the same size, with exact zeros.
+
+    Args:
+        model: A Llama-like model; it is not changed.
+        heads: By layer, the numbers of the query heads to silence.
+
+    Raises:
+        ValueError: A layer or head that is not there, or a model that is not Llama-like or is
+            quantized.
+    """
+    shape = anatomy(model)
+    wanted = {(layer, head) for layer, row in heads.items() for head in row}
+    for layer, head in sorted(wanted):
+        if not (0 <= layer < shape.layers and 0 <= head < shape.heads):
+            raise ValueError(
+                f"head {head} of layer {layer} is not there; the model has {shape.layers} layers "
+                f"of {shape.heads} heads."
+            )
+    return zero(model, [s for s in structures_of(model, "heads") if (s.layer, s.index) in wanted])
+
+
+def head_ablation(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], float],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[Tensor, "layers heads"]:
+    """The loss of the model without each head in turn: what importance tries to predict.
+
+    Args:
+        model: A Llama-like model; it is not changed.
+        evaluate: From a model to its loss.
+        progress: Called with (heads done, heads).
+
+    Raises:
+        ValueError: A model that is not Llama-like or is quantized.
+    """
+    shape = anatomy(model)
+    losses = torch.zeros(shape.layers, shape.heads)
+    for layer in range(shape.layers):
+        for head in range(shape.heads):
+            losses[layer, head] = float(evaluate(mask_heads(model, {layer: [head]})))
+            if progress:
+                progress(layer * shape.heads + head + 1, losses.numel())
+    return losses
+
+
+def prune_heads(
+    model: nn.Module,
+    calibration: Batches,
+    ratio: float,
+    *,
+    unit: str = "groups",
+    loss: Loss | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Pruned:
+    """Remove the least important heads, equally many from each layer: a smaller dense model.
+
+    Args:
+        model: A Llama-like model; it is not changed.
+        calibration: As in `head_importance`.
+        ratio: Part of the heads in [0, 1), or a whole number, to remove from each layer; with
+            `unit="groups"` of its groups, with "heads" of the query heads of each group.
+        unit: "groups" removes key-value heads with all their query heads (the sum of their
+            importances counts), "heads" query heads alone.
+        loss: From (model, batch) to a scalar; None for language modelling.
+        batch_size: Sequences at a time, for token ids.
+        progress: Called with (batches done, batches).
+
+    Raises:
+        ValueError: A ratio out of range, and what `head_importance` and `shrink` raise.
+        TypeError: When the ratio is no number.
+    """
+    shape = anatomy(model)
+    check_unit(unit)
+    removals(ratio, shape.kv_heads if unit == "groups" else shape.queries_per_group, "heads")
+    scores = head_importance(
+        model, calibration, loss=loss, batch_size=batch_size, progress=progress
+    )
+    return prune_structures(model, {"heads": scores}, {"heads": ratio}, unit=unit)
