@@ -14,7 +14,7 @@ endif
 SETUP = $(if $(PYTHON),$(PYTHON),$(error No Python was found: install Python 3.11 to 3.13, or name one, as in `make lab PYTHON=/path/to/python3`)) .make/setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-full notebooks site data models results bench check clean
+.PHONY: help lab test test-full notebooks site data models results bench test-gpu bench-gpu check clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,15 @@ results: ## compute every stored result under data/results again, each by the co
 bench: ## measure our speed beside the libraries that people would otherwise use, and print ratios
 	@$(SETUP) install test
 	$(RUN) -m pytest --numprocesses=0 --capture=no -m bench tests
+
+test-gpu: ## prove the kernels on this machine's GPU, also for accesses out of bounds and races
+	@$(SETUP) install test
+	EFFNB_GPU=1 $(RUN) -m pytest --numprocesses=0 tests/kernels $(TEST_ARGS)
+	EFFNB_GPU=1 $(RUN) .make/sanitize.py
+
+bench-gpu: ## measure the kernels on this machine's GPU beside others', and store the table
+	@$(SETUP) install test
+	$(RUN) -m effnb.kernels.bench --store
 
 check: ## lint, format, docstrings, spelling, and whether each chapter agrees with its source
 	@$(SETUP) install test

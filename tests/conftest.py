@@ -6,6 +6,10 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Kernels run in Triton's interpreter, on the CPU: it is decided when they are first imported. Under
+# `make test-gpu` they run on the GPU.
+if os.environ.get("EFFNB_GPU") != "1":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import beartype
 from jaxtyping import install_import_hook

@@ -143,9 +143,28 @@ class _ReadAgain(torch.autograd.Function):
 
 
 def _packed(base: nn.Module) -> bool:
-    """Whether it is a linear layer stored in few bits with nothing to train in it."""
+    """Whether it is a linear layer stored in few bits with nothing to train in it.
+
+    Not one whose kernel has a backward pass of its own, which goes by the codes as well.
+    """
     readable = not isinstance(base, nn.Linear) and hasattr(base, "dequantized")
+    if getattr(getattr(base, "quantized", None), "differentiable", False):
+        return False
     return readable and not any(p.requires_grad for p in base.parameters())
+
+
+def refuse_rounded_inputs(model: nn.Module) -> None:
+    """Refuse a model whose layers round their inputs: their derivative is 0 almost everywhere.
+
+    Raises:
+        ValueError: When it has such a layer.
+    """
+    for path, module in model.named_modules():
+        if getattr(module, "rounds_inputs", False):
+            raise ValueError(
+                f"{path or 'the model'} rounds its inputs, which no gradient passes; train first, "
+                "and let the model round inputs afterwards."
+            )
 
 
 # --- finding --------------------------------------------------------------------------------------

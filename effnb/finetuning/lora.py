@@ -46,10 +46,12 @@ from effnb.core.deltas import (
     linear_layers,
     load_delta,
     merge,
+    refuse_rounded_inputs,
     set_active,
     set_trainable,
 )
 from effnb.core.modules import HEADS, Model, share
+from effnb.kernels.gathered_lora import lora_update
 
 __all__ = [
     "LoRA",
@@ -132,10 +134,12 @@ class LoRA(Delta):
     def forward(
         self, inputs: Float[Tensor, "*batch in"], output: Float[Tensor, "*batch out"], base: Any
     ) -> Float[Tensor, "*batch out"]:
-        """Add the second path to the output of the first."""
-        x = nn.functional.dropout(inputs.to(self.A.dtype), self.dropout, self.training)
-        update = nn.functional.linear(nn.functional.linear(x, self.A), self.B) * self.scaling
-        return output + update.to(output.dtype)
+        """Add the second path to the output of the first.
+
+        On a GPU kernels do it in the type of the inputs; elsewhere it is computed in that of A.
+        """
+        x = nn.functional.dropout(inputs, self.dropout, self.training)
+        return lora_update(x, self.A, self.B, self.scaling, output)
 
     def product(self) -> Float[Tensor, "out in"]:
         r"""$s\, B A$, the change of the weight."""
@@ -230,11 +234,13 @@ def attach(
         A new model on the same frozen tensors; only A and B require gradients.
 
     Raises:
-        ValueError: A number out of range, a name that is taken, or no fitting layer.
+        ValueError: A number out of range, a name that is taken, no fitting layer, or a model that
+            rounds its inputs, which no gradient passes.
         TypeError: When the rank is not a whole number.
     """
     check_settings(rank, alpha, dropout)
     check_name(model, name)
+    refuse_rounded_inputs(model)
     generator = torch.Generator().manual_seed(seed)
     deltas: dict[str, Delta] = {}
     for path, layer in linear_layers(model, include, exclude).items():

@@ -347,3 +347,15 @@ def test_layers_that_only_look_linear_are_taken():
     assert torch.equal(model(x), x[:, :2] * 2)
     model(x).sum().backward()
     assert lora.delta_parameters(model, "default")["0.B"].grad is not None
+
+
+@pytest.mark.parametrize("how", ["rounded", "LLM.int8()"])
+def test_rounded_inputs_are_refused(llama, ids, how):
+    from effnb.inference import quantization
+
+    if how == "rounded":
+        model = quantization.quantize_activations(llama, 8, 8)
+    else:
+        model = quantization.llm_int8(llama)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\..* rounds its inputs, which no grad"):
+        lora.attach(model, rank=2)

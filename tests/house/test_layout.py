@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "effnb"
+KERNELS = ROOT / "kernels"  # packaged as effnb.kernels
 TOP = {
     "README.md",
     "LICENSE",
@@ -79,10 +80,15 @@ def imports(path, name):
     return found
 
 
-def package_imports(package):
+def package_imports(package, above=""):
     """Dotted name of each file of a package: the dotted names that it imports."""
-    names = {path: module_name(path, package.parent) for path in package.rglob("*.py")}
+    names = {path: above + module_name(path, package.parent) for path in package.rglob("*.py")}
     return {name: imports(path, name) for path, name in names.items()}
+
+
+def whole_graph():
+    """The imports of the package and of the kernels."""
+    return package_imports(PACKAGE) | package_imports(KERNELS, "effnb.")
 
 
 def room(dotted):
@@ -140,13 +146,14 @@ def cycle(graph):
 
 
 def test_every_import_follows_the_arrows():
-    graph = package_imports(PACKAGE)
+    graph = whole_graph()
     assert len(graph) > 5  # it has read the package
+    assert "effnb.kernels._launch" in graph
     assert wrong_arrows(graph) == []
 
 
 def test_no_module_imports_itself_in_a_circle():
-    assert cycle(package_imports(PACKAGE)) is None
+    assert cycle(whole_graph()) is None
 
 
 @pytest.mark.parametrize(
@@ -245,6 +252,7 @@ def empty_rooms(package):
 
 def test_no_module_is_a_placeholder(tmp_path):
     assert empty_rooms(PACKAGE) == []
+    assert empty_rooms(KERNELS) == []
     empty = tmp_path / "effnb" / "design"
     empty.mkdir(parents=True)
     (empty / "__init__.py").write_text('"""To come."""\n')

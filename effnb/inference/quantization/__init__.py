@@ -26,10 +26,12 @@ from effnb.inference.quantization.clipping import choose_grid, gaussian_clip, ga
 from effnb.inference.quantization.estimators import lsq_quantize, quantize_ste, ste_round
 from effnb.inference.quantization.extreme import BinaryTensor, TernaryTensor, binarize, ternarize
 from effnb.inference.quantization.fast import (
+    Int4Tensor,
     PackedLinear,
     PackedTensor,
     accelerate,
     fast,
+    no_int4,
     packed_linear,
 )
 from effnb.inference.quantization.formats import (
@@ -90,13 +92,14 @@ from effnb.inference.quantization.storage import load_quantized, save_quantized
 from effnb.inference.quantization.tables import TableTensor, named_table, nf4_levels, quantize_table
 
 __all__ = [
-    "Additivity",
     "BITS",
+    "Additivity",
     "BinaryTensor",
     "FakeQuantLinear",
     "GptqResult",
     "Granularity",
     "HessianTrace",
+    "Int4Tensor",
     "InverseHessian",
     "KiviCache",
     "LLMInt8Linear",
@@ -149,6 +152,7 @@ __all__ = [
     "mixed_precision",
     "named_table",
     "nf4_levels",
+    "no_int4",
     "outlier_columns",
     "outlier_fractions",
     "output_sensitivity",

@@ -168,6 +168,7 @@ class QuantizedInputs(nn.Module):
     the same numbers up to rounding.
     """
 
+    rounds_inputs = True
     maximum: Tensor | None
 
     def __init__(

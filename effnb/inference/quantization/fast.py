@@ -14,15 +14,19 @@ matrix product is the best arithmetic there is. From `Machine.rows` inputs on, t
 back once, a few megabytes at a time, and multiplied as usual: in bfloat16 where the processor
 multiplies that natively, which made a prompt of 512 tokens faster than float32 weights where it was
 measured, else in float32, where the reading back is lost time.
+
+On a GPU the layers are `Int4Tensor`s, whose product `effnb.kernels.int4_matmul` computes for one
+row and for many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -31,7 +35,9 @@ from effnb.inference.quantization.formats import Granularity, QuantizedTensor, q
 from effnb.inference.quantization.linear import QuantizedLinear
 from effnb.inference.quantization.packed import PANEL, PackedTensor, machine, why_not
 from effnb.inference.quantization.rtn import rtn
-from effnb.inference.quantization.stored import Stored, check_bits
+from effnb.inference.quantization.stored import Stored, check_bits, check_tensor
+from effnb.inference.quantization.tables import TableTensor, code_bits
+from effnb.kernels.int4_matmul import SPANS, Int4Weight, int4_matmul, pack_int4
 
 CHUNK = 1 << 20
 """Weights that are read back at a time, so that they are still in the cache when multiplied."""
@@ -46,8 +52,9 @@ def packed_linear(
 
     Args:
         inputs: Any floating-point type; the result has the same. Where gradients flow through the
-            inputs the weight is read back, since the kernels have none.
-        weight: A `PackedTensor` for the kernels; any other stored weight is read back.
+            inputs the CPU reads the weight back, since its kernels have none; the GPU's have them.
+        weight: A `PackedTensor` for the CPU's kernels, an `Int4Tensor` for the GPU's; any other
+            stored weight is read back.
         bias: Added at the end.
 
     Raises:
@@ -58,6 +65,9 @@ def packed_linear(
         raise ValueError(
             f"the inputs have {inputs.shape[-1]} features; the weight has {columns} columns."
         )
+    if isinstance(weight, Int4Tensor):
+        x = inputs if weight.order is None else inputs.index_select(-1, weight.order)
+        return int4_matmul(x, weight.kernel_weight, bias)
     if not isinstance(weight, PackedTensor):
         return nn.functional.linear(inputs, weight.dequantize(inputs.dtype), bias)
     shape = inputs.shape
@@ -141,6 +151,114 @@ for _kernel_name in ("_weight_int4pack_mm_for_cpu", "_weight_int8pack_mm"):
         register_flop_formula(_operation)(_product_flops)
 
 
+@dataclass(frozen=True)
+class Int4Tensor(Stored):
+    """A weight of 4-bit codes laid out for the GPU's kernels; any machine can read it back.
+
+    The tensors and numbers are those of `effnb.kernels.int4_matmul.Int4Weight`, which says what
+    they are. Second-level scales (double quantization) are written out: the kernels have none.
+
+    Attributes:
+        order: The matrix's column that each stored column is; None if they are in order.
+    """
+
+    format = "int4"
+    differentiable = True  # the kernel goes back by the codes: no weight is written out
+
+    codes: UInt8[Tensor, "rows half"]
+    scales: Float[Tensor, "rows groups"]
+    zeros: UInt8[Tensor, "rows groups"] | None
+    table: Float[Tensor, " codes"] | None
+    order: Int[Tensor, " columns"] | None
+    zero: int
+    shape: tuple[int, int]
+    group_size: int
+    span: int
+
+    @classmethod
+    def from_stored(cls, weight: Stored) -> Int4Tensor:
+        """Lay out a weight of up to 4 bits, on a uniform grid or by a table.
+
+        Raises:
+            ValueError: When the kernels do not have its format; the sentence says what they have.
+        """
+        problem = no_int4(weight)
+        if problem:
+            raise ValueError(problem)
+        rows, columns = weight.shape
+        order = None
+        if isinstance(weight, QuantizedTensor):
+            whole = isinstance(weight.group_size, str) or weight.group_size >= columns
+            group, top = columns if whole else weight.group_size, 2 ** (weight.bits - 1) - 1
+            codes, zeros = weight.integers(), weight.zero_points()
+            codes = codes + (top if zeros is None else 0)
+            scales = weight.scales.expand(rows, -1)
+            zeros = None if zeros is None else zeros.to(torch.uint8).expand(rows, -1)
+            how = {"zeros": zeros, "zero": top}
+            order = None if weight.order is None else weight.order.int()
+        else:
+            entries = weight.entries.nan_to_num()  # codes that are never used
+            group = min(weight.block_size, columns)
+            codes, scales = weight.integers(), weight.block_scales().float().view(rows, -1)
+            how = {"table": nn.functional.pad(entries, (0, 16 - len(entries)))}
+        w = pack_int4(codes.to(torch.uint8), scales, group_size=group, **how)
+        parts = (w.codes, w.scales, w.zeros, w.table, order)
+        return cls(*parts, w.zero, weight.shape, w.group_size, w.span)
+
+    @cached_property
+    def kernel_weight(self) -> Int4Weight:
+        """The same tensors as the kernel takes them."""
+        parts = (self.codes, self.scales, self.zeros, self.table)
+        return Int4Weight(*parts, self.zero, self.shape, self.group_size, self.span)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows columns"]:
+        """The numbers that are stored, columns where the matrix has them."""
+        values = self.kernel_weight.dequantize(dtype)
+        return values if self.order is None else values[:, self.order.long().argsort()]
+
+    def check(self) -> None:
+        """Refuse tensors that do not fit each other."""
+        rows, columns = self.shape
+        if self.group_size < 1 or columns % self.group_size or self.span not in SPANS:
+            raise ValueError(
+                f"groups of {self.group_size} in spans of {self.span} do not fit {columns} columns."
+            )
+        groups = (rows, columns // self.group_size)
+        stored = -(-columns // self.span) * self.span // 2
+        check_tensor("codes", self.codes, torch.uint8, (rows, stored))
+        of_table = self.table is not None
+        check_tensor("scales", self.scales, (torch.float16, torch.float32)[of_table], groups)
+        if of_table:
+            check_tensor("table", self.table, torch.float32, (16,))
+        if self.zeros is not None:
+            check_tensor("zeros", self.zeros, torch.uint8, groups)
+        if self.order is not None:
+            check_tensor("order", self.order, torch.int32, (columns,))
+
+
+def no_int4(weight: Stored) -> str:
+    """Why the GPU's kernels cannot multiply by a weight, in a sentence; empty if they can."""
+    columns = weight.shape[1]
+    if isinstance(weight, QuantizedTensor):
+        if weight.bits > 4:
+            return f"codes of {weight.bits} bits have no kernel on a GPU; up to 4 bits have."
+        size = columns if isinstance(weight.group_size, str) else weight.group_size
+    elif isinstance(weight, TableTensor):
+        if code_bits(weight.entries) > 4:
+            return f"a table of {len(weight.entries)} entries has no kernel; up to 16 have."
+        size = weight.block_size
+        if size > columns and weight.flat:
+            return f"blocks of {size} reach over rows of {columns}, which has no kernel."
+    else:
+        return f"the format {weight.format!r} has no kernel on a GPU."
+    if size < columns and (size % SPANS[-1] or columns % size):
+        return (
+            f"groups of {size} in {columns} columns have no kernel; multiples of {SPANS[-1]} that "
+            "divide the columns have."
+        )
+    return ""
+
+
 class PackedLinear(QuantizedLinear):
     """A `QuantizedLinear` whose product is computed by `packed_linear`."""
 
@@ -164,13 +282,13 @@ def accelerate(model: Model) -> Model:
     What comes out is laid out for this machine: save a model before, not after.
 
     Args:
-        model: A model quantized by any method that stores uniform grids (RTN, GPTQ, AWQ, …), on the
-            device it will run on; it is not changed.
+        model: A model quantized by any method that stores uniform grids (RTN, GPTQ, AWQ, …), or on
+            a GPU tables of up to 16 entries (NF4), on the device it will run on; it is not changed.
 
     Returns:
         A new model in which `QuantizedLinear` layers have become `PackedLinear` wherever a kernel
-        knows their format; the others still read their weight back at every call. Off the CPU the
-        weights stay as they are stored, and `packed_linear` decides.
+        knows their format; the others still read their weight back at every call. On an NVIDIA
+        GPU they are `Int4Tensor`s; on other devices the weights stay as they are stored.
 
     Raises:
         ValueError: When no layer is quantized, or none of them can run packed; the sentence says
@@ -180,11 +298,15 @@ def accelerate(model: Model) -> Model:
     new, reasons = {}, []
     for name, layer in layers.items():
         stored = layer.quantized
-        reason = "" if isinstance(stored, PackedTensor) else why_not(stored)
+        on_gpu = stored.codes.device.type == "cuda"
+        laid_out = isinstance(stored, (PackedTensor, Int4Tensor))
+        reason = "" if laid_out else no_int4(stored) if on_gpu else why_not(stored)
         if reason:
             reasons.append(f"{name}: {reason}")
         elif not isinstance(layer, PackedLinear):
-            if isinstance(stored, QuantizedTensor) and stored.codes.device.type == "cpu":
+            if on_gpu and not laid_out:
+                stored = Int4Tensor.from_stored(stored)
+            elif isinstance(stored, QuantizedTensor) and stored.codes.device.type == "cpu":
                 stored = PackedTensor.from_quantized(stored)
             new[name] = PackedLinear(stored, layer.bias)
     if len(reasons) == len(layers):

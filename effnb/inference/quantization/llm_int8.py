@@ -111,6 +111,8 @@ class LLMInt8Linear(nn.Module):
     computed in floating point.
     """
 
+    rounds_inputs = True
+
     def __init__(self, layer: nn.Module, threshold: float = 6.0) -> None:
         """Wrap a `QuantizedLinear`; the threshold is 0 for no decomposition."""
         super().__init__()

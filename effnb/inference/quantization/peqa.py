@@ -24,14 +24,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from effnb.core.deltas import freeze
+from effnb.core.deltas import freeze, refuse_rounded_inputs
 from effnb.core.modules import HEADS, Model, named_modules_of, replace_modules
-from effnb.inference.quantization.activations import QuantizedInputs
 from effnb.inference.quantization.clipping import HALF_MAX, HALF_MIN
 from effnb.inference.quantization.estimators import straight_through
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, spread
 from effnb.inference.quantization.linear import QuantizedLinear
-from effnb.inference.quantization.llm_int8 import LLMInt8Linear
 from effnb.inference.quantization.rtn import rtn
 
 
@@ -158,11 +156,7 @@ def tune_scales(
         ValueError: When no quantized layer fits, or one is stored in another format or rounds its
             inputs.
     """
-    if any(isinstance(m, QuantizedInputs | LLMInt8Linear) for m in model.modules()):
-        raise ValueError(
-            "this model rounds its inputs, which no gradient passes; tune the scales first, and "
-            "let it round inputs afterwards."
-        )
+    refuse_rounded_inputs(model)
     if any(isinstance(m, ScaleTunedLinear) for m in model.modules()):
         raise ValueError("the scales of this model are tuned already.")
     layers = named_modules_of(model, QuantizedLinear, include, exclude)

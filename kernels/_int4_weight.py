@@ -1,0 +1,129 @@
+"""Weights of 4-bit codes, in the order in which the kernels of `int4_matmul` read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from effnb.kernels._launch import check_shape, short
+
+SPANS = (128, 64, 32)
+"""Inputs that are packed together: the byte j of a span holds its codes j and j + span / 2."""
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """Codes in the order in which the kernels read them.
+
+    Attributes:
+        codes: (N, K / 2 rounded up to whole spans) bytes; the low half of byte j of a span is the
+            span's code j, the high half its code j + span / 2.
+        scales: (N, groups) step of each group, float16 or float32.
+        zeros: (N, groups) zero point of each group in a byte; None where all are `zero`, and for
+            tables.
+        table: The sixteen numbers that codes stand for, float32; None for a uniform grid.
+        zero: The zero point of all groups where there is no tensor of them.
+        shape: N outputs, K inputs.
+        group_size: Inputs per group.
+        span: Inputs that are packed together.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    table: Tensor | None
+    zero: int
+    shape: tuple[int, int]
+    group_size: int
+    span: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that one product has to fetch of it."""
+        parts = (self.codes, self.scales, self.zeros, self.table)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights as numbers, (N, K), computed in float32 or float64 and rounded once."""
+        low, high = self.codes & 15, self.codes >> 4
+        half = self.span // 2
+        pairs = torch.stack([low.unflatten(1, (-1, half)), high.unflatten(1, (-1, half))], 2)
+        codes = pairs.flatten(1)[:, : self.shape[1]]
+        inner = torch.float64 if dtype == torch.float64 else torch.float32
+        if self.table is not None:
+            values = self.table.to(inner)[codes.int()]
+        elif self.zeros is not None:
+            values = codes.to(inner) - self._spread(self.zeros.to(inner))
+        else:
+            values = codes.to(inner) - self.zero
+        return (values * self._spread(self.scales.to(inner))).to(dtype)
+
+    def _spread(self, per_group: Tensor) -> Tensor:
+        return per_group.repeat_interleave(self.group_size, 1)
+
+
+def pack_int4(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    *,
+    group_size: int,
+    table: Tensor | None = None,
+    zero: int = 8,
+) -> Int4Weight:
+    """Lay out codes for the kernels.
+
+    Args:
+        codes: (N, K) whole numbers 0 ... 15 in bytes.
+        scales: (N, K / group_size) step of each group, in float16 or float32.
+        zeros: (N, K / group_size) zero point of each group, 0 ... 15; None for `zero` everywhere.
+        group_size: Inputs that share a step: K, or a multiple of 32 that divides K.
+        table: Sixteen numbers for the codes to stand for, in place of an even grid.
+        zero: The zero point where there is no tensor of them.
+
+    Raises:
+        ValueError: Shapes that do not fit, a group size that does not divide or has no kernel, a
+            code above 15, or zero points beside a table.
+        TypeError: Codes that are not bytes, or steps of another type.
+    """
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"the codes are of {short(codes.dtype)}; they must be uint8.")
+    if scales.dtype not in (torch.float16, torch.float32):
+        raise TypeError(f"scales are of {short(scales.dtype)}; they must be float16 or float32.")
+    if codes.ndim != 2 or 0 in codes.shape:
+        raise ValueError(f"the codes have shape {tuple(codes.shape)}; they must be a matrix.")
+    rows, columns = codes.shape
+    if group_size < 1 or columns % group_size:
+        raise ValueError(f"groups of {group_size} do not divide the {columns} inputs.")
+    if group_size != columns and group_size % SPANS[-1]:
+        raise ValueError(
+            f"groups of {group_size} have no kernel; only multiples of {SPANS[-1]} have."
+        )
+    why = f"codes of shape {tuple(codes.shape)} in groups of {group_size}"
+    check_shape("scales", scales, (rows, columns // group_size), why)
+    if zeros is not None:
+        check_shape("zeros", zeros, tuple(scales.shape), why)
+    if table is not None:
+        check_shape("table", table, (16,), "4-bit codes")
+        if zeros is not None:
+            raise ValueError("a table has no zero points: its entries say what a code stands for.")
+    if int(codes.max()) > 15:
+        raise ValueError(f"a code is {int(codes.max())}; 4-bit codes are 0 to 15.")
+    whole = group_size == columns
+    span = next(
+        s for s in SPANS if s == SPANS[-1] or (s <= columns if whole else group_size % s == 0)
+    )
+    padded = torch.nn.functional.pad(codes, (0, -columns % span))
+    low, high = padded.unflatten(1, (-1, 2, span // 2)).unbind(2)
+    return Int4Weight(
+        codes=(low | (high << 4)).flatten(1).contiguous(),
+        scales=scales.contiguous(),
+        zeros=None if zeros is None else zeros.to(torch.uint8).contiguous(),
+        table=None if table is None else table.float().contiguous(),
+        zero=zero,
+        shape=(rows, columns),
+        group_size=group_size,
+        span=span,
+    )

@@ -1,0 +1,312 @@
+"""How fast each kernel is, beside its peers and beside what this GPU can do at all.
+
+    python -m effnb.kernels.bench [NAME ...] [--store] [--device cpu --small]
+
+For every case: the median time, bytes and operations per second, and the share of the roofline, by
+the bytes that must be moved and the operations that must be done (each kernel's docstring counts
+them) and by two ceilings measured in the same run: the bandwidth of a large copy, and the speed of
+a large matrix product in the case's type. Peers get the same tensors. A peer that is missing or
+refuses says why. Without a GPU nothing is timed: the table has the counts and "not measured".
+
+Each run of a case on a GPU is preceded by overwriting a buffer larger than the L2 cache: weights
+come from memory, as in generating text, where a whole model passes between two uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effnb.kernels.compile import modules
+
+VERSIONS = (
+    "torch", "triton", "bitsandbytes", "torchao", "peft", "liger-kernel", "flash-linear-attention",
+)  # fmt: skip
+RESULT = Path(__file__).resolve().parents[1] / "data" / "results" / "kernels.json"
+FLUSH_BYTES = 256 * 2**20
+NOT_MEASURED = "not measured"
+
+OTHER = " (for scale)"
+
+Runner = Callable[[], Any] | str
+"""What to time, or a sentence on why it cannot run here."""
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One kernel at one shape.
+
+    Attributes:
+        kernel: Its module's name.
+        shape: The shape in words, as in "M=1 N=4096 K=4096 g=128".
+        dtype: Type of the inputs.
+        bytes: Bytes that must be moved at least: inputs once, outputs once.
+        flops: Operations that must be done at least.
+        make: From a device, the contestants on the same tensors: "ours" first, then peers. What
+            each returns is compared with what ours returns, except for those whose names end in
+            `OTHER`: they compute something else, for scale.
+    """
+
+    kernel: str
+    shape: str
+    dtype: torch.dtype
+    bytes: int
+    flops: int
+    make: Callable[[torch.device], Mapping[str, Runner]]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches at best.
+
+    Attributes:
+        bytes_per_second: Of copying a large tensor, reads and writes counted.
+        flops_per_second: Of a large matrix product, by type.
+    """
+
+    bytes_per_second: float
+    flops_per_second: dict[str, float]
+
+    def seconds(self, case: BenchCase) -> float:
+        """The roofline: no run of this case can take less."""
+        return max(
+            case.bytes / self.bytes_per_second, case.flops / self.flops_per_second[_name(case)]
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contestant in one case.
+
+    Attributes:
+        kernel: The case's kernel.
+        shape: The case's shape.
+        dtype: The case's type.
+        bytes: Bytes that must be moved.
+        flops: Operations that must be done.
+        who: "ours" or the peer.
+        seconds: Median; None if not measured.
+        bytes_per_second: `bytes` by that time.
+        flops_per_second: `flops` by that time.
+        roofline: Part of the speed that the ceilings allow.
+        difference: Root mean square of the difference from what ours returns, relative to it.
+        note: Why it was not measured.
+    """
+
+    kernel: str
+    shape: str
+    dtype: str
+    bytes: int
+    flops: int
+    who: str
+    seconds: float | None = None
+    bytes_per_second: float | None = None
+    flops_per_second: float | None = None
+    roofline: float | None = None
+    difference: float | None = None
+    note: str = ""
+
+
+def _name(case: BenchCase) -> str:
+    return str(case.dtype).removeprefix("torch.")
+
+
+def absent(package: str) -> str:
+    """Why a peer from a package cannot run, as a sentence; empty if the package is there."""
+    try:
+        importlib.import_module(package)
+    except Exception as problem:  # noqa: BLE001 - such packages fail to import in many ways
+        return f"{package} cannot be imported here ({type(problem).__name__})."
+    return ""
+
+
+def median_seconds(run: Callable[[], Any], device: torch.device, *, repeats: int = 30) -> float:
+    """The median time of a function, after two runs that are not counted."""
+    for _ in range(2):
+        run()
+    if device.type != "cuda":
+        times = []
+        for _ in range(max(repeats // 10, 3)):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+    marks = []
+    for _ in range(repeats):
+        flush.zero_()
+        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        pair[0].record()
+        run()
+        pair[1].record()
+        marks.append(pair)
+    torch.cuda.synchronize(device)
+    return statistics.median(start.elapsed_time(end) for start, end in marks) / 1000
+
+
+def measure_ceilings(device: torch.device, dtypes: set[torch.dtype], *, small: bool) -> Ceilings:
+    """Copy and multiply large tensors, as fast as torch can."""
+    count = 2**22 if small else 2**30
+    source = torch.ones(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * count / median_seconds(lambda: target.copy_(source), device)
+    n, speeds = 256 if small else 8192, {}
+    for dtype in sorted(dtypes, key=str):
+        a = torch.randn(n, n, device=device).to(dtype)
+        out = torch.empty_like(a)
+        seconds = median_seconds(lambda a=a, out=out: torch.mm(a, a, out=out), device)
+        speeds[str(dtype).removeprefix("torch.")] = 2 * n**3 / seconds
+    return Ceilings(bandwidth, speeds)
+
+
+def cases(*names: str, small: bool = False) -> list[BenchCase]:
+    """The cases of these kernels; of all if none is named."""
+    found = []
+    for name in names or modules():
+        found += importlib.import_module(f"effnb.kernels.{name}").bench_cases(small=small)
+    return found
+
+
+def _flat(result: Any) -> torch.Tensor:
+    parts = result if isinstance(result, (tuple, list)) else [result]
+    return torch.cat([p.detach().double().flatten() for p in parts if isinstance(p, torch.Tensor)])
+
+
+def measure(case: BenchCase, device: torch.device, ceilings: Ceilings) -> list[Timing]:
+    """Time ours and every peer on the same tensors."""
+    about = (case.kernel, case.shape, _name(case), case.bytes, case.flops)
+    found, ours = [], None
+    for who, run in case.make(device).items():
+        if isinstance(run, str):
+            found.append(Timing(*about, who, note=run))
+            continue
+        try:
+            result = _flat(run())
+            ours = result if ours is None else ours
+            fits = result.shape == ours.shape and not who.endswith(OTHER)
+            difference = float((result - ours).norm() / ours.norm()) if fits else None
+            seconds = median_seconds(run, device)
+        except Exception as problem:
+            if who == "ours":
+                raise
+            found.append(Timing(*about, who, note=f"{type(problem).__name__}: {problem}"[:200]))
+            continue
+        rates = (case.bytes / seconds, case.flops / seconds, ceilings.seconds(case) / seconds)
+        found.append(Timing(*about, who, seconds, *rates, difference))
+    return found
+
+
+def unmeasured(case: BenchCase) -> Timing:
+    """The line of a case where there is no GPU."""
+    note = "no GPU was available"
+    return Timing(case.kernel, case.shape, _name(case), case.bytes, case.flops, "ours", note=note)
+
+
+def table(timings: list[Timing]) -> str:
+    """The results for people to read."""
+    width = max([len(t.shape) for t in timings] + [5])
+    head = f"{'kernel':<18} {'shape':<{width}} {'type':<8} {'who':<22} {'time':>12} "
+    lines = [head + f"{'GB/s':>7} {'TFLOP/s':>8} {'roof':>5} {'differs':>8}  bytes moved, flops"]
+    for t in timings:
+        line = f"{t.kernel:<18} {t.shape:<{width}} {t.dtype:<8} {t.who:<22} "
+        if t.seconds is None:
+            line += f"{NOT_MEASURED:>12} {'':31}"
+        else:
+            line += f"{t.seconds * 1e6:>9.1f} us {t.bytes_per_second / 1e9:>7.0f} "
+            line += f"{t.flops_per_second / 1e12:>8.2f} {t.roofline:>5.0%} "
+            line += f"{t.difference:>8.1e}" if t.difference is not None else f"{'':8}"
+        line += f"  {t.bytes / 1e6:.1f} MB, {t.flops / 1e9:.2f} G"
+        lines.append(line + (f"  ({t.note})" if t.note else ""))
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def content(
+    timings: list[Timing], ceilings: Ceilings | None, device: torch.device | None
+) -> dict[str, Any]:
+    """What is stored, with where it comes from, as all stored results of the workbook have it."""
+    name = NOT_MEASURED
+    if device is not None:
+        of_gpu = device.type == "cuda"
+        name = f"{device.type} ({torch.cuda.get_device_name(device)})" if of_gpu else device.type
+    versions = {name: _version(name) for name in VERSIONS}
+    return {
+        "data": {
+            "ceilings": None if ceilings is None else asdict(ceilings),
+            "timings": [asdict(t) for t in timings],
+        },
+        "provenance": {
+            "command": "python -m effnb.kernels.bench --store",
+            "date": datetime.now(UTC).date().isoformat(),
+            "device": name,
+            "versions": {"python": platform.python_version()}
+            | {k: v for k, v in versions.items() if v},
+        },
+    }
+
+
+def store(result: dict[str, Any], path: Path) -> str:
+    """Write a result, unless that would put "not measured" in the place of measurements."""
+    if path.exists() and result["data"]["ceilings"] is None:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if old["data"]["ceilings"] is not None:
+            return f"{path.name} holds measurements and was kept: there is no GPU here."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return f"Stored in {path.name}."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what can be measured, print the table, store it if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m effnb.kernels.bench")
+    parser.add_argument("names", nargs="*", help="kernels, all by default")
+    parser.add_argument(
+        "--device", default="cuda", help="cuda; cpu times the references, for tests"
+    )
+    parser.add_argument("--small", action="store_true", help="tiny shapes, to try it out")
+    parser.add_argument("--store", action="store_true", help="write data/results/kernels.json")
+    parser.add_argument("--output", type=Path, default=RESULT, help="another file to write")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.names) - set(modules()))
+    if unknown:
+        print(f"{unknown[0]} is no kernel: {', '.join(modules())}.", file=sys.stderr)
+        return 2
+    found = cases(*options.names, small=options.small)
+    device, ceilings = torch.device(options.device), None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("There is no GPU here: times are not measured.")
+        device, timings = None, [unmeasured(case) for case in found]
+    else:
+        torch.manual_seed(0)
+        ceilings = measure_ceilings(device, {c.dtype for c in found}, small=options.small)
+        timings = [timing for case in found for timing in measure(case, device, ceilings)]
+        print(f"A large copy: {ceilings.bytes_per_second / 1e9:.0f} GB/s. Large products: ", end="")
+        speeds = ceilings.flops_per_second.items()
+        print(", ".join(f"{v / 1e12:.2f} TFLOP/s in {k}" for k, v in speeds) + ".")
+    print(table(timings))
+    if options.store:
+        print(store(content(timings, ceilings, device), options.output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Compile every kernel for real GPUs on a machine without one.
+
+    python -m effnb.kernels.compile [--arch 80 90] [NAME ...]
+
+Triton's compiler needs no GPU. What it refuses here would have failed at the first launch: types
+that do not fit, products too small for the tensor cores, more shared memory than a GPU has. A case
+that names `mma` must also have tensor-core instructions in its PTX. Run it in a process without
+`TRITON_INTERPRET`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import effnb.kernels
+from effnb.kernels._launch import INTERPRETED, LIMITS, triton
+
+HELPERS = ("bench", "compile")
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel with the types and constants of one use.
+
+    Attributes:
+        name: What to call it in the table.
+        kernel: The decorated function.
+        types: Type of each argument that is no constant, by name: "*fp16" for a pointer, "i32",
+            "fp32". Pointers count as aligned to 16 bytes, as torch allocates them, and arguments
+            named `stride...` as multiples of 16, as in layers of the usual widths.
+        constants: The `tl.constexpr` arguments, by name; None stands for an absent pointer, and a
+            stride of 1 is a constant as well. Cases of several kernels may share one list.
+        mma: Whether it must use the tensor cores.
+        warps: Warps per program.
+        stages: Stages of the pipeline.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    mma: bool = False
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out.
+
+    Attributes:
+        name: The case.
+        arch: Compute capability, 80 for 8.0.
+        shared_bytes: Shared memory of a program.
+        registers: Registers of a thread; None where the tool that tells is missing.
+        spilled_bytes: Local memory of a thread, for what found no register; None likewise.
+        mma: Number of tensor-core instructions in the PTX.
+    """
+
+    name: str
+    arch: int
+    shared_bytes: int
+    registers: int | None
+    spilled_bytes: int | None
+    mma: int
+
+
+def modules() -> list[str]:
+    """Names of the kernels' modules."""
+    found = (m.name for m in pkgutil.iter_modules(effnb.kernels.__path__))
+    return sorted(name for name in found if not name.startswith("_") and name not in HELPERS)
+
+
+def cases(*names: str) -> list[CompileCase]:
+    """The cases of these modules; of all if none is named."""
+    found = []
+    for name in names or modules():
+        found += importlib.import_module(f"effnb.kernels.{name}").compile_cases()
+    return found
+
+
+def compile_case(case: CompileCase, arch: int) -> Compiled:
+    """Compile one case down to machine code.
+
+    Raises:
+        ValueError: When arguments are missing, it takes too much shared memory, or lacks the
+            tensor-core instructions it should have.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {
+        name: "constexpr" if name in case.constants else case.types.get(name)
+        for name in case.kernel.arg_names
+    }
+    missing = [name for name, kind in signature.items() if kind is None]
+    if missing:
+        raise ValueError(f"{case.name}: no type or constant for {', '.join(missing)}.")
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name.startswith("stride") and kind != "constexpr")
+    }
+    constants = {name: v for name, v in case.constants.items() if name in signature}
+    source = ASTSource(case.kernel, signature, constants, aligned)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    shared, limit = built.metadata.shared, LIMITS.get(arch, LIMITS[80])
+    if shared > limit:
+        raise ValueError(
+            f"{case.name} takes {shared} bytes of shared memory; sm_{arch} has {limit}."
+        )
+    mma = len(re.findall(r"^\s*w?g?mma\.", built.asm["ptx"], re.M))
+    if case.mma and not mma:
+        raise ValueError(f"{case.name} has no tensor-core instruction on sm_{arch}.")
+    return Compiled(case.name, arch, shared, *_usage(built.asm["cubin"]), mma)
+
+
+def _usage(cubin: bytes) -> tuple[int | None, int | None]:
+    """Registers and local bytes of a thread, by the tool that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        return None, None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [str(tool), "--dump-resource-usage", str(path)]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else (None, None)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print a table; 1 when something failed."""
+    parser = argparse.ArgumentParser(prog="python -m effnb.kernels.compile")
+    parser.add_argument("names", nargs="*", help="kernels, all by default")
+    parser.add_argument("--arch", nargs="+", type=int, default=sorted(LIMITS), metavar="80")
+    options = parser.parse_args(arguments)
+    if triton is None or INTERPRETED:
+        why = "TRITON_INTERPRET is set" if INTERPRETED else "Triton is not installed"
+        print(f"Nothing can be compiled: {why}.", file=sys.stderr)
+        return 2
+    unknown = sorted(set(options.names) - set(modules()))
+    if unknown:
+        print(f"{unknown[0]} is no kernel: {', '.join(modules())}.", file=sys.stderr)
+        return 2
+    failed = 0
+    print(f"{'kernel':<58} {'arch':>5} {'shared':>7} {'regs':>5} {'spill':>5} {'mma':>4}")
+    for case in cases(*options.names):
+        for arch in options.arch:
+            try:
+                built = compile_case(case, arch)
+            except Exception as problem:  # noqa: BLE001 - whatever the compiler says, for any case
+                failed += 1
+                print(f"{case.name:<58} sm_{arch} FAILED: {problem}")
+                continue
+            numbers = [built.shared_bytes, built.registers, built.spilled_bytes, built.mma]
+            shown = ["-" if n is None else str(n) for n in numbers]
+            print(
+                f"{case.name:<58} sm_{arch} {shown[0]:>7} {shown[1]:>5} {shown[2]:>5} {shown[3]:>4}"
+            )
+    print(f"{failed} failed." if failed else "All compiled.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

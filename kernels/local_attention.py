@@ -1,0 +1,705 @@
+r"""Local attention: a sliding window, and a few global tokens, at a cost linear in the length.
+
+Token $i$ attends to the tokens $j$ near it. Some tokens are global: they attend to all, and all
+attend to them, so that any two tokens are two steps apart (Longformer: Beltagy, Peters, Cohan,
+2020, arXiv 2004.05150). The pair $(i, j)$ is visible if
+
+$$ i - \ell \le j \le i + r \quad\text{or}\quad i \text{ is global} \quad\text{or}\quad
+   j \text{ is global,}$$
+
+and, in a causal model, $j \le i$. A window of $w$ is $\ell = r = w/2$, or, causal,
+$\ell = w - 1$, $r = 0$: $w$ tokens with the token itself. The rest is attention as ever,
+$o_i = \sum_j p_{ij} v_j$ with $p_{ij} \propto e^{s\, q_i \cdot k_j}$ over the visible $j$.
+
+**Tiles.** A table of all pairs is what we want to avoid, and a test per pair would cost as much.
+So queries and keys are cut into tiles, a *schedule* lists for each tile of queries the tiles of
+keys with which it shares a visible pair, and the kernels visit no others. The schedule itself has
+one entry per pair of tiles, 4,096 times fewer than pairs of tokens. Global tokens that lie together
+share tiles: put them side by side.
+
+**One pass.** The softmax is taken as the keys come by (Milakov and Gimelshein, 2018, arXiv
+1805.02867; Dao et al., 2022, arXiv 2205.14135). With $m$ the largest score so far, $l$ the sum of
+$e^{\text{score} - m}$ and $a$ the weighted sum of values, a new tile of scores $S$ gives
+
+$$m' = \max(m, \max S),\quad \alpha = e^{m - m'},\quad P = e^{S - m'},\quad
+  l' = \alpha l + \textstyle\sum P,\quad a' = \alpha a + P V,$$
+
+and $o = a / l$ in the end. The forward pass keeps $L_i = m + \log l$ of each row; with it, the
+backward pass computes $P_{ij} = e^{S_{ij} - L_i}$ again rather than read it. With $g$ the gradient
+of $o$ and $\delta_i = g_i \cdot o_i$:
+
+$$dV = P^\top g,\quad dS = P \odot (g V^\top - \delta),\quad dQ = s\, dS\, K,\quad
+  dK = s\, dS^\top Q.$$
+
+One kernel takes tiles of queries and computes $dQ$; another takes tiles of keys and computes $dK$
+and $dV$. Each result has one owner, so none is added to by two programs, and runs are repeatable.
+
+**Bytes and operations.** With $n$ visible pairs a head (causal: $Tw - w(w-1)/2$), $h$ heads of
+dimension $d$ do $4\,d\,n\,h$ operations forward and, computing the scores anew in both kernels,
+$14\,d\,n\,h$ backward. Queries, keys, values and outputs must move once,
+$(2 h_q + 2 h_{kv})\,T d b$ bytes at $b$ bytes a number: with $h_q = h_{kv}$ and 16 bits, $w/2$
+operations per byte. The bound is $t \ge \max(\text{operations} / P, \text{bytes} / B)$ for a GPU of
+$P$ operations and $B$ bytes per second: memory for windows below $2 P / B$, arithmetic above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int8, Int64
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from effnb.kernels._launch import (
+    check_floats,
+    check_shape,
+    choose,
+    empty,
+    jit,
+    launch,
+    next_power_of_2,
+    precision,
+    short,
+    tl,
+)
+from effnb.kernels.bench import BenchCase, Runner
+from effnb.kernels.compile import CompileCase
+
+LOG2_E = 1.4426950408889634  # e^x = 2^(x log2 e), and powers of 2 are what GPUs compute
+LOCAL, GLOBAL, PADDING = 0, 1, 2  # the kinds of tokens
+
+# ---------------------------------------------------------------- who sees whom
+
+
+def _reach(window: int, causal: bool) -> tuple[int, int]:
+    """How many tokens to the left and to the right of its own a token sees."""
+    return (window - 1, 0) if causal else (window // 2, window // 2)
+
+
+def _kinds(
+    tokens: int,
+    device: torch.device | str,
+    global_tokens: Tensor | None,
+    padding: Tensor | None,
+) -> Int8[Tensor, "sequences time"]:
+    """The kind of each token: one row per sequence, or one for all where all are alike."""
+    kinds = torch.full((1, tokens), LOCAL, dtype=torch.int8, device=device)
+    if global_tokens is not None:
+        kinds = torch.where(torch.atleast_2d(global_tokens), GLOBAL, kinds)
+    if padding is not None:
+        kinds = torch.where(torch.atleast_2d(padding), PADDING, kinds)
+    return kinds.to(torch.int8).contiguous()
+
+
+def _visible(i, j, kind_i, kind_j, left, right, causal):
+    """Which pairs are visible, for indices and kinds that broadcast against each other."""
+    near = (j >= i - left) & (j <= i + right)
+    far = (kind_i == GLOBAL) | (kind_j == GLOBAL)
+    if causal:
+        far = far & (j <= i)
+    return (near | far) & (kind_i != PADDING) & (kind_j != PADDING)
+
+
+def visible_pairs(
+    tokens: int,
+    *,
+    window: int,
+    causal: bool = False,
+    global_tokens: Tensor | None = None,
+    padding: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Bool[Tensor, "sequences time time"]:
+    """The whole table of visible pairs, for one sequence or a batch: for short texts, and pictures.
+
+    Arguments are those of `local_attention`.
+    """
+    kinds = _kinds(tokens, device, global_tokens, padding)
+    i = torch.arange(tokens, device=device)
+    reach = _reach(window, causal)
+    return _visible(i[:, None], i, kinds[:, :, None], kinds[:, None, :], *reach, causal)
+
+
+def count_pairs(
+    tokens: int,
+    *,
+    window: int,
+    causal: bool = False,
+    global_tokens: Tensor | None = None,
+    padding: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Int64[Tensor, " sequences"]:
+    """How many entries of that table are true, without the table.
+
+    This is the work: a pair costs a head `4 * dim` operations forward.
+    """
+    kinds = _kinds(tokens, device, global_tokens, padding)
+    left, right = _reach(window, causal)
+    i = torch.arange(tokens, device=device)
+    first, last = (i - left).clamp(min=0), (i + right).clamp(max=tokens - 1)
+    end = i if causal else torch.full_like(i, tokens - 1)
+
+    def tokens_before(chosen):  # entry n counts the chosen ones among the first n tokens
+        return torch.nn.functional.pad(chosen.cumsum(1), (1, 0))
+
+    real, far = tokens_before(kinds != PADDING), tokens_before(kinds == GLOBAL)
+    near = real[:, last + 1] - real[:, first]
+    beyond = far[:, end + 1] - (far[:, last + 1] - far[:, first])
+    seen = torch.where(kinds == GLOBAL, real[:, end + 1], near + beyond)
+    return (seen * (kinds != PADDING)).sum(1)
+
+
+def tile_schedule(
+    kinds: Tensor, left: int, right: int, causal: bool, block_q: int, block_k: int
+) -> Tensor:
+    """Which tiles of queries and keys share a visible pair: (batch or 1, query tiles, key tiles).
+
+    Without padding the answer is exact. Tiles of nothing but padding are left out; where padding
+    only thins a tile out, the tile stays.
+    """
+    tokens = kinds.shape[1]
+
+    def tiles(block):
+        start = torch.arange(0, tokens, block, device=kinds.device)
+        pad = len(start) * block - tokens
+        of_tile = torch.nn.functional.pad(kinds, (0, pad), value=PADDING).unflatten(1, (-1, block))
+        end = (start + block).clamp(max=tokens) - 1
+        return start, end, (of_tile == GLOBAL).any(-1), (of_tile != PADDING).any(-1)
+
+    q_start, q_end, q_global, q_real = tiles(block_q)
+    k_start, k_end, k_global, k_real = tiles(block_k)
+    near = (k_end >= q_start[:, None] - left) & (k_start <= q_end[:, None] + right)
+    far = q_global[:, :, None] | k_global[:, None, :]
+    if causal:
+        far = far & (k_start <= q_end[:, None])
+    return (near | far) & q_real[:, :, None] & k_real[:, None, :]
+
+
+# ---------------------------------------------------------------- plain PyTorch
+
+
+def _attend(q, k, v, visible, scale):
+    """Softmax over the visible keys; rows that see nothing give 0. q has (batch, kv, group, …)."""
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = scale * q.to(exact) @ k.to(exact)[:, :, None].mT
+    blind = ~visible.any(-1, keepdim=True)  # a softmax over nothing would be NaN, gradient included
+    weights = scores.masked_fill(~(visible | blind), -torch.inf).softmax(-1) * visible
+    return (weights @ v.to(exact)[:, :, None]).to(q.dtype)
+
+
+def local_attention_reference(
+    q, k, v, *, window, causal=False, global_tokens=None, padding=None, scale=None
+):
+    """The definition: all pairs, and a mask. Arguments are those of `local_attention`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    masks = dict(global_tokens=global_tokens, padding=padding, device=q.device)
+    visible = visible_pairs(q.shape[2], window=window, causal=causal, **masks)
+    q = q.unflatten(1, (k.shape[1], -1))  # queries by the key-value head they share
+    return _attend(q, k, v, visible[:, None, None], scale).flatten(1, 2)
+
+
+def local_attention_tiled(
+    q, k, v, *, window, causal=False, global_tokens=None, padding=None, scale=None, block=64
+):
+    """The same, tile of queries by tile of queries, without the keys that none of them sees.
+
+    This is what runs where the kernels do not: plain PyTorch, and still linear in the length.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    kinds = _kinds(q.shape[2], q.device, global_tokens, padding)
+    reach = _reach(window, causal)
+    if not kinds.shape[1]:
+        return torch.zeros_like(q)
+    schedule = tile_schedule(kinds, *reach, causal, block, block).any(0).cpu()
+    index = torch.arange(q.shape[2], device=q.device)
+    query_tiles = q.unflatten(1, (k.shape[1], -1)).split(block, dim=3)
+    outputs = [q[:, :, :0]]
+    for tile, (rows, queries) in enumerate(zip(index.split(block), query_tiles)):
+        columns = torch.cat([index[:0], *(index.split(block)[n] for n in schedule[tile].nonzero())])
+        i, j = rows[:, None], columns[None, :]
+        visible = _visible(i, j, kinds[:, i], kinds[:, j], *reach, causal)
+        out = _attend(queries, k[:, :, columns], v[:, :, columns], visible[:, None, None], scale)
+        outputs.append(out.flatten(1, 2))
+    return torch.cat(outputs, dim=2)
+
+
+# ---------------------------------------------------------------- the kernels
+
+
+@jit
+def _visible_tile(i, j, kind_i, kind_j, left, right, CAUSAL: tl.constexpr):
+    """`_visible` on a tile; rows and columns past the end were loaded as padding."""
+    near = (j >= i - left) & (j <= i + right)
+    far = (kind_i == 1) | (kind_j == 1)
+    if CAUSAL:
+        far = far & (j <= i)
+    return (near | far) & (kind_i != 2) & (kind_j != 2)
+
+
+@jit
+def _load_tile(start, token, token_stride, dim, tokens, DIM: tl.constexpr):
+    """Rows `token` of a matrix, with zeros past its end."""
+    inside = (token < tokens)[:, None] & (dim < DIM)[None, :]
+    at = token.to(tl.int64)[:, None] * token_stride + dim[None, :]
+    return tl.load(start + at, mask=inside, other=0.0)
+
+
+@jit
+def _forward_kernel(
+    query, key, value, kinds,
+    counts,  # (batch or 1, query tiles): how many tiles of keys each of them visits
+    visits,  # (batch or 1, query tiles, key tiles): which ones, the first `counts` of a row
+    out,  # (batch, heads, tokens, DIM)
+    log_sum,  # (batch, heads, tokens) float32, to the base 2
+    heads,
+    group,  # query heads per key-value head
+    tokens, key_tiles,
+    scale,  # with log2(e) in it
+    left, right,
+    kinds_batch, counts_batch,  # strides; 0 where all sequences are alike
+    query_batch, query_head, query_token,  # and neighbours of the last dimension touch
+    key_batch, key_head, key_token,
+    value_batch, value_head, value_token,
+    DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head: its outputs and the logarithms of its sums."""
+    tiles = tl.cdiv(tokens, BLOCK_Q)
+    row = (tl.program_id(0) // tiles).to(tl.int64)  # one head of one sequence
+    tile = tl.program_id(0) % tiles
+    batch, head = row // heads, row % heads
+    key += batch * key_batch + head // group * key_head
+    value += batch * value_batch + head // group * value_head
+    kinds += batch * kinds_batch
+    listed = batch * counts_batch + tile
+    dim = tl.arange(0, BLOCK_D)
+    i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    kind_i = tl.load(kinds + i, mask=i < tokens, other=2)
+    q = _load_tile(
+        query + batch * query_batch + head * query_head, i, query_token, dim, tokens, DIM
+    )
+
+    largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    weighted = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for visit in range(tl.load(counts + listed)):
+        j = tl.load(visits + listed * key_tiles + visit) * BLOCK_K + tl.arange(0, BLOCK_K)
+        kind_j = tl.load(kinds + j, mask=j < tokens, other=2)
+        k = _load_tile(key, j, key_token, dim, tokens, DIM)
+        v = _load_tile(value, j, value_token, dim, tokens, DIM)
+        seen = _visible_tile(
+            i[:, None], j[None, :], kind_i[:, None], kind_j[None, :], left, right, CAUSAL
+        )
+        scores = scale * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+        # A row that has seen nothing has -inf here, and -inf - -inf is not a number.
+        offset = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        shrink = tl.exp2(largest - offset)
+        p = tl.exp2(scores - offset[:, None])
+        total = total * shrink + tl.sum(p, axis=1)
+        weighted = weighted * shrink[:, None]
+        weighted += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        largest = new_largest
+
+    blind = total == 0.0  # padding, or nothing but padding in sight
+    total = tl.where(blind, 1.0, total)
+    result = weighted / total[:, None]
+    tl.store(
+        out + (row * tokens + i[:, None]) * DIM + dim[None, :],
+        result.to(out.dtype.element_ty),
+        mask=(i < tokens)[:, None] & (dim < DIM)[None, :],
+    )
+    log = tl.where(blind, 0.0, largest + tl.log2(total))
+    tl.store(log_sum + row * tokens + i, log, mask=i < tokens)
+
+
+@jit
+def _queries_backward_kernel(
+    query, key, value, kinds, counts, visits, out, log_sum,
+    d_out, d_query,
+    delta,  # (batch, heads, tokens) float32: kept for the other kernel
+    heads, group, tokens, key_tiles,
+    scale,  # without log2(e)
+    left, right,
+    kinds_batch, counts_batch,
+    query_batch, query_head, query_token,
+    key_batch, key_head, key_token,
+    value_batch, value_head, value_token,
+    DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head: the gradient of its queries."""
+    tiles = tl.cdiv(tokens, BLOCK_Q)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    batch, head = row // heads, row % heads
+    key += batch * key_batch + head // group * key_head
+    value += batch * value_batch + head // group * value_head
+    kinds += batch * kinds_batch
+    listed = batch * counts_batch + tile
+    dim = tl.arange(0, BLOCK_D)
+    i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    kind_i = tl.load(kinds + i, mask=i < tokens, other=2)
+    q = _load_tile(
+        query + batch * query_batch + head * query_head, i, query_token, dim, tokens, DIM
+    )
+    g = _load_tile(d_out + row * tokens * DIM, i, DIM, dim, tokens, DIM)
+    o = _load_tile(out + row * tokens * DIM, i, DIM, dim, tokens, DIM)
+    log = tl.load(log_sum + row * tokens + i, mask=i < tokens, other=0.0)
+    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), axis=1)
+    tl.store(delta + row * tokens + i, d, mask=i < tokens)
+
+    dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for visit in range(tl.load(counts + listed)):
+        j = tl.load(visits + listed * key_tiles + visit) * BLOCK_K + tl.arange(0, BLOCK_K)
+        kind_j = tl.load(kinds + j, mask=j < tokens, other=2)
+        k = _load_tile(key, j, key_token, dim, tokens, DIM)
+        v = _load_tile(value, j, value_token, dim, tokens, DIM)
+        seen = _visible_tile(
+            i[:, None], j[None, :], kind_i[:, None], kind_j[None, :], left, right, CAUSAL
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores *= scale * 1.4426950408889634  # log2(e)
+        p = tl.exp2(tl.where(seen, scores - log[:, None], float("-inf")))
+        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - d[:, None])
+        dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+
+    tl.store(
+        d_query + (row * tokens + i[:, None]) * DIM + dim[None, :],
+        (scale * dq).to(d_query.dtype.element_ty),
+        mask=(i < tokens)[:, None] & (dim < DIM)[None, :],
+    )
+
+
+@jit
+def _keys_backward_kernel(
+    query, key, value, kinds,
+    counts, visits,  # the schedule the other way round: for each tile of keys, tiles of queries
+    log_sum, d_out, delta, d_key, d_value,
+    key_heads, group, tokens, query_tiles, scale,
+    left, right,
+    kinds_batch, counts_batch,
+    query_batch, query_head, query_token,
+    key_batch, key_head, key_token,
+    value_batch, value_head, value_token,
+    DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of one key-value head: the gradients of its keys and values.
+
+    Everything is transposed: keys lie along the rows, the queries that see them come by.
+    """
+    tiles = tl.cdiv(tokens, BLOCK_K)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    batch, head = row // key_heads, row % key_heads
+    query += batch * query_batch
+    kinds += batch * kinds_batch
+    listed = batch * counts_batch + tile
+    dim = tl.arange(0, BLOCK_D)
+    j = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    kind_j = tl.load(kinds + j, mask=j < tokens, other=2)
+    k = _load_tile(key + batch * key_batch + head * key_head, j, key_token, dim, tokens, DIM)
+    v = _load_tile(
+        value + batch * value_batch + head * value_head, j, value_token, dim, tokens, DIM
+    )
+
+    dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    count = tl.load(counts + listed)
+    for step in range(count * group):  # every head of the group, through the same tiles
+        q_head = head * group + step // count
+        q_row = row * group + step // count
+        i = tl.load(visits + listed * query_tiles + step % count) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        kind_i = tl.load(kinds + i, mask=i < tokens, other=2)
+        q = _load_tile(query + q_head * query_head, i, query_token, dim, tokens, DIM)
+        g = _load_tile(d_out + q_row * tokens * DIM, i, DIM, dim, tokens, DIM)
+        log = tl.load(log_sum + q_row * tokens + i, mask=i < tokens, other=0.0)
+        d = tl.load(delta + q_row * tokens + i, mask=i < tokens, other=0.0)
+        seen = _visible_tile(
+            i[None, :], j[:, None], kind_i[None, :], kind_j[:, None], left, right, CAUSAL
+        )
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        scores *= scale * 1.4426950408889634  # log2(e)
+        p = tl.exp2(tl.where(seen, scores - log[None, :], float("-inf")))
+        dv += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        ds = p * (dp - d[None, :])
+        dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
+
+    at = (row * tokens + j[:, None]) * DIM + dim[None, :]
+    inside = (j < tokens)[:, None] & (dim < DIM)[None, :]
+    tl.store(d_key + at, (scale * dk).to(d_key.dtype.element_ty), mask=inside)
+    tl.store(d_value + at, dv.to(d_value.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------- the kernels, launched
+
+
+def _settings(dim: int, dtype: torch.dtype, causal: bool) -> dict:
+    """Constants of the three kernels: as many rows a tile as shared memory and registers hold."""
+    block_d = max(16, next_power_of_2(dim))  # 16 is the least that a tensor core takes
+    rows = min(64, max(16, 16384 // (block_d * dtype.itemsize)))
+    return dict(
+        DIM=dim,
+        BLOCK_D=block_d,
+        BLOCK_Q=rows,
+        BLOCK_K=rows,
+        CAUSAL=causal,
+        PRECISION=precision(dtype),
+        num_warps=8 if block_d >= 128 else 4,
+        num_stages=2,
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor itself if neighbours of its last dimension touch in memory, or else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _list_visits(schedule: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row of the schedule, how many tiles to visit, and those first in order."""
+    counts = schedule.sum(-1, dtype=torch.int32).contiguous()
+    visits = schedule.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return counts, visits.to(torch.int32).contiguous()
+
+
+def _batch_stride(counts: Tensor) -> int:
+    """How far apart the lists of two sequences lie: 0 where all of them share one."""
+    return 0 if len(counts) == 1 else counts.shape[1]
+
+
+class _LocalAttention(torch.autograd.Function):
+    """The three kernels."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, kinds, left, right, scale, settings):
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        batch, heads, tokens, _ = q.shape
+        blocks = settings["BLOCK_Q"], settings["BLOCK_K"]
+        schedule = tile_schedule(kinds, left, right, settings["CAUSAL"], *blocks)
+        counts, visits = _list_visits(schedule)
+        out = empty(q.shape, q.dtype, q.device)
+        log_sum = empty((batch, heads, tokens), torch.float32, q.device)
+        ctx.scale, ctx.settings = scale, settings
+        ctx.window = left, right, 0 if len(kinds) == 1 else tokens
+        ctx.strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+        launch(
+            _forward_kernel,
+            (counts.shape[1] * batch * heads,),
+            *(q, k, v, kinds, counts, visits, out, log_sum),
+            *(heads, heads // k.shape[1], tokens, visits.shape[2], scale * LOG2_E, *ctx.window),
+            *(_batch_stride(counts), *ctx.strides),
+            **settings,
+        )
+        ctx.save_for_backward(q, k, v, kinds, schedule, out, log_sum)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        q, k, v, kinds, schedule, out, log_sum = ctx.saved_tensors
+        batch, heads, tokens, _ = q.shape
+        key_heads, group = k.shape[1], heads // k.shape[1]
+        d_out = d_out.contiguous()
+        dq, dk, dv = (empty(x.shape, x.dtype, x.device) for x in (q, k, v))
+        delta = empty(log_sum.shape, torch.float32, q.device)
+        counts, visits = _list_visits(schedule)
+        launch(
+            _queries_backward_kernel,
+            (counts.shape[1] * batch * heads,),
+            *(q, k, v, kinds, counts, visits, out, log_sum, d_out, dq, delta),
+            *(heads, group, tokens, visits.shape[2], ctx.scale, *ctx.window),
+            *(_batch_stride(counts), *ctx.strides),
+            **ctx.settings,
+        )
+        counts, visits = _list_visits(schedule.mT)  # for each tile of keys, who comes by
+        launch(
+            _keys_backward_kernel,
+            (counts.shape[1] * batch * key_heads,),
+            *(q, k, v, kinds, counts, visits, log_sum, d_out, delta, dk, dv),
+            *(key_heads, group, tokens, visits.shape[2], ctx.scale, *ctx.window),
+            *(_batch_stride(counts), *ctx.strides),
+            **ctx.settings,
+        )
+        return dq, dk, dv, None, None, None, None, None
+
+
+# ---------------------------------------------------------------- the one to call
+
+
+def _check_mask(name: str, mask: Tensor | None, q: Tensor, shown: str) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} is of {short(mask.dtype)}; it must be bool, True at such tokens.")
+    batch, _, tokens, _ = q.shape
+    check_shape(name, mask, (tokens,) if mask.ndim == 1 else (batch, tokens), shown)
+
+
+def local_attention(
+    q: Float[Tensor, "batch query_heads time dim"],
+    k: Float[Tensor, "batch key_heads time dim"],
+    v: Float[Tensor, "batch key_heads time dim"],
+    *,
+    window: int,
+    causal: bool = False,
+    global_tokens: Bool[Tensor, " time"] | Bool[Tensor, "batch time"] | None = None,
+    padding: Bool[Tensor, " time"] | Bool[Tensor, "batch time"] | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Float[Tensor, "batch query_heads time dim"]:
+    r"""Softmax attention over a sliding window and global tokens.
+
+    Longformer projects global tokens by weights of their own. Then the results here are those of
+    the other tokens, and the few global rows are computed apart and put in their place.
+
+    Args:
+        q: Queries.
+        k: Keys. Grouped-query models have fewer key-value heads: a divisor of the query heads.
+        v: Values.
+        window: The width $w$. Causal: a token sees itself and the $w - 1$ before it. Otherwise $w$
+            is even, and a token sees $w / 2$ to either side and itself.
+        causal: Whether no token sees a later one, global tokens included.
+        global_tokens: True at tokens that attend to all and are attended by all.
+        padding: True at tokens that are none: nobody sees them, and their outputs are 0.
+        scale: The factor on $q \cdot k$; $1/\sqrt{d}$ by default.
+        backend: "triton", "torch", or None for the kernels where they can run.
+
+    Returns:
+        The outputs, with gradients. A row that sees nothing is 0, and so are its gradients.
+
+    Raises:
+        ValueError: Shapes that do not fit each other, a window that is not positive (not even,
+            where it has two sides), an unknown backend.
+        TypeError: Numbers that are not floating-point or of different types, masks that are not
+            boolean.
+    """
+    check_floats(q=q, k=k, v=v)
+    types = {short(x.dtype) for x in (q, k, v)}
+    if len(types) > 1:
+        raise TypeError(f"q, k and v are of {', '.join(sorted(types))}; they must agree.")
+    if q.ndim != 4 or not q.shape[1] or not q.shape[3]:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}; it must be (batch, heads, time, dim), heads and dim "
+            "not 0."
+        )
+    batch, heads, tokens, dim = q.shape
+    shown = f"q of shape {tuple(q.shape)}"
+    key_heads = k.shape[1] if k.ndim == 4 else heads
+    check_shape("k", k, (batch, key_heads, tokens, dim), shown)
+    check_shape("v", v, tuple(k.shape), f"k of shape {tuple(k.shape)}")
+    if not key_heads or heads % key_heads:
+        raise ValueError(f"{heads} query heads cannot share {key_heads} key-value heads evenly.")
+    if window < 1 or (not causal and window % 2):
+        raise ValueError(
+            f"window is {window}; it must be positive and, where it has two sides, even."
+        )
+    _check_mask("global_tokens", global_tokens, q, shown)
+    _check_mask("padding", padding, q, shown)
+    obstacle = f"heads of {dim} are too wide for its tiles; 256 is the most." if dim > 256 else ""
+    masks = global_tokens, padding
+    if choose(backend, q, k, v, *masks, obstacle=obstacle) == "torch":
+        options = dict(window=window, causal=causal, scale=scale)
+        return local_attention_tiled(
+            q, k, v, global_tokens=global_tokens, padding=padding, **options
+        )
+    scale = dim**-0.5 if scale is None else scale
+    settings = _settings(dim, q.dtype, causal)
+    kinds = _kinds(tokens, q.device, *masks)
+    return _LocalAttention.apply(q, k, v, kinds, *_reach(window, causal), scale, settings)
+
+
+# ---------------------------------------------------------------- for the compiler and the clock
+
+
+def compile_cases() -> list[CompileCase]:
+    """The three kernels in every type, and for heads of every width of tile."""
+    found = []
+    strides = {f"{x}_{axis}": 128 for x in ("query", "key", "value") for axis in ("batch", "head")}
+    strides |= {f"{x}_token": 4096 for x in ("query", "key", "value")}
+    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    uses = [(128, True, "fp32"), (64, True, "fp16"), (128, False, "bf16"), (256, True, "bf16")]
+    for dim, causal, kind in uses:
+        types = dict.fromkeys(("query", "key", "value", "out", "d_out"), f"*{kind}")
+        types |= dict.fromkeys(("d_query", "d_key", "d_value"), f"*{kind}")
+        types |= dict.fromkeys(("log_sum", "delta"), "*fp32")
+        types |= {"kinds": "*i8", "counts": "*i32", "visits": "*i32", "scale": "fp32"}
+        numbers = "heads key_heads group tokens key_tiles query_tiles left right"
+        types |= dict.fromkeys(numbers.split(), "i32")
+        types |= {"kinds_batch": "i32", "counts_batch": "i32"}
+        settings = _settings(dim, kinds[kind], causal)
+        warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
+        for name, kernel in (
+            ("forward", _forward_kernel),
+            ("queries backward", _queries_backward_kernel),
+            ("keys backward", _keys_backward_kernel),
+        ):
+            case = CompileCase(
+                f"local_attention: {name} {kind} {dim}", kernel, types, strides | settings,
+                mma=kind != "fp32", warps=warps, stages=stages,
+            )  # fmt: skip
+            found.append(case)
+    return found
+
+
+def bench_cases(*, small: bool = False) -> list[BenchCase]:
+    """A long text seen by a causal window, and Longformer's base with one global token."""
+    if small:
+        shapes = [(1, 2, 1, 64, 16, 16, True, 0), (1, 2, 2, 64, 16, 16, False, 1)]
+    else:
+        shapes = [(1, 32, 8, 16384, 128, 1024, True, 0), (4, 12, 12, 4096, 64, 512, False, 1)]
+    return [_bench_case(*s, backward=backward) for s in shapes for backward in (False, True)]
+
+
+def _bench_case(
+    batch, heads, key_heads, tokens, dim, window, causal, global_count, *, backward: bool
+) -> BenchCase:
+    def is_global(device: torch.device | str) -> Tensor:
+        return torch.arange(tokens, device=device) < global_count
+
+    options = dict(window=window, causal=causal)
+    pairs = int(count_pairs(tokens, **options, global_tokens=is_global("cpu")).sum())
+    flops = batch * heads * pairs * dim * (4 + 10 * backward)  # 5 products backward, at the least
+    size = 2 * batch * tokens * dim * 2 * (heads + key_heads) * (3 if backward else 1)
+    shape = f"B={batch} H={heads}/{key_heads} T={tokens} D={dim} w={window} g={global_count}"
+    shape += " causal" * causal + " with backward" * backward
+
+    def make(device: torch.device) -> dict[str, Runner]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        q, d_out = (torch.randn(batch, heads, tokens, dim, device=device) for _ in range(2))
+        k, v = (torch.randn(batch, key_heads, tokens, dim, device=device) for _ in range(2))
+        q, k, v, d_out = (x.bfloat16() for x in (q, k, v, d_out))
+        inputs = [x.requires_grad_(backward) for x in (q, k, v)]
+        chosen = is_global(device) if global_count else None
+        left, right = _reach(window, causal)
+
+        def mask(_batch, _head, i, j):
+            near = (j >= i - left) & (j <= i + right)
+            far = (i < global_count) | (j < global_count)
+            return near | (far & (j <= i) if causal else far)
+
+        def timed(function: Callable[[], Tensor]) -> Runner:
+            return (
+                (lambda: torch.autograd.grad(function(), inputs, d_out)) if backward else function
+            )
+
+        blocks = create_block_mask(mask, None, None, tokens, tokens, device=str(device))
+        flex = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
+        dense = visible_pairs(tokens, **options, global_tokens=chosen, device=device)
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        on_cpu = "Eager FlexAttention has no gradient on the CPU." if backward else ""
+        return {
+            "ours": timed(lambda: local_attention(*inputs, global_tokens=chosen, **options)),
+            "torch, tile by tile": timed(
+                lambda: local_attention_tiled(*inputs, global_tokens=chosen, **options)
+            ),
+            "FlexAttention": (device.type != "cuda" and on_cpu)
+            or timed(lambda: flex(*inputs, block_mask=blocks, enable_gqa=True)),
+            "SDPA, masked": timed(lambda: sdpa(*inputs, attn_mask=dense, enable_gqa=True)),
+        }
+
+    return BenchCase("local_attention", shape, torch.bfloat16, size, flops, make)

@@ -1,0 +1,204 @@
+"""The 4-bit product: against float64, for uniform grids and tables, forward and backward."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from effnb.kernels import int4_matmul as kernel
+from effnb.kernels.int4_matmul import Blocks, int4_matmul, pack_int4
+
+NF4ISH = torch.tensor([-1, -0.7, -0.53, -0.4, -0.28, -0.18, -0.09, 0,
+                       0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1])  # fmt: skip
+
+
+def weight_of(n, k, group, kind, device="cpu", seed=0):
+    """Random codes; the numbers they stand for, in float64, by the equation."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(n, k // group, generator=generator) + 0.1
+    spread = scales.half().double().repeat_interleave(group, 1)
+    more = {}
+    if kind == "affine":
+        zeros = torch.randint(0, 16, scales.shape, generator=generator, dtype=torch.uint8)
+        more["zeros"] = zeros.to(device)
+        values = codes.double() - zeros.double().repeat_interleave(group, 1)
+    elif kind == "table":
+        more["table"] = NF4ISH.to(device)
+        values = NF4ISH.double()[codes.long()]
+    else:
+        more["zero"] = 7
+        values = codes.double() - 7
+    scales = scales.half().float() if kind == "table" else scales.half()
+    packed = pack_int4(codes.to(device), scales.to(device), group_size=group, **more)
+    return packed, (values * spread).to(device)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "affine", "table"])
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "group"),
+    [
+        (1, 37, 256, 128),
+        (1, 50, 96, 32),
+        (1, 5, 37, 37),
+        (3, 33, 192, 64),
+        (17, 70, 70, 70),
+        (130, 40, 64, 64),
+        (0, 8, 64, 32),
+    ],
+)
+def test_output_and_gradients(proof, dtype, kind, rows, n, k, group):
+    weight, numbers = weight_of(n, k, group, kind, proof.device)
+    x = proof.tensor(rows, k, dtype=dtype, grad=True)
+    bias = proof.tensor(n, dtype=dtype, seed=1, grad=True)
+
+    def plain(x, bias):
+        return torch.nn.functional.linear(x, numbers.to(x.dtype), bias)
+
+    def ours(x, bias):
+        return int4_matmul(x, weight, bias, backend=proof.kernel)
+
+    proof.compare(ours, plain, x, bias)
+
+
+@examples(max_examples=12)
+@given(
+    st.integers(1, 40), st.integers(1, 70), st.integers(1, 4), st.sampled_from([32, 64, 128]),
+    st.sampled_from(["symmetric", "affine", "table"]), st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(proof, rows, n, groups, group, kind, seed):
+    weight, numbers = weight_of(n, groups * group, group, kind, proof.device, seed)
+    x = proof.tensor(rows, groups * group, dtype=torch.float32, seed=seed)
+    result = int4_matmul(x, weight, backend=proof.kernel)
+    expected = x.double() @ numbers.T
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_inputs_that_are_not_contiguous(proof, dtype, layout, rows):
+    weight, numbers = weight_of(20, 128, 64, "affine", proof.device)
+    x = proof.tensor(rows, 128, dtype=dtype, layout=layout, grad=True)
+    assert rows == 1 or not x.is_contiguous()
+    proof.compare(
+        lambda x: int4_matmul(x, weight, backend=proof.kernel),
+        lambda x: x @ numbers.to(x.dtype).T,
+        x,
+    )
+
+
+def test_gradients_that_are_not_contiguous(proof):
+    weight, numbers = weight_of(20, 64, 64, "table", proof.device)
+    x = proof.tensor(6, 64, grad=True)
+    dy = proof.tensor(20, 6, seed=3).T
+    (dx,) = torch.autograd.grad(int4_matmul(x, weight, backend=proof.kernel), x, dy)
+    torch.testing.assert_close(dx, (dy.double() @ numbers).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_leading_axes(proof):
+    weight, numbers = weight_of(12, 64, 32, "symmetric", proof.device)
+    x = proof.tensor(2, 3, 64)
+    result = int4_matmul(x, weight, backend=proof.kernel)
+    assert result.shape == (2, 3, 12)
+    torch.testing.assert_close(result.double(), x.double() @ numbers.T, rtol=1e-5, atol=1e-5)
+    assert int4_matmul(x[0, 0], weight, backend=proof.kernel).shape == (12,)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_parts_of_one_row_add_up_and_repeat_bit_for_bit(proof, dtype, parts):
+    weight, numbers = weight_of(19, 352, 32, "affine", proof.device)  # 11 spans: none divides
+    x = proof.tensor(1, 352, dtype=dtype)
+    blocks = Blocks(1, 16, parts)
+    first, *_ = proof.compare(
+        lambda x: int4_matmul(x, weight, backend=proof.kernel, blocks=blocks),
+        lambda x: x @ numbers.to(x.dtype).T,
+        x,
+    )
+    again = int4_matmul(x, weight, backend=proof.kernel, blocks=blocks)
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("blocks", [Blocks(16, 16), Blocks(32, 64), Blocks(64, 128)])
+def test_the_cut_into_blocks_changes_nothing_much(proof, blocks):
+    weight, _ = weight_of(70, 128, 64, "table", proof.device)
+    x = proof.tensor(33, 128)
+    result = int4_matmul(x, weight, backend=proof.kernel, blocks=blocks)
+    torch.testing.assert_close(result, kernel.reference(x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_a_group_with_a_step_of_zero_gives_zeros(proof):
+    codes = torch.full((4, 64), 15, dtype=torch.uint8, device=proof.device)
+    scales = torch.zeros(4, 2, dtype=torch.float16, device=proof.device)
+    weight = pack_int4(codes, scales, group_size=32)
+    for rows in (1, 4):
+        result = int4_matmul(proof.tensor(rows, 64), weight, backend=proof.kernel)
+        assert torch.equal(result, torch.zeros(rows, 4, device=proof.device))
+
+
+def test_the_layout_holds_every_code_once():
+    """Byte j of a span: code j in its low half, code j + span / 2 in its high half."""
+    codes = (torch.arange(2 * 128) * 7 % 16).to(torch.uint8).view(2, 128)
+    weight = pack_int4(codes, torch.ones(2, 1, dtype=torch.float16), group_size=128, zero=0)
+    half = weight.span // 2
+    first = weight.codes[0, 3]
+    assert int(first) & 15 == codes[0, 3] and int(first) >> 4 == codes[0, 3 + half]
+    assert torch.equal(weight.dequantize(), codes.float())
+    assert weight.bytes == 2 * 128 // 2 + 2 * 2  # half a byte a code, two bytes a step
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "affine", "table"])
+def test_the_reference_is_the_equation(kind):
+    weight, numbers = weight_of(6, 96, 32, kind)
+    assert torch.equal(weight.dequantize(torch.float64), numbers)
+    x = torch.randn(3, 96, dtype=torch.float64)
+    torch.testing.assert_close(int4_matmul(x, weight), x @ numbers.T)
+
+
+def codes(n=4, k=64):
+    return torch.ones(n, k, dtype=torch.uint8)
+
+
+def steps(n=4, groups=2):
+    return torch.ones(n, groups, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "make"),
+    [
+        (ValueError, "48 do not divide the 64", lambda: pack_int4(codes(), steps(), group_size=48)),
+        (ValueError, "multiples of 32", lambda: pack_int4(codes(), steps(4, 4), group_size=16)),
+        (ValueError, "do not divide", lambda: pack_int4(codes(), steps(), group_size=0)),
+        (ValueError, r"\(4, 3\).*\(4, 64\)",
+         lambda: pack_int4(codes(), steps(4, 3), group_size=32)),
+        (ValueError, "a code is 16", lambda: pack_int4(codes() * 16, steps(), group_size=32)),
+        (TypeError, "int64", lambda: pack_int4(codes().long(), steps(), group_size=32)),
+        (TypeError, "bfloat16", lambda: pack_int4(codes(), steps().bfloat16(), group_size=32)),
+        (ValueError, "matrix", lambda: pack_int4(codes()[0], steps(), group_size=32)),
+        (ValueError, "zeros has shape",
+         lambda: pack_int4(codes(), steps(), codes(), group_size=32)),
+        (ValueError, "table has shape",
+         lambda: pack_int4(codes(), steps(), group_size=32, table=torch.ones(8))),
+        (ValueError, "no zero points",
+         lambda: pack_int4(codes(), steps(), codes(4, 2), group_size=32, table=torch.ones(16))),
+    ],
+)  # fmt: skip
+def test_weights_that_cannot_be(error, words, make):
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_inputs_that_cannot_be(proof):
+    weight, _ = weight_of(4, 64, 32, "affine", proof.device)
+    x = proof.tensor(3, 64)
+    with pytest.raises(ValueError, match=r"\(3, 60\).*\(4, 64\)"):
+        int4_matmul(x[:, :60], weight)
+    with pytest.raises(ValueError, match=r"\(3,\).*\(4, 64\)"):
+        int4_matmul(x, weight, x[0, :3])
+    with pytest.raises(TypeError, match="x is of int64"):
+        int4_matmul(x.long(), weight)
+    with pytest.raises(ValueError, match="cannot run: the kernel has no float64"):
+        int4_matmul(x.double(), weight, backend="triton")
+    with pytest.raises(ValueError, match="meta"):
+        int4_matmul(x.to("meta"), weight)

@@ -1,0 +1,310 @@
+"""Retention: three forms that are one, against the written-out sum; the kernels against them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effnb.kernels.retention import (
+    retention,
+    retention_chunkwise,
+    retention_decay,
+    retention_parallel,
+    retention_recurrent,
+    retention_step,
+    retention_step_reference,
+)
+
+FORMS = [retention_parallel, retention_recurrent, retention_chunkwise]
+
+
+def written_out(q, k, v, gamma, scale, state):
+    """The double sum over queries and keys, term by term."""
+    _, heads, tokens, _ = q.shape
+    out = torch.zeros_like(v)
+    final = state.clone()
+    for h in range(heads):
+        g = float(gamma[h])
+        for n in range(tokens):
+            for m in range(n + 1):
+                weight = (q[:, h, n] * k[:, h, m]).sum(-1, keepdim=True)
+                out[:, h, n] += scale * g ** (n - m) * weight * v[:, h, m]
+            out[:, h, n] += scale * g ** (n + 1) * (q[:, h, n, None] @ state[:, h])[:, 0]
+        final[:, h] = g**tokens * state[:, h] + sum(
+            g ** (tokens - 1 - m) * k[:, h, m, :, None] * v[:, h, m, None] for m in range(tokens)
+        )
+    return out, final
+
+
+def inputs(tokens=13, batch=2, heads=3, dim_k=4, dim_v=6, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(tokens, dim_k), (tokens, dim_k), (tokens, dim_v), (dim_k, dim_v)]
+    q, k, v, state = (
+        torch.randn(batch, heads, *size, generator=generator, dtype=dtype) for size in sizes
+    )
+    return q, k, v, torch.tensor([0.7, 0.9, 31 / 32], dtype=dtype)[:heads], state
+
+
+def close(found, expected, atol=1e-12):
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+# ---------------------------------------------------------------- the three forms
+
+
+def test_decay_of_the_paper():
+    assert retention_decay(4).tolist() == [0.96875, 0.984375, 0.9921875, 0.99609375]
+    memory = 1 / (1 - retention_decay(4).double())  # the sum of all powers of gamma
+    assert memory.tolist() == [32, 64, 128, 256]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_every_form_is_the_written_out_sum(form, scale):
+    q, k, v, gamma, state = inputs()
+    expected = written_out(q, k, v, gamma, 4**-0.5 if scale is None else scale, state)
+    close(form(q, k, v, gamma, scale=scale, initial_state=state), expected)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 13, 64])
+def test_chunks_of_any_size_give_the_same(chunk_size):
+    q, k, v, gamma, state = inputs()
+    expected = retention_recurrent(q, k, v, gamma, initial_state=state)
+    close(retention_chunkwise(q, k, v, gamma, initial_state=state, chunk_size=chunk_size), expected)
+
+
+def test_a_text_in_two_parts_is_one_text():
+    q, k, v, gamma, state = inputs()
+    whole = retention(q, k, v, gamma, initial_state=state)
+    first = retention(q[:, :, :5], k[:, :, :5], v[:, :, :5], gamma, initial_state=state)
+    second = retention(q[:, :, 5:], k[:, :, 5:], v[:, :, 5:], gamma, initial_state=first[1])
+    close((torch.cat([first[0], second[0]], 2), second[1]), whole)
+
+
+def test_no_decay_is_linear_attention():
+    q, k, v, _, _ = inputs()
+    out, final = retention(q, k, v, torch.ones(3).double(), scale=1.0)
+    close((out, final), ((q @ k.mT).tril() @ v, k.mT @ v))
+
+
+def test_no_decay_overflows():
+    """gamma^-4096 is infinite in float32; no form may compute it."""
+    q, k, v, _, _ = inputs(tokens=4096, batch=1, heads=1, dtype=torch.float32)
+    gamma = torch.tensor([0.97])
+    exact = retention_chunkwise(q.double(), k.double(), v.double(), gamma.double())
+    for form in (retention_parallel, retention_chunkwise):
+        out, _ = form(q, k, v, gamma)
+        assert float((out.double() - exact[0]).abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_every_form(form):
+    values = [x.requires_grad_() for x in inputs(tokens=4, batch=1, heads=2, dim_k=2, dim_v=3)]
+
+    def run(q, k, v, gamma, state):
+        return form(q, k, v, gamma, initial_state=state)
+
+    torch.autograd.gradcheck(run, values)
+
+
+def test_gradient_is_three_retentions():
+    """What the kernels' backward rests on, in float64 and plain PyTorch."""
+    q, k, v, gamma, state = inputs()
+    leaves = [x.requires_grad_() for x in (q, k, v, state)]
+    out, final = retention_parallel(q, k, v, gamma, initial_state=state)
+    d_out, d_final = torch.randn_like(out), torch.randn_like(final)
+    dq, dk, dv, d_state = torch.autograd.grad([out, final], leaves, [d_out, d_final])
+    g, s = gamma[:, None, None], 4**-0.5
+
+    def backwards(q, k, v, state):
+        """Time reversed. Here a state is one step older than where it is read."""
+        q, k, v = (x.flip(2) for x in (q, k, v))
+        out, last = retention_recurrent(q, k, v, gamma, scale=1.0, initial_state=state / g)
+        return out.flip(2), last * g
+
+    close([retention_recurrent(d_out, v, k, gamma, scale=s, initial_state=state.mT)[0]], [dq])
+    close([backwards(v, s * d_out, q, d_final.mT)[0]], [dk])
+    close(backwards(k, s * q, d_out, d_final), [dv, d_state])
+
+
+# ---------------------------------------------------------------- the kernels
+
+
+def compare(proof, *arguments):
+    """With room for a GPU's powers of 2, which may be off by two units in the last place."""
+    return proof.compare(*arguments, factor=4.0)
+
+
+def kernel(proof, **options):
+    """Ours and the recurrent form, as functions of (q, k, v, gamma, state)."""
+
+    def ours(q, k, v, gamma, state=None):
+        return retention(q, k, v, gamma, initial_state=state, backend=proof.kernel, **options)
+
+    def reference(q, k, v, gamma, state=None):
+        scale = options.get("scale")
+        return retention_recurrent(q, k, v, gamma, initial_state=state, scale=scale)
+
+    return ours, reference
+
+
+def tensors(proof, batch, heads, tokens, dim_k, dim_v, **options):
+    """q, k, v, gamma, and a state in float32."""
+    q, k = (proof.tensor(batch, heads, tokens, dim_k, seed=i, **options) for i in (0, 1))
+    v = proof.tensor(batch, heads, tokens, dim_v, seed=2, **options)
+    gamma = retention_decay(heads + 2)[2:].sub(0.1).to(proof.device)
+    state = proof.tensor(batch, heads, dim_k, dim_v, seed=3, grad=options.get("grad", False))
+    return q, k, v, gamma, state
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk_size", "layout"),
+    [
+        ((2, 1, 70, 20, 33), 32, "contiguous"),  # three chunks, the last one ragged
+        ((1, 2, 64, 16, 16), 64, "transposed"),  # nothing ragged
+        ((1, 2, 5, 3, 1), 16, "strided"),  # less than a chunk, than a block
+    ],
+)
+def test_kernel(proof, dtype, shape, chunk_size, layout):
+    values = tensors(proof, *shape, dtype=dtype, layout=layout, grad=True)
+    ours, reference = kernel(proof, chunk_size=chunk_size)
+    compare(proof, ours, reference, *values)
+
+
+def test_kernel_with_heads_wider_than_a_block(proof):
+    values = tensors(proof, 1, 1, 20, 72, 40, grad=True)
+    ours, reference = kernel(proof, chunk_size=32, scale=0.05)
+    compare(proof, ours, reference, *values)
+
+
+@settings(max_examples=6)
+@given(
+    batch=st.integers(0, 2),
+    heads=st.integers(1, 2),
+    tokens=st.integers(0, 40),
+    dim_k=st.integers(1, 20),
+    dim_v=st.integers(1, 20),
+    with_state=st.booleans(),
+)
+def test_kernel_on_any_shape(proof, batch, heads, tokens, dim_k, dim_v, with_state):
+    *values, state = tensors(proof, batch, heads, tokens, dim_k, dim_v, grad=tokens > 0)
+    ours, reference = kernel(proof, chunk_size=32)
+    found = compare(proof, ours, reference, *values, *([state] if with_state else []))
+    assert found[0].shape == (batch, heads, tokens, dim_v)
+    assert found[1].shape == (batch, heads, dim_k, dim_v)
+
+
+def test_kernel_does_not_depend_on_the_chunk_size(proof):
+    q, k, v, gamma, state = tensors(proof, 1, 1, 50, 8, 8)
+    found = [
+        retention(q, k, v, gamma, initial_state=state, chunk_size=c, backend=proof.kernel)
+        for c in (16, 128)
+    ]
+    close(found[0], found[1], atol=2e-5)
+
+
+def test_kernel_reads_heads_where_a_projection_wrote_them(proof):
+    """Heads side by side, values shared by all sequences, gradients that are one number for all."""
+    packed = proof.tensor(2, 9, 3 * 16, grad=True)
+    shared = proof.tensor(1, 3, 9, 5, seed=1, grad=True)
+    gamma = retention_decay(3).to(proof.device)
+
+    def run(backend):
+        q = packed.view(2, 9, 3, 16).transpose(1, 2)
+        out, final = retention(q, q, shared.expand(2, 3, 9, 5), gamma, backend=backend)
+        return out, final, *torch.autograd.grad(out.sum() + final.sum(), (packed, shared))
+
+    close(run(proof.kernel), run("torch"), atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "dim_k", "dim_v"), [(2, 3, 5, 7), (1, 1, 128, 40), (0, 2, 4, 4)]
+)
+def test_step_kernel(proof, dtype, batch, heads, dim_k, dim_v):
+    q, k = (proof.tensor(batch, heads, dim_k, dtype=dtype, seed=i) for i in (0, 1))
+    v = proof.tensor(batch, heads, dim_v, dtype=dtype, seed=2, layout="strided")
+    gamma, state = retention_decay(heads).to(proof.device), proof.tensor(batch, heads, dim_k, dim_v)
+    before = state.clone()
+
+    def ours(*values):
+        return retention_step(*values, backend=proof.kernel)
+
+    compare(proof, ours, retention_step_reference, q, k, v, gamma, state)
+    assert torch.equal(state, before)
+
+
+def test_steps_continue_a_text(proof):
+    """The whole text at once, and its last tokens one by one after the state of the first."""
+    q, k, v, gamma, _ = tensors(proof, 1, 2, 20, 4, 4)
+    whole, last = retention(q, k, v, gamma)
+    parts = (x[:, :, :17] for x in (q, k, v))
+    _, state = retention(*parts, gamma, chunk_size=16, backend=proof.kernel)
+    for n in range(17, 20):
+        token = (x[:, :, n] for x in (q, k, v))
+        out, state = retention_step(*token, gamma, state, backend=proof.kernel)
+        torch.testing.assert_close(out, whole[:, :, n], atol=1e-5, rtol=0)
+    torch.testing.assert_close(state, last, atol=1e-5, rtol=0)
+
+
+def test_kernel_takes_decays_in_float64(proof):
+    q, k, v, gamma, state = tensors(proof, 1, 1, 5, 2, 2)
+    token = [x[:, :, 0] for x in (q, k, v)]
+    for g in (gamma, gamma.double()):
+        found = retention(q, k, v, g, backend=proof.kernel)
+        close(found, retention(q, k, v, g, backend="torch"), atol=1e-5)
+        found = retention_step(*token, g, state, backend=proof.kernel)
+        close(found, retention_step(*token, g, state, backend="torch"), atol=1e-5)
+
+
+def test_what_has_no_kernel_takes_the_reference(proof):
+    q, k, v, gamma, state = tensors(proof, 1, 1, 3, 2, 2)
+    gamma.requires_grad_()
+    with pytest.raises(ValueError, match="no gradient for gamma"):
+        retention(q, k, v, gamma, backend=proof.kernel)
+    assert torch.autograd.grad(retention(q, k, v, gamma)[0].sum(), gamma)[0].abs().sum() > 0
+    token = [x[:, :, 0] for x in (q, k, v)]
+    with pytest.raises(ValueError, match="step has no gradient"):
+        retention_step(*token, gamma, state, backend=proof.kernel)
+    with torch.no_grad():
+        retention_step(*token, gamma, state, backend=proof.kernel)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_shapes_that_do_not_fit():
+    q, k, v, gamma, state = inputs()
+    with pytest.raises(
+        ValueError, match=r"k has shape \(2, 3, 12, 4\).*q of shape \(2, 3, 13, 4\)"
+    ):
+        retention(q, k[:, :, 1:], v, gamma)
+    with pytest.raises(ValueError, match=r"v has shape \(2, 2, 13, 6\).*\(2, 3, 13, 4\)"):
+        retention(q, k, v[:, 1:], gamma)
+    with pytest.raises(ValueError, match=r"gamma has shape \(2,\).*\(2, 3, 13, 4\).*\(3,\)"):
+        retention(q, k, v, gamma[:2])
+    with pytest.raises(ValueError, match=r"state has shape \(2, 3, 6, 4\).*must be \(2, 3, 4, 6\)"):
+        retention(q, k, v, gamma, initial_state=state.mT)
+    with pytest.raises(ValueError, match="batch, heads, time, dim"):
+        retention(q[0], k[0], v[0], gamma)
+    with pytest.raises(ValueError, match=r"\(batch, heads, dim\)"):
+        retention_step(q, k, v, gamma, state)
+
+
+def test_numbers_that_do_not_fit():
+    q, k, v, gamma, state = inputs()
+    with pytest.raises(ValueError, match="chunk_size is 48"):
+        retention(q, k, v, gamma, chunk_size=48)
+    for wrong in (0.0, -0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="gamma must be above 0"):
+            retention(q, k, v, gamma * 0 + wrong)
+    with pytest.raises(TypeError, match="gamma is of bfloat16"):
+        retention(q, k, v, gamma.bfloat16())
+    with pytest.raises(TypeError, match="float32, float64; they must agree"):
+        retention(q.float(), k, v, gamma)
+    with pytest.raises(TypeError, match="v is of int64"):
+        retention(q, k, v.long(), gamma)
+    with pytest.raises(ValueError, match="on cpu and meta; they must be on one device"):
+        retention(q, k.to("meta"), v, gamma)
+    with pytest.raises(ValueError, match="backend is 'gpu'"):
+        retention_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], gamma, state, backend="gpu")
