@@ -243,7 +243,7 @@ def test_a_rank_is_a_whole_number(llama):
 
 
 def test_a_quantized_model_is_refused(llama):
-    with pytest.raises(ValueError, match="quantized already"):
+    with pytest.raises(ValueError, match="quantized already; factorise the original"):
         svd(rtn(llama, 8), 0.5)
 
 

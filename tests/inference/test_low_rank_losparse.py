@@ -302,7 +302,7 @@ def test_bad_training_is_one_sentence(llama, ids, options, sentence):
 
 
 def test_quantized_and_broken_models_are_refused(llama):
-    with pytest.raises(ValueError, match="quantized already"):
+    with pytest.raises(ValueError, match="quantized already; factorise the original"):
         low_rank_plus_sparse(rtn(llama, 8), 0.5)
     with pytest.raises(ValueError, match="factorised already"):
         low_rank_plus_sparse(svd(llama, 0.5), 0.5)

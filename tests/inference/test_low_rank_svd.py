@@ -337,7 +337,7 @@ def test_bad_input_of_calibrated_methods(llama, ids, method):
         method(llama, ids)
     with pytest.raises(ValueError, match=r"kept is 2\.0"):
         method(llama, ids, 2.0)
-    with pytest.raises(ValueError, match="quantized already"):
+    with pytest.raises(ValueError, match="quantized already; factorise the original"):
         method(rtn(llama, 8), ids, 0.5)
     with pytest.raises(ValueError, match="nothing"):
         method(llama, ids, 0.5, include="nothing")

@@ -199,7 +199,7 @@ def test_what_cannot_be_folded(llama):
         balanced_shape(7)
     with pytest.raises(ValueError, match="tensor train already"):
         tensor_train(tensor_train(llama, 1), 1)
-    with pytest.raises(ValueError, match="quantized already"):
+    with pytest.raises(ValueError, match="quantized already; factorise the original"):
         tensor_train(rtn(llama, 4), 1)
 
     class Scaled(nn.Embedding):

@@ -293,6 +293,20 @@ def check_place(old: nn.Module, out_features: int, in_features: int) -> None:
 # --- models ---------------------------------------------------------------------------------------
 
 
+def refuse(model: nn.Module) -> None:
+    """Refuse a quantized model: a product of factors would not lie on its grid.
+
+    Raises:
+        ValueError: When the model has a quantized layer.
+    """
+    try:
+        refuse_quantized(model)
+    except ValueError:
+        raise ValueError(
+            "this model is quantized already; factorise the original, then quantize the factors."
+        ) from None
+
+
 def choose_layers(
     model: nn.Module,
     include: str | Iterable[str] = "*",
@@ -306,7 +320,7 @@ def choose_layers(
         ValueError: When none fits the patterns, one is a factor already or has entries that are not
             finite, or the model is quantized.
     """
-    refuse_quantized(model)
+    refuse(model)
     found = (block_linears if in_blocks else linears)(model, include, exclude)
     inside = {
         id(part) for m in model.modules() if isinstance(m, Factorized) for part in m.modules()

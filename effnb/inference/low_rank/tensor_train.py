@@ -34,8 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from effnb.core.modules import Model, named_modules_of, replace_modules, share
-from effnb.inference.low_rank.factors import Factorized, check_weight, exact
-from effnb.inference.quantization.linear import refuse_quantized
+from effnb.inference.low_rank.factors import Factorized, check_weight, exact, refuse
 
 
 @dataclass(frozen=True)
@@ -322,7 +321,7 @@ def tensor_train(
             an embedding that does more than look up, or a model that is quantized or decomposed
             already.
     """
-    refuse_quantized(model)
+    refuse(model)
     found = _embeddings(model, include)
     for name, module in found.items():
         if isinstance(module, TensorTrainEmbedding):
