@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,9 +20,11 @@ from effnb.lab import chapters
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TARGETS = (
-    "lab test test-full notebooks site data models results bench check clean help".split()  # noqa: SIM905
-)
+TARGETS = [
+    *("help", "lab", "site", "check", "clean"),
+    *("test", "test-full", "test-gpu", "bench", "bench-gpu"),
+    *("notebooks", "data", "models", "results"),
+]
 
 
 def run(*command, **options):
@@ -211,8 +214,8 @@ def install_pip_part(folder, *options):
     checkout.mkdir()
     for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
         (checkout / name).write_bytes((ROOT / name).read_bytes())
-    (checkout / "effnb").mkdir()
-    (checkout / "effnb" / "__init__.py").write_text("")
+    for name in ("effnb", "kernels"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     listed = checkout / "condaenv.requirements.txt"
     listed.write_text("\n".join(pip_part()) + "\n")
     if "--no-index" in options:  # what is installed here counts as installed there

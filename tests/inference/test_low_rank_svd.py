@@ -441,6 +441,14 @@ def test_fisher_is_the_mean_of_squares_not_the_square_of_the_mean(llama, ids):
     assert found[name].sum() > 1.5 * together.square().sum()
 
 
+def test_fisher_is_the_same_where_gradients_are_switched_off(llama, ids):
+    found = fisher(llama, ids[:2], include="*.q_proj")
+    with torch.inference_mode():
+        again = fisher(llama, ids[:2], include="*.q_proj")
+    assert found.keys() == again.keys()
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
 def test_fisher_of_padded_batches_and_other_losses(llama, ids):
     """Padding has no gradient; a batch of two is two samples."""
     padded = torch.cat([ids[:2], torch.zeros(2, 5, dtype=torch.long)], 1)

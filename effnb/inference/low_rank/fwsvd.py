@@ -74,18 +74,19 @@ def fisher(
     layers = choose_layers(model, include, exclude)
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     device = next(model.parameters()).device
-    samples = [
-        {key: value[i : i + 1].to(device) for key, value in batch.items()}
-        for batch in batches_of(calibration, 1, context)
-        for i in range(len(batch["input_ids"]))
-    ]
-    probe = share(model).eval()
-    weights: dict[str, Tensor] = {}
-    for name in layers:  # parameters of our own on the same memory: the original may be frozen
-        layer = probe.get_submodule(name)
-        layer.weight = weights[name] = nn.Parameter(layer.weight.detach())
-    total = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
-    with torch.enable_grad():
+    # A reader may call this where gradients are off altogether, as panels do.
+    with torch.inference_mode(False), torch.enable_grad():
+        samples = [
+            {key: value[i : i + 1].to(device) for key, value in batch.items()}
+            for batch in batches_of(calibration, 1, context)
+            for i in range(len(batch["input_ids"]))
+        ]
+        probe = share(model).eval()
+        weights: dict[str, Tensor] = {}
+        for name in layers:  # parameters of our own on the same memory: the original may be frozen
+            layer = probe.get_submodule(name)
+            layer.weight = weights[name] = nn.Parameter(layer.weight.detach())
+        total = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
         for done, sample in enumerate(samples, 1):
             value = loss(probe, sample)
             if not bool(torch.isfinite(value)):
