@@ -554,3 +554,10 @@ def test_a_dead_channel_and_dead_neurons_cost_nothing(tiny_llama, ids):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=sentence):
             width(model, ids, **options)
+
+
+def test_heads_are_scored_inside_inference_mode_too(llama, ids):
+    """Panels evaluate there, and gradients are needed all the same."""
+    expected = head_importance(llama, ids)
+    with torch.inference_mode():
+        assert torch.equal(head_importance(llama, ids), expected)

@@ -71,9 +71,9 @@ def head_importance(
 
     for layer, block in enumerate(twin.get_submodule(shape.blocks)):
         block.self_attn.o_proj.register_forward_pre_hook(gate(layer))
-    total = torch.zeros(shape.layers, shape.heads, device=device)
     examples = 0
     with torch.inference_mode(False), torch.enable_grad():
+        total = torch.zeros(shape.layers, shape.heads, device=device)
         for done, batch in enumerate(batches):
             batch = to_device(batch, device)
             count = len(batch[0]) if loss is None else 1
