@@ -42,12 +42,13 @@ from effnb.core.training import (
     train,
 )
 from effnb.finetuning import lora
-from effnb.inference.pruning import taylor
 from effnb.inference.pruning.choice import Kept, check_unit, choose_kept, keep_all, removals
 from effnb.inference.pruning.llm_pruner import check_ratio
 from effnb.inference.pruning.magnitude import CubicSchedule
 from effnb.inference.pruning.shrink import Pruned, cut
 from effnb.inference.pruning.structures import UNITS, Anatomy, anatomy
+from effnb.inference.pruning.taylor import Batches as Samples
+from effnb.inference.pruning.taylor import loss_batches, to_device
 
 _NAME = "lora_prune"
 
@@ -133,7 +134,7 @@ def _scores_of(delta: nn.Module, base: nn.Module) -> Tensor:
 
 def lora_importance(
     model: nn.Module,
-    calibration: taylor.Batches,
+    calibration: Samples,
     name: str = "default",
     *,
     unit: str = "groups",
@@ -173,10 +174,10 @@ def lora_importance(
             raise ValueError(f"{shape.name(layer, part)} has no LoRA {name!r}; attach it there.")
     device = next(working.parameters()).device
     function = causal_lm_loss if loss is None else loss
-    for batch in taylor.loss_batches(calibration, loss, batch_size):
+    for batch in loss_batches(calibration, loss, batch_size):
         working.zero_grad(set_to_none=True)
         with torch.inference_mode(False), torch.enable_grad():
-            (function(working, taylor.to_device(batch, device)) * loss_scale).backward()
+            (function(working, to_device(batch, device)) * loss_scale).backward()
         found = {}
         for layer, part in average.wanted():
             host = carriers[shape.name(layer, part)]

@@ -1,0 +1,1 @@
+"""Methods that fit models to hardware, and hardware to models: memory, kernels, devices."""
