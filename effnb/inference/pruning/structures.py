@@ -5,15 +5,11 @@ but rows and columns are coupled: row $i$ of the gate and of the up projection m
 which column $i$ of the down projection reads. Take one away and the other two compute for nobody.
 The parts that such a model can lose are
 
-========== =========================================== =========================================
-kind       what it is                                  its rows and columns
-========== =========================================== =========================================
-"heads"    a query head                                rows of q, columns of o
-"groups"   a key-value head and all its query heads    rows of q, k, v, columns of o
-"neurons"  a neuron of an MLP                          rows of gate, up, column of down
-"channels" a channel of the residual stream            of every matrix and norm in the model
-"layers"   a block                                     all of it
-========== =========================================== =========================================
+- "heads": a query head; rows of q and columns of o;
+- "groups": a key-value head and all its query heads; rows of q, k and v, columns of o;
+- "neurons": a neuron of an MLP; rows of gate and up, a column of down;
+- "channels": a channel of the residual stream, in every matrix and norm of the model;
+- "layers": a block, all of it.
 
 With one key-value head per query head the first two are the same. With grouped queries a query head
 alone leaves k and v alone: the other heads of its group read them.
