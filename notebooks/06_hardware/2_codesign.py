@@ -50,6 +50,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: this page
 import math
 
 import torch
+from matplotlib.ticker import LogLocator
 
 from effnb.hardware.codesign import roofline
 from effnb.lab import PALETTE, figure, results
@@ -72,6 +73,7 @@ def draw_roof(axes, roof, colour, line="-", low=0.1, high=2000, unit=1e9):
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     axes.set_xlabel("operations per byte")
 
 
@@ -84,6 +86,7 @@ def draw_result(fig):
         "o",
         color=PALETTE[0],
     )
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.set_ylabel("billion operations per second")
     left.set_title("this machine, measured")
     draw_roof(right, sheet, "0.35", "--", unit=1e12)
