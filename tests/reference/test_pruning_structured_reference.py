@@ -6,10 +6,9 @@ import warnings
 
 import pytest
 import torch
+import torch_pruning as tp
 
 from effnb.inference.pruning import structures_of
-
-tp = pytest.importorskip("torch_pruning")
 
 
 def members(model, layer, indices):
