@@ -210,7 +210,13 @@ class OpenNotebook:
         return self.page.locator(f"{self.SHOWN} [data-mime-type*='error']").count()
 
     def theme(self, name: str) -> None:
-        """Change JupyterLab's theme."""
+        """Change JupyterLab's theme, and wait until its splash screen is gone.
+
+        JupyterLab removes that screen 200 ms after a change; one that is changed again within that
+        time removes it twice, and the second time is an error of the page.
+        """
+        no_splash = "() => !document.getElementById('jupyterlab-splash')"
+        self.page.wait_for_function(no_splash, timeout=PATIENCE)
         self.page.evaluate(
             "name => window.jupyterapp.commands.execute('apputils:change-theme', {theme: name})",
             name,
@@ -218,6 +224,7 @@ class OpenNotebook:
         self.page.wait_for_function(
             "name => document.body.dataset.jpThemeName === name", arg=name, timeout=PATIENCE
         )
+        self.page.wait_for_function(no_splash, timeout=PATIENCE)
 
 
 @dataclass
@@ -238,7 +245,7 @@ class Lab:
         page = self.browser.new_page(viewport={"width": 1150, "height": 1000})
         page.set_default_timeout(PATIENCE)
         notebook = OpenNotebook(page)
-        page.on("pageerror", lambda error: notebook.errors.append(str(error)))
+        page.on("pageerror", lambda error: notebook.errors.append(error.stack or str(error)))
         page.goto(f"{self.address}/lab/tree/{name}?reset&token={self.token}")
         page.wait_for_function("() => window.jupyterapp", timeout=PATIENCE)
         page.locator(f"{OpenNotebook.SHOWN} .jp-Cell").first.wait_for(timeout=PATIENCE)
