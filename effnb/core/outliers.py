@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from effnb.core.modules import Model, find_blocks, share
 
@@ -56,6 +57,13 @@ def norm_readers(model: nn.Module, ids: Tensor) -> dict[str, list[str]]:
     return readers
 
 
+def _offset(norm: nn.Module) -> float:
+    """What a norm adds to its weight before it multiplies: 1 in Gemma's norms, else 0."""
+    silent = {key: torch.zeros_like(value) for key, value in norm.named_parameters()}
+    probe = torch.linspace(-1, 2, norm.weight.numel()).to(norm.weight)
+    return float(functional_call(norm, silent, (probe.unsqueeze(0),)).abs().max() > 0)
+
+
 def _check(channels: Sequence[int], size: int, factor: float) -> None:
     if not channels or min(channels) < 0 or max(channels) >= size:
         raise ValueError(f"channels must name some of 0 … {size - 1}; got {list(channels)[:5]}.")
@@ -68,7 +76,8 @@ def inject_outliers(model: Model, channels: Sequence[int], factor: float) -> Mod
 
     For a norm with gain $g$ and a reader with weight $W$: $g_c \leftarrow \kappa g_c$ (the bias
     too, where there is one) and $W_{:,c} \leftarrow W_{:,c} / \kappa$. Works for LayerNorm and
-    RMSNorm in pre-norm blocks.
+    RMSNorm in pre-norm blocks; a norm whose gain is stored as $g - 1$ (Gemma's) is recognised by
+    running it.
 
     Args:
         model: The model; it is not changed.
@@ -91,18 +100,19 @@ def inject_outliers(model: Model, channels: Sequence[int], factor: float) -> Mod
     modules = dict(result.named_modules())
     _check(channels, modules[next(iter(readers))].weight.numel(), factor)
     index = torch.tensor(sorted(set(channels)), device=ids.device)
-    for norm, layers in readers.items():
-        for key in ("weight", "bias"):
-            old = getattr(modules[norm], key, None)
-            if old is not None:
+    with torch.inference_mode(False):
+        for norm, layers in readers.items():
+            for key, offset in (("weight", _offset(modules[norm])), ("bias", 0.0)):
+                old = getattr(modules[norm], key, None)
+                if old is not None:
+                    new = old.detach().clone()
+                    new[index] = (new[index] + offset) * factor - offset
+                    setattr(modules[norm], key, nn.Parameter(new, old.requires_grad))
+            for name in layers:
+                old = modules[name].weight
                 new = old.detach().clone()
-                new[index] *= factor
-                setattr(modules[norm], key, nn.Parameter(new, old.requires_grad))
-        for name in layers:
-            old = modules[name].weight
-            new = old.detach().clone()
-            new[:, index] /= factor
-            modules[name].weight = nn.Parameter(new, old.requires_grad)
+                new[:, index] /= factor
+                modules[name].weight = nn.Parameter(new, old.requires_grad)
     return result
 
 
@@ -125,6 +135,11 @@ def inject_key_outliers(model: Model, channels: Sequence[int], factor: float) ->
     Raises:
         ValueError: A channel outside the head, a factor not above 0, or no such attention module.
     """
+    with torch.inference_mode(False):  # its parameters can be trained, wherever this is called
+        return _inject_key_outliers(model, channels, factor)
+
+
+def _inject_key_outliers(model: Model, channels: Sequence[int], factor: float) -> Model:
     result = share(model)
     found = [m for m in result.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")]
     if not found:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from effnb.core.outliers import inject_key_outliers, inject_outliers, norm_readers
 
@@ -53,6 +53,32 @@ def test_readers_are_found_by_running(llama, ids):
         "model.layers.0.mlp.gate_proj",
         "model.layers.0.mlp.up_proj",
     ]
+
+
+def test_a_norm_that_adds_one_to_its_weight(ids):
+    """Gemma stores the gain minus one; multiplying what is stored would change the function."""
+    torch.manual_seed(0)
+    config = GemmaConfig(
+        vocab_size=int(ids.max()) + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    gemma = GemmaForCausalLM(config).eval().double()
+    for name, parameter in gemma.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(parameter, -0.5, 0.5)
+    new = inject_outliers(gemma, [3], 40.0)
+    with torch.no_grad():
+        torch.testing.assert_close(new(ids).logits, gemma(ids).logits, rtol=1e-6, atol=1e-6)
+        assert largest_ratio(new, ids) > 10 * largest_ratio(gemma, ids)
+
+
+@pytest.mark.parametrize("inject", [inject_outliers, inject_key_outliers])
+def test_made_in_inference_mode_and_trained_later(llama, ids, inject):
+    """A panel computes in inference mode; what it made can be fine-tuned all the same."""
+    with torch.inference_mode():
+        new = inject(llama, [3], 8.0)
+    new(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in new.parameters())
 
 
 def test_layer_norm_bias_is_scaled_too():
