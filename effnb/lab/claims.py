@@ -14,7 +14,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from statistics import fmean, stdev
@@ -261,6 +261,61 @@ class Evidence:
         estimate, low, high = (math.exp(v) for v in (logs.estimate, logs.low, logs.high))
         limit = 1.0 if bound is None else bound
         return cls(what, estimate, low, high, expect, limit, margin, logs.samples, logs.kind)
+
+    @classmethod
+    def extremes(
+        cls,
+        what: str,
+        groups: Mapping[str, Sequence[float]],
+        *,
+        expect: Expectation = "higher",
+        bound: float = 0.0,
+        margin: float = 0.0,
+        seed: int = 0,
+    ) -> Evidence:
+        """Evidence that groups differ: the one with the highest mean against that with the lowest.
+
+        Whichever two lie farthest apart in a set of measurements differ in it by construction. So
+        the two are chosen by the first, third, fifth … measurement of every group, and compared by
+        the others. The groups are not paired: each is resampled on its own.
+
+        Args:
+            what: What was measured, in words, with its unit; the names of the two are added.
+            groups: Measurements by the name of their group; at least 24 in each.
+            expect: What the claim expects of the difference of the means.
+            bound: What the difference is compared with.
+            margin: How much of a difference counts as none; see the attributes.
+            seed: Seed of the bootstrap.
+
+        Raises:
+            ValueError: With fewer than two groups, a group of fewer than 24, or a number that is
+                not finite.
+        """
+        values = {name: np.asarray(group, dtype=np.float64) for name, group in groups.items()}
+        few = [name for name, group in values.items() if group.ndim != 1 or len(group) < 2 * FEW]
+        if len(values) < 2 or few:
+            raise ValueError(
+                f"{what}: extremes need at least two groups of at least {2 * FEW} numbers each"
+                + (f"; {few[0]} has {values[few[0]].size}." if few else ".")
+            )
+        if not all(np.isfinite(group).all() for group in values.values()):
+            raise ValueError(f"{what}: a sample is not a finite number.")
+        means = {name: group[::2].mean() for name, group in values.items()}
+        top, bottom = max(means, key=means.get), min(means, key=means.get)
+        rng = np.random.default_rng(seed)
+        drawn = [
+            group[rng.integers(len(group), size=(RESAMPLES, len(group)))].mean(axis=1)
+            for group in (values[top][1::2], values[bottom][1::2])
+        ]
+        outside = 100 * (1 - CONFIDENCE) / 2
+        low, high = np.percentile(drawn[0] - drawn[1], [outside, 100 - outside])
+        estimate = values[top][1::2].mean() - values[bottom][1::2].mean()
+        estimate = min(max(float(estimate), float(low)), float(high))
+        used = len(values[top][1::2]) + len(values[bottom][1::2])
+        label = f"{what}: {top} - {bottom}, chosen by other samples"
+        return cls(
+            label, estimate, float(low), float(high), expect, bound, margin, used, "bootstrap"
+        )
 
     @property
     def outcome(self) -> str:

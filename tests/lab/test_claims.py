@@ -177,6 +177,49 @@ def test_ratios_compare_with_one_or_with_a_factor():
     assert (equal.outcome, equal.estimate) == ("shown", 1)
 
 
+def test_extremes_are_chosen_by_other_samples_than_those_that_judge_them():
+    """Where groups differ by chance only, the interval covers zero about nineteen times in twenty.
+
+    The range of the same samples would be above zero nearly always.
+    """
+    rng = np.random.default_rng(5)
+    wrong = naive = 0
+    for _ in range(300):
+        groups = {name: rng.normal(size=40) for name in "abcdef"}
+        evidence = Evidence.extremes("x", {k: list(v) for k, v in groups.items()})
+        wrong += evidence.outcome == claims.SHOWN
+        spread = max(groups.values(), key=np.mean) - min(groups.values(), key=np.mean)
+        naive += claims.interval(list(spread))[0] > 0
+    assert wrong <= 20  # 2.5 % of 300 are 7.5
+    assert naive >= 60
+
+
+def test_extremes_find_the_two_that_differ():
+    rng = np.random.default_rng(1)
+    groups = {n: list(rng.normal(m, 1, 60)) for n, m in (("low", 0), ("mid", 1), ("high", 3))}
+    evidence = Evidence.extremes("nats", groups)
+    assert evidence.what.startswith("nats: high - low")
+    assert evidence.outcome == claims.SHOWN
+    assert evidence.samples == 60
+    expected = np.mean(groups["high"][1::2]) - np.mean(groups["low"][1::2])
+    assert evidence.estimate == pytest.approx(expected)
+    spread = math.sqrt(sum(np.var(groups[n][1::2]) / 30 for n in ("high", "low")))
+    assert evidence.high - evidence.low == pytest.approx(2 * 1.96 * spread, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ({"a": [0.0] * 24}, "at least two groups"),
+        ({"a": [0.0] * 24, "b": [0.0] * 23}, "b has 23"),
+        ({"a": [0.0] * 24, "b": [math.nan] * 24}, "not a finite number"),
+    ],
+)
+def test_extremes_of_too_little_are_refused(groups, words):
+    with pytest.raises(ValueError, match=words):
+        Evidence.extremes("x", groups)
+
+
 def test_repeated_measurements_compare_with_a_bound():
     one = Evidence.repeated("slope", [-0.51, -0.49, -0.5], expect="equal", bound=-0.5, margin=0.1)
     assert one.outcome == "shown"
