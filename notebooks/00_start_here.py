@@ -152,7 +152,7 @@ print(
 # (Treviso et al., 2023, arXiv 2209.00099) and adds what came since. Take the chapters in any order. Each says
 # what it needs.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "map"]
 from IPython.display import Markdown
 
 from effnb.lab.chapters import chapter_map

@@ -42,12 +42,14 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from traitlets import default
 
-from effnb.lab.chapters import NOTEBOOKS, Measured, run_time_sentence, update_readme
+from effnb.lab.chapters import NOTEBOOKS, Measured, chapter_map, run_time_sentence, update_readme
+from effnb.lab.devices import cores
 
 TAGS = {
     "exercise",
     "hide-input",
     "hint",
+    "map",
     "nbval-check-output",
     "real-model",
     "run-time",
@@ -309,7 +311,7 @@ def build(path: Path, folder: Path = NOTEBOOKS) -> Measured:
     """
     notebook = read_source(path)
     seconds, peak = execute(notebook, path.parent, {"EFFNB_BUILD": "1"})
-    measured = Measured.rounded(seconds, peak, os.cpu_count() or 1)
+    measured = Measured.rounded(seconds, peak, cores())
     settle(notebook, name_of(path, folder), measured)
     write(notebook, path.with_suffix(".ipynb"))
     return measured
@@ -325,6 +327,39 @@ def write(notebook: Notebook, path: Path) -> None:
     temporary.replace(path)
 
 
+def renew_maps(folder: Path = NOTEBOOKS) -> list[Path]:
+    """Bring the map of the chapters up to date in built notebooks that show it; those changed.
+
+    The map says which chapters are written and how long they run, so every build makes it old
+    elsewhere. Its cell is tagged "map"; nothing is executed.
+    """
+    changed = []
+    for path, notebook in _with_old_maps(folder):
+        for cell in notebook.cells:
+            if "map" in tags(cell):
+                for output in cell.outputs:
+                    output.data["text/markdown"] = chapter_map(folder)
+        write(notebook, path)
+        changed.append(path)
+    return changed
+
+
+def _with_old_maps(folder: Path) -> Iterator[tuple[Path, Notebook]]:
+    """Built notebooks whose map is not that of today; a damaged notebook is no matter of maps."""
+    for source in sources(folder):
+        path = source.with_suffix(".ipynb")
+        if not any("map" in tags(cell) for cell in read_source(source).cells) or not path.exists():
+            continue
+        try:
+            notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+        except (ValueError, nbformat.ValidationError):
+            continue
+        now = chapter_map(folder)
+        shown = (o for c in notebook.cells if "map" in tags(c) for o in c.get("outputs", ()))
+        if any(output.get("data", {}).get("text/markdown") != now for output in shown):
+            yield path, notebook
+
+
 # --- checking -------------------------------------------------------------------------------------
 
 
@@ -336,6 +371,8 @@ def check(folder: Path = NOTEBOOKS) -> list[str]:
     for path in sorted(folder.rglob("*.ipynb")):
         if ".ipynb_checkpoints" not in path.parts and not path.with_suffix(".py").exists():
             found.append(f"{name_of(path, folder)}: the .ipynb has no .py beside it.")
+    for path, _ in _with_old_maps(folder):
+        found.append(f"{name_of(path, folder)}: its map of the chapters is old; build any chapter.")
     return found
 
 
@@ -583,6 +620,7 @@ def main(arguments: list[str] | None = None, folder: Path = NOTEBOOKS) -> int:
                     f"{path.with_suffix('.ipynb').stat().st_size / 1000:.0f} kB",
                     flush=True,
                 )
+            renew_maps(folder)
             if folder == NOTEBOOKS:
                 update_readme(NOTEBOOKS.parent / "README.md")
         everything = not options.chapters

@@ -143,6 +143,13 @@ class PanelOnPage:
             assert time.monotonic() < end, f"{words!r} did not come; the panel says {self.text()!r}"
             time.sleep(0.1)
 
+    def wait_for_change(self, before: str, seconds: float = 60) -> None:
+        """Wait until the numbers are others than before."""
+        end = time.monotonic() + seconds
+        while self.text() == before:
+            assert time.monotonic() < end, f"the numbers have not changed: {before!r}"
+            time.sleep(0.1)
+
 
 # -------------------------------------------------------------------------------- JupyterLab
 

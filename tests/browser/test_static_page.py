@@ -84,6 +84,7 @@ def test_the_first_panel_of_the_workbook(site):
     text, picture = panel.settled()
     stood = panel.readout("bits")
     panel.press("bits", "ArrowLeft")
+    panel.wait_for_change(text)
     after, moved = panel.settled()
     assert panel.readout("bits") != stood
     assert after != text

@@ -472,11 +472,10 @@ def lab(copy, tmp_path):
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
-            found = re.search(r"token=(\w+)", log.read_text())
-            if found:
-                break
+        end = time.monotonic() + 180
+        while not (found := re.search(r"token=(\w+)", log.read_text())):
             assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, f"JupyterLab is not up: {log.read_text()}"
             time.sleep(0.1)
         yield address, found[1], log
     finally:

@@ -216,12 +216,12 @@ def test_a_cell_that_raises_is_named_and_the_old_notebook_stays(tmp_path):
 
 
 def test_a_cell_that_hangs_is_named(tmp_path):
-    path = write(tmp_path, small("# %%\nx = 1", "# %%\nimport time; time.sleep(60)"))
+    path = write(tmp_path, small("# %%\nx = 1", "# %%\nimport time; time.sleep(600)"))
     notebook = build.read_source(path)
     start = time.monotonic()
-    with pytest.raises(build.BuildError, match=r"cell 1 .* ran for more than 1 s"):
-        build.execute(notebook, path.parent, cell_seconds=1)
-    assert time.monotonic() - start < 30
+    with pytest.raises(build.BuildError, match=r"cell 1 .* ran for more than 10 s"):
+        build.execute(notebook, path.parent, cell_seconds=10)  # cell 0 takes none of them
+    assert time.monotonic() - start < 300
 
 
 def test_a_cell_that_kills_its_kernel_is_named(tmp_path):
@@ -231,7 +231,7 @@ def test_a_cell_that_kills_its_kernel_is_named(tmp_path):
 
 
 def test_the_memory_of_a_kernel_is_seen(tmp_path):
-    cell = "# %%\nimport time\nx = bytearray(300 * 2**20)\ntime.sleep(0.5)"
+    cell = "# %%\nimport time\nx = bytearray(300 * 2**20)\ntime.sleep(3)"
     path = write(tmp_path, small(cell))
     _, peak = build.execute(build.read_source(path), path.parent)
     assert 300 * 2**20 < peak < 1000 * 2**20
@@ -254,6 +254,27 @@ def test_the_command_builds_checks_and_names(tmp_path, capsys):
     assert build.main(["--check"], tmp_path) == 0
     assert build.main(["nonsense"], tmp_path) == 1
     assert "there are: 00_start_here, 05_inference/1_pruning." in capsys.readouterr().err
+
+
+def test_the_map_on_a_page_follows_what_is_built(tmp_path):
+    """The tour shows which chapters are written; it is not built again when another one is."""
+    show = "# %% tags=[\"map\"]\nfrom IPython.display import Markdown\n\nMarkdown('old')"
+    tour = write(tmp_path, small(show), "00_start_here").with_suffix(".ipynb")
+    assert build.main(["00_start_here"], tmp_path) == 0
+    first = tour.read_text()
+    assert "[Pruning]" not in first
+    source = write(tmp_path, small("# %% [markdown]\n# # Pruning", "# %%\nprint(1)"))
+    build.build(source, tmp_path)
+    assert [p for p in build.check(tmp_path) if "map" in p] == [
+        "00_start_here: its map of the chapters is old; build any chapter."
+    ]
+    assert build.renew_maps(tmp_path) == [tour]
+    assert build.check(tmp_path) == []
+    assert "[Pruning]" in tour.read_text()
+    assert build.renew_maps(tmp_path) == []
+    tour.write_text("{")
+    assert "not a valid notebook" in build.check(tmp_path)[0]
+    assert build.renew_maps(tmp_path) == []
 
 
 def test_a_failing_build_ends_with_a_sentence(tmp_path, capsys):

@@ -115,11 +115,14 @@ WORKER = textwrap.dedent(
     from effnb.lab._cache import cached_folder
 
     log, start = (Path(p) for p in sys.argv[1:])
+    held = start.with_name("held")
     def write(folder):
         (folder / "weights").write_bytes(b"w" * 50_000)
         with log.open("a") as lines:
             lines.write(f"{os.getpid()}\\n")
         time.sleep(1)
+        while held.exists():
+            time.sleep(0.01)
         (folder / "weights").write_bytes(b"w" * 100_000)
         (folder / "about.json").write_bytes(b'{"layers": 2}')
     print("ready", flush=True)
@@ -154,7 +157,7 @@ def test_four_processes_at_once(cache, tmp_path, before):
     for process in workers:
         assert process.stdout.readline() == "ready\n"
     start.touch()
-    results = [process.communicate(timeout=60) for process in workers]
+    results = [process.communicate(timeout=240) for process in workers]
     assert [process.returncode for process in workers] == [0] * 4, results
     assert [out for out, _ in results] == [f"{cache / 'tiny'}\n"] * 4
     assert len(log.read_text().splitlines()) == 1, "the others waited for the first"
@@ -166,12 +169,13 @@ def test_a_process_killed_in_the_middle(cache, tmp_path):
     """Its half of a folder is never taken for the whole, holds nobody up, and is cleared away."""
     log, start = tmp_path / "log", tmp_path / "start"
     start.touch()
+    (tmp_path / "held").touch()
     process = start_worker(cache, log, start)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert any(path.name.startswith(".tiny-") for path in cache.iterdir()), "killed too late"
     assert not (cache / "tiny").exists()
     assert holds(cached_folder("tiny", write)) == CONTENT
