@@ -42,8 +42,13 @@ class Int4Weight:
     @property
     def bytes(self) -> int:
         """Bytes that one product has to fetch of it."""
+        return sum(t.numel() * t.element_size() for t in self.parts if t is not None)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Codes, scales, zeros and table as the kernels read them: without gaps in memory."""
         parts = (self.codes, self.scales, self.zeros, self.table)
-        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+        return tuple(None if t is None else t.contiguous() for t in parts)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights as numbers, (N, K), computed in float32 or float64 and rounded once."""
@@ -78,14 +83,16 @@ def pack_int4(
     Args:
         codes: (N, K) whole numbers 0 ... 15 in bytes.
         scales: (N, K / group_size) step of each group, in float16 or float32.
-        zeros: (N, K / group_size) zero point of each group, 0 ... 15; None for `zero` everywhere.
+        zeros: (N, K / group_size) zero point of each group, a whole number 0 ... 15 of any type;
+            None for `zero` everywhere.
         group_size: Inputs that share a step: K, or a multiple of 32 that divides K.
         table: Sixteen numbers for the codes to stand for, in place of an even grid.
         zero: The zero point where there is no tensor of them.
 
     Raises:
         ValueError: Shapes that do not fit, a group size that does not divide or has no kernel, a
-            code above 15, or zero points beside a table.
+            code above 15, a zero point that is no whole number from 0 to 15, or zero points beside
+            a table.
         TypeError: Codes that are not bytes, or steps of another type.
     """
     if codes.dtype != torch.uint8:
@@ -111,6 +118,13 @@ def pack_int4(
             raise ValueError("a table has no zero points: its entries say what a code stands for.")
     if int(codes.max()) > 15:
         raise ValueError(f"a code is {int(codes.max())}; 4-bit codes are 0 to 15.")
+    if zeros is not None:
+        # Stored in bytes, others would silently be cut off, or wrap around.
+        fits = (zeros >= 0) & (zeros <= 15) & (zeros == zeros.round())  # and NaN does not
+        if not bool(fits.all()):
+            raise ValueError(
+                f"a zero point is {zeros[~fits][0].item():g}; they are whole numbers from 0 to 15."
+            )
     whole = group_size == columns
     span = next(
         s for s in SPANS if s == SPANS[-1] or (s <= columns if whole else group_size % s == 0)

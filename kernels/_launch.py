@@ -24,8 +24,8 @@ except ImportError:  # macOS, Windows, and Linux with a torch without CUDA
     triton = tl = None
 
 __all__ = [
-    "BACKENDS", "INTERPRETED", "LIMITS", "cdiv", "check_floats", "check_shape", "choose", "empty",
-    "jit", "launch", "next_power_of_2", "precision", "short", "tl", "triton",
+    "BACKENDS", "INTERPRETED", "LIMITS", "cdiv", "check_floats", "check_number", "check_shape",
+    "choose", "empty", "jit", "launch", "next_power_of_2", "precision", "short", "tl", "triton",
 ]  # fmt: skip
 
 BACKENDS = (None, "triton", "torch")
@@ -92,6 +92,16 @@ def check_floats(**tensors: Tensor | None) -> None:
                 f"{name} is of {short(tensor.dtype)}; it must be float32, float16, bfloat16 or "
                 "float64."
             )
+
+
+def check_number(name: str, value: float | None) -> None:
+    """Refuse a tensor where a number belongs: kernels would lose its gradient without a word.
+
+    Raises:
+        TypeError: When it is a tensor.
+    """
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} is a tensor; it must be a number, to which no gradient leads.")
 
 
 def _obstacle(tensors: list[Tensor]) -> str:

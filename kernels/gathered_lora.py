@@ -13,8 +13,8 @@ parts are added in a fixed order. Ranks may differ: fill up with zeros (`stack_u
 **Operations**: $2Mr(K + N)$.
 **Bound**: memory, as $r$ is small; the update should take a small part of the layer's time.
 
-Gradients reach x, A, B and $y_0$: $\partial x_m = s_u\,(\partial y_m B_u) A_u$ is computed by the
-same kernels on transposed matrices.
+Gradients reach x, A, B, s and $y_0$: $\partial x_m = s_u\,(\partial y_m B_u) A_u$ is computed by
+the same kernels on transposed matrices.
 
 Many users in one batch: Chen et al., "Punica: Multi-Tenant LoRA Serving", 2023, arXiv 2310.18547;
 Sheng et al., "S-LoRA: Serving Thousands of Concurrent LoRA Adapters", 2023, arXiv 2311.03285.
@@ -34,6 +34,7 @@ from torch.nn.functional import linear, pad
 from effnb.kernels._launch import (
     cdiv,
     check_floats,
+    check_number,
     check_shape,
     choose,
     empty,
@@ -144,7 +145,8 @@ def _up(
         h + lines.to(tl.int64)[:, None] * RANK + rs[None, :], mask=(rs < RANK)[None, :], other=0.0
     )
     mask = (rs < RANK)[:, None] & (ns < N)[None, :] & (user >= 0)
-    up = b + user * stride_bu + ns.to(tl.int64)[None, :] * stride_bn + rs[:, None] * stride_br
+    up = b + user * stride_bu + ns.to(tl.int64)[None, :] * stride_bn
+    up += rs.to(tl.int64)[:, None] * stride_br
     up = tl.load(up, mask=mask, other=0.0).to(kind)
     s = tl.load(scaling + user, mask=user >= 0, other=0.0).to(tl.float32)
     total = tl.dot(thin.to(kind), up, input_precision=PRECISION) * s
@@ -239,16 +241,17 @@ def _run_gathered(
     # A few tiles leave most of a GPU idle: then the inputs are cut as well. The parts are added in
     # a fixed order.
     parts = min(next_power_of_2(cdiv(128, max(tiles, 1))), cdiv(k, block_k))
+    lists = batch.rows.contiguous(), batch.owners.contiguous()
     h = empty((parts, tiles * block_m, rank), torch.float32, x.device)
     launch(
-        _down, (tiles, parts), x, A, batch.rows, batch.owners, h, *x.stride(), *A.stride(),
+        _down, (tiles, parts), x, A, *lists, h, *x.stride(), *A.stride(),
         K=k, PARTS=parts, BLOCK_K=block_k, **how, num_warps=4, num_stages=2,
     )  # fmt: skip
     h = h[0] if parts == 1 else h.sum(0)
     out = empty((count, n), x.dtype, x.device)
     strides = (0, 0) if base is None else base.stride()
     launch(
-        _up, (tiles, cdiv(n, block_n)), h, B, batch.rows, batch.owners, scaling, base, out,
+        _up, (tiles, cdiv(n, block_n)), h, B, *lists, scaling.contiguous(), base, out,
         *B.stride(), *strides, N=n, BASE=base is not None, BLOCK_N=block_n, **how, num_warps=4,
         num_stages=2,
     )  # fmt: skip
@@ -256,7 +259,7 @@ def _run_gathered(
 
 
 class _Gathered(torch.autograd.Function):
-    """Every row with its user's update, with gradients to x, A, B and the base."""
+    """Every row with its user's update, with gradients to x, A, B, the base and the scaling."""
 
     @staticmethod
     def forward(
@@ -272,23 +275,26 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, scaling = ctx.saved_tensors
         need, batch = ctx.needs_input_grad, ctx.batch
-        dx = da = db = None
+        dx = da = db = ds = None
         if need[0]:  # the roles of inputs and outputs change, and those of A and B
             down, up = B.transpose(1, 2), A.transpose(1, 2)
             dx = _run_gathered(dy, down, up, batch, scaling, None)
-        if need[1] or need[2]:
+        if need[1] or need[2] or need[4]:
             wide, steep, users = _by_tile(x, dy, batch)
             wide, steep = wide.to(A.dtype), steep.to(B.dtype)
-            steep = steep * scaling[users].to(B.dtype).view(-1, 1, 1)
+            s = scaling[users].to(B.dtype).view(-1, 1, 1)
             # Sums over each user's tiles as a product: in a fixed order.
-            member = (torch.arange(len(A), device=x.device).unsqueeze(1) == users).to(A.dtype)
+            member = torch.arange(len(A), device=x.device).unsqueeze(1) == users
             if need[1]:
-                parts = (steep @ B[users]).transpose(1, 2) @ wide
-                da = (member @ parts.flatten(1)).view_as(A)
+                parts = (s * steep @ B[users]).transpose(1, 2) @ wide
+                da = (member.to(A.dtype) @ parts.flatten(1)).view_as(A)
             if need[2]:
-                parts = steep.transpose(1, 2) @ (wide @ A[users].transpose(1, 2))
-                db = (member @ parts.flatten(1)).view_as(B)
-        return dx, da, db, dy if need[3] else None, None, None
+                parts = (s * steep).transpose(1, 2) @ (wide @ A[users].transpose(1, 2))
+                db = (member.to(A.dtype) @ parts.flatten(1)).view_as(B)
+            if need[4]:
+                parts = (steep @ B[users]).float() * (wide @ A[users].transpose(1, 2)).float()
+                ds = member.float() @ parts.sum((1, 2))
+        return dx, da, db, dy if need[3] else None, ds, None
 
 
 def _by_tile(x: Tensor, dy: Tensor, batch: UserBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,7 +323,7 @@ def lora_update(
         A: (r, K).
         B: (N, r) in the type of A. The kernel multiplies in the type of x, the reference in that
             of A.
-        scaling: $s$.
+        scaling: $s$, a number.
         output: (..., N) $y_0$. The kernel needs the type of x; otherwise the reference is taken.
         backend: None: Triton on a GPU, the reference elsewhere; or "triton" or "torch".
 
@@ -327,9 +333,10 @@ def lora_update(
     Raises:
         ValueError: Shapes that do not fit each other, tensors on two devices, or "triton" where it
             cannot run.
-        TypeError: Tensors that are not of floating-point numbers.
+        TypeError: Tensors that are not of floating-point numbers, or a tensor as scaling.
     """
     check_floats(x=x, A=A, B=B, output=output)
+    check_number("scaling", scaling)
     rank = A.shape[0] if A.ndim else 0
     k = x.shape[-1] if x.ndim else 0
     n = output.shape[-1] if output.ndim else 0
@@ -414,25 +421,33 @@ def gathered_lora(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels in the block sizes of decoding and of a prompt, up to the largest rank."""
+    """Both kernels in the block sizes of decoding and of a prompt, up to the largest rank.
+
+    And backward, where B and A come transposed and there is no base.
+    """
     found = []
-    for dtype, ab, rank, kernel, m, n, k in (
-        ("bf16", "fp32", 128, _down, 64, 64, 128),
-        ("fp16", "fp16", 16, _down, 16, 64, 128),
-        ("fp32", "fp32", 16, _down, 16, 64, 32),
-        ("bf16", "fp32", 128, _up, 64, 64, 0),
-        ("fp16", "fp16", 16, _up, 16, 64, 0),
-        ("fp32", "fp32", 16, _up, 16, 64, 0),
+    for dtype, ab, rank, kernel, m, n, k, backward in (
+        ("bf16", "fp32", 128, _down, 64, 64, 128, False),
+        ("bf16", "fp32", 16, _down, 64, 64, 128, True),
+        ("fp16", "fp16", 16, _down, 16, 64, 128, False),
+        ("fp32", "fp32", 16, _down, 16, 64, 32, False),
+        ("bf16", "fp32", 128, _up, 64, 64, 0, False),
+        ("bf16", "fp32", 16, _up, 64, 64, 0, True),
+        ("fp16", "fp16", 16, _up, 16, 64, 0, False),
+        ("fp32", "fp32", 16, _up, 16, 64, 0, False),
     ):
         types = dict.fromkeys(("x", "base", "out"), f"*{dtype}")
         types |= dict.fromkeys(("a", "b"), f"*{ab}") | dict.fromkeys(("h", "scaling"), "*fp32")
         types |= dict.fromkeys(("rows", "users"), "*i32")
-        strides = ("stride_xm", "stride_au", "stride_ar", "stride_bu", "stride_bn", "stride_0m")
-        types |= dict.fromkeys(strides, "i32")
-        constants = dict.fromkeys(("stride_xk", "stride_ak", "stride_br", "stride_0n"), 1)
+        rows, columns = ("stride_ar", "stride_bn"), ("stride_ak", "stride_br")
+        far, near = (columns, rows) if backward else (rows, columns)
+        far = ("stride_xm", "stride_au", "stride_bu", "stride_0m", *far)
+        types |= dict.fromkeys(far, "i32")
+        constants = dict.fromkeys(("stride_xk", "stride_0n", *near), 1)
         constants |= {"N": 4096, "K": 4096, "RANK": rank, "BLOCK_R": rank, "PRECISION": "ieee"}
-        constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PARTS": 4, "BASE": True}
+        constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PARTS": 4, "BASE": not backward}
         name = f"gathered_lora: {dtype} {kernel.__name__.strip('_')} {m}, A and B {ab}, r {rank}"
+        name += backward * " backward"
         found.append(CompileCase(name, kernel, types, constants, mma=dtype != "fp32"))
     return found
 

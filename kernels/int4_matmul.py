@@ -55,6 +55,7 @@ __all__ = ["SPANS", "Blocks", "Int4Weight", "blocks_for", "int4_matmul", "pack_i
 
 def reference(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """The same product in plain PyTorch: write the weight out in the type of x, and multiply."""
+    bias = None if bias is None else bias.to(x.dtype)
     return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
 
 
@@ -101,14 +102,15 @@ def _one_row(
         if ZEROS:
             loaded = tl.load(zeros + line * GROUPS + group, mask=inside & there, other=0)
             zero = loaded.to(tl.float32)
-        place = first + columns
+        # Times a stride, 32 bits may be too few.
+        place = (first + columns).to(tl.int64)
         low = tl.load(x + place * stride_x, mask=place < K, other=0.0).to(tl.float32)
         place += HALF
         high = tl.load(x + place * stride_x, mask=place < K, other=0.0).to(tl.float32)
         product = _values(packed & 15, zero[:, None], table, TABLE) * low[None, :]
         product += _values(packed >> 4, zero[:, None], table, TABLE) * high[None, :]
         total += product * scale.to(tl.float32)[:, None]
-    tl.store(out + tl.program_id(1) * N + rows, tl.sum(total, 1), mask=inside)
+    tl.store(out + tl.program_id(1) * N + line, tl.sum(total, 1), mask=inside)
 
 
 @jit
@@ -140,7 +142,7 @@ def _many_rows(
         zero = tl.full((BLOCK_N,), ZERO, dtype=tl.float32)
         if ZEROS:
             zero = tl.load(zeros + line * GROUPS + group, mask=ns < N, other=0).to(tl.float32)
-        place = first + columns
+        place = (first + columns).to(tl.int64)
         mask = (ms < M)[:, None] & (place < K)[None, :]
         low = tl.load(x_rows + place[None, :] * stride_xk, mask=mask, other=0.0)
         place += HALF
@@ -191,7 +193,7 @@ def _backward(
         if ZEROS:
             zero = tl.load(zeros + line * GROUPS + group, mask=ns < N, other=0).to(tl.float32)
         mask = (ms < M)[:, None] & (ns < N)[None, :]
-        grad = tl.load(dy_rows + ns[None, :] * stride_dn, mask=mask, other=0.0)
+        grad = tl.load(dy_rows + line[None, :] * stride_dn, mask=mask, other=0.0)
         # The step belongs to the axis that is summed over, so here it is part of the weight.
         values = _values(packed & 15, zero[:, None], table, TABLE) * scale[:, None]
         low = tl.dot(grad, values.to(dy.dtype.element_ty), low, input_precision=PRECISION)
@@ -262,7 +264,7 @@ def _about(weight: Int4Weight) -> dict[str, Any]:
 def _forward(x: Tensor, weight: Int4Weight, bias: Tensor | None, blocks: Blocks | None) -> Tensor:
     (rows, _), n = x.shape, weight.shape[0]
     blocks = blocks or blocks_for(rows, weight, x.dtype)
-    parts = (weight.codes, weight.scales, weight.zeros, weight.table)
+    parts = weight.parts
     if rows == 1 and blocks.m == 1:
         spans = cdiv(weight.shape[1], weight.span)
         each = cdiv(spans, blocks.parts)
@@ -275,6 +277,7 @@ def _forward(x: Tensor, weight: Int4Weight, bias: Tensor | None, blocks: Blocks 
         total = sums.sum(0, keepdim=True)
         return (total if bias is None else total + bias.float()).to(x.dtype)
     block_m = max(blocks.m, 16)
+    bias = None if bias is None else bias.contiguous()
     out = empty((rows, n), x.dtype, x.device)
     launch(
         _many_rows, (cdiv(n, blocks.n), cdiv(rows, block_m)), x, *parts, bias, out, rows,
@@ -309,10 +312,9 @@ def int4_matmul_transposed(dy: Tensor, weight: Int4Weight) -> Tensor:
     block_m = 16 if exact else max(16, min(next_power_of_2(rows), 64))
     dx = empty((rows, weight.shape[1]), dy.dtype, dy.device)
     launch(
-        _backward, (cdiv(weight.shape[1], weight.span), cdiv(rows, block_m)), dy, weight.codes,
-        weight.scales, weight.zeros, weight.table, dx, rows, dy.stride(0), dy.stride(1),
-        **_about(weight), BLOCK_M=block_m, BLOCK_N=16 if exact else 32,
-        PRECISION=precision(dy.dtype), num_warps=4, num_stages=2,
+        _backward, (cdiv(weight.shape[1], weight.span), cdiv(rows, block_m)), dy, *weight.parts,
+        dx, rows, dy.stride(0), dy.stride(1), **_about(weight), BLOCK_M=block_m,
+        BLOCK_N=16 if exact else 32, PRECISION=precision(dy.dtype), num_warps=4, num_stages=2,
     )  # fmt: skip
     return dx
 
@@ -329,8 +331,10 @@ def int4_matmul(
 
     Args:
         x: (..., K) in float32, float16, bfloat16, or float64 for the reference; any strides.
-        weight: From `pack_int4`, on the device of x.
-        bias: (N,) in any of these types.
+        weight: From `pack_int4`, on the device of x. The kernel has no gradient for its scales and
+            table; where one is asked for, PyTorch computes.
+        bias: (N,) in any of these types; the kernel adds it in float32, the reference in the type
+            of x.
         backend: None: Triton on a GPU, the reference elsewhere; or "triton" or "torch".
         blocks: How to cut the product into programs, in place of `blocks_for`.
 
@@ -350,9 +354,11 @@ def int4_matmul(
         )
     if bias is not None:
         check_shape("bias", bias, (n,), f"a weight of shape {(n, k)}")
-    tensors = (x, weight.codes, weight.scales, weight.zeros, weight.table, bias)
-    if choose(backend, *tensors) == "torch":
-        return reference(x, weight, None if bias is None else bias.to(x.dtype))
+    learned = any(t is not None and t.requires_grad for t in (weight.scales, weight.table))
+    learned = learned and torch.is_grad_enabled()
+    obstacle = "it has no gradient for the scales and the table of a weight." if learned else ""
+    if choose(backend, x, *weight.parts, bias, obstacle=obstacle) == "torch":
+        return reference(x, weight, bias)
     rows = x.reshape(-1, k)
     return _Int4Matmul.apply(rows, bias, weight, blocks).reshape(*x.shape[:-1], n)
 

@@ -53,6 +53,7 @@ from torch.autograd.function import once_differentiable
 
 from effnb.kernels._launch import (
     check_floats,
+    check_number,
     check_shape,
     choose,
     empty,
@@ -575,9 +576,10 @@ def local_attention(
         ValueError: Shapes that do not fit each other, a window that is not positive (not even,
             where it has two sides), an unknown backend.
         TypeError: Numbers that are not floating-point or of different types, masks that are not
-            boolean.
+            boolean, or a tensor as scale.
     """
     check_floats(q=q, k=k, v=v)
+    check_number("scale", scale)
     types = {short(x.dtype) for x in (q, k, v)}
     if len(types) > 1:
         raise TypeError(f"q, k and v are of {', '.join(sorted(types))}; they must agree.")
@@ -646,11 +648,12 @@ def compile_cases() -> list[CompileCase]:
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:
-    """A long text seen by a causal window, and Longformer's base with one global token."""
+    """A long text and a batch seen by causal windows; Longformer's base with one global token."""
     if small:
         shapes = [(1, 2, 1, 64, 16, 16, True, 0), (1, 2, 2, 64, 16, 16, False, 1)]
     else:
-        shapes = [(1, 32, 8, 16384, 128, 1024, True, 0), (4, 12, 12, 4096, 64, 512, False, 1)]
+        shapes = [(1, 32, 8, 16384, 128, 1024, True, 0), (16, 32, 8, 2048, 128, 512, True, 0)]
+        shapes += [(4, 12, 12, 4096, 64, 512, False, 1)]
     return [_bench_case(*s, backward=backward) for s in shapes for backward in (False, True)]
 
 

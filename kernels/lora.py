@@ -28,6 +28,7 @@ from torch.nn.functional import linear
 from effnb.kernels._launch import (
     cdiv,
     check_floats,
+    check_number,
     check_shape,
     choose,
     empty,
@@ -52,6 +53,7 @@ def reference(
 ) -> Tensor:
     """The layer and its update in plain PyTorch; the update in the type of A."""
     update = linear(linear(x.to(A.dtype), A), B) * scaling
+    bias = None if bias is None else bias.to(x.dtype)
     return linear(x, weight, bias) + update.to(x.dtype)
 
 
@@ -87,7 +89,7 @@ def _layer(
         total = tl.dot(part, weight, total, input_precision=PRECISION)
         thin = tl.dot(part, down, thin, input_precision=PRECISION)
     mask = (rs < RANK)[:, None] & (ns < N)[None, :]
-    up = b + ns.to(tl.int64)[None, :] * stride_bn + rs[:, None] * stride_br
+    up = b + ns.to(tl.int64)[None, :] * stride_bn + rs.to(tl.int64)[:, None] * stride_br
     up = tl.load(up, mask=mask, other=0.0).to(kind)
     total += tl.dot(thin.to(kind), up, input_precision=PRECISION) * scaling
     if BIAS:
@@ -111,6 +113,7 @@ def _run_layer(
     largest = 128 if rank <= 32 else 64  # by shared memory: large ranks fill as much as outputs
     block_m = 16 if exact else min(max(16, next_power_of_2(rows)), largest)
     block_n = 32 if exact or rows <= 16 else 64 if rows <= 64 else largest
+    bias = None if bias is None else bias.contiguous()
     out = empty((rows, n), x.dtype, x.device)
     launch(
         _layer, (cdiv(n, block_n), cdiv(rows, block_m)), x, weight, A, B, bias, out, rows,
@@ -179,8 +182,9 @@ def lora(
         weight: (N, K) in the type of x.
         A: (r, K) in the type of x or float32.
         B: (N, r) in the type of A.
-        scaling: $s$.
-        bias: (N,).
+        scaling: $s$, a number.
+        bias: (N,) in any of these types; the kernel adds it in float32, the reference in the type
+            of x.
         backend: None: Triton on a GPU, the reference elsewhere; or "triton" or "torch".
 
     Returns:
@@ -189,9 +193,10 @@ def lora(
     Raises:
         ValueError: Shapes or types that do not fit each other, tensors on two devices, or "triton"
             where it cannot run.
-        TypeError: Tensors that are not of floating-point numbers.
+        TypeError: Tensors that are not of floating-point numbers, or a tensor as scaling.
     """
     check_floats(x=x, weight=weight, A=A, B=B, bias=bias)
+    check_number("scaling", scaling)
     if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}."
@@ -213,6 +218,19 @@ def lora(
     return _Lora.apply(rows, weight, A, B, bias, scaling).reshape(*x.shape[:-1], n)
 
 
+def in_one_pass(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None
+) -> bool:
+    """Whether `lora` runs its kernel on these tensors, rather than the layer and then the update.
+
+    For callers who have the layer as well, and are as well off with `lora_update` on its output.
+    """
+    fit = x.ndim and x.shape[-1] == weight.shape[-1]
+    if not fit or x.dtype != weight.dtype or A.dtype != B.dtype:
+        return False
+    return choose(None, x, weight, A, B, bias, obstacle=too_large(len(A))) == "triton"
+
+
 def too_large(rank: int) -> str:
     """Why a rank has no kernel, in a sentence; empty if it has one."""
     if 1 <= rank <= MAX_RANK:
@@ -224,21 +242,28 @@ def too_large(rank: int) -> str:
 
 
 def compile_cases() -> list[CompileCase]:
-    """The kernel in the block sizes of decoding and of a prompt, up to the largest rank."""
+    """The kernel in the block sizes of decoding and of a prompt, up to the largest rank.
+
+    And backward, where the weight, B and A come transposed: neighbours along K do not touch.
+    """
     found = []
-    for dtype, ab, rank, m, n, k, warps in (
-        ("bf16", "bf16", 16, 128, 128, 64, 8),
-        ("bf16", "fp32", 128, 64, 64, 64, 4),
-        ("fp16", "fp16", 16, 16, 32, 64, 4),
-        ("fp32", "fp32", 16, 16, 32, 32, 4),
+    for dtype, ab, rank, m, n, k, warps, backward in (
+        ("bf16", "bf16", 16, 128, 128, 64, 8, False),
+        ("bf16", "fp32", 16, 128, 128, 64, 8, True),
+        ("bf16", "fp32", 128, 64, 64, 64, 4, False),
+        ("fp16", "fp16", 16, 16, 32, 64, 4, False),
+        ("fp32", "fp32", 16, 16, 32, 32, 4, False),
+        ("fp32", "fp32", 16, 16, 32, 32, 4, True),
     ):
         types = dict.fromkeys(("x", "w", "bias", "out"), f"*{dtype}")
         types |= {"a": f"*{ab}", "b": f"*{ab}", "M": "i32", "scaling": "fp32"}
-        types |= {f"stride_{name}": "i32" for name in ("xm", "wn", "ar", "bn")}
-        constants = dict.fromkeys(("stride_xk", "stride_wk", "stride_ak", "stride_br"), 1)
+        rows, columns = ("wn", "ar", "bn"), ("wk", "ak", "br")
+        far, near = (columns, rows) if backward else (rows, columns)
+        types |= {f"stride_{name}": "i32" for name in ("xm", *far)}
+        constants = {f"stride_{name}": 1 for name in ("xk", *near)}
         constants |= {"N": 4096, "K": 4096, "RANK": rank, "BLOCK_R": rank, "PRECISION": "ieee"}
-        constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "BIAS": True}
-        name = f"lora: {dtype} {m}x{n}, A and B {ab}, r {rank}"
+        constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "BIAS": not backward}
+        name = f"lora: {dtype} {m}x{n}, A and B {ab}, r {rank}" + backward * " backward"
         mma = dtype != "fp32"
         found.append(CompileCase(name, _layer, types, constants, mma, warps, stages=3))
     return found

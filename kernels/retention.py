@@ -63,6 +63,7 @@ from torch.autograd.function import once_differentiable
 from effnb.kernels._launch import (
     cdiv,
     check_floats,
+    check_number,
     check_shape,
     choose,
     empty,
@@ -478,9 +479,11 @@ def retention(
     Raises:
         ValueError: Shapes that do not fit each other, a gamma out of range (on the CPU), a chunk
             size that is not offered, an unknown backend.
-        TypeError: Numbers that are not floating-point, or inputs of different types.
+        TypeError: Numbers that are not floating-point, inputs of different types, or a tensor as
+            scale.
     """
     _check(q, k, v, gamma, initial_state, "batch, heads, time, dim")
+    check_number("scale", scale)
     if chunk_size not in CHUNK_SIZES:
         raise ValueError(f"chunk_size is {chunk_size}; it must be 16, 32, 64 or 128.")
     if choose(backend, q, k, v, gamma.float(), initial_state, obstacle=_obstacle(gamma)) == "torch":
@@ -511,9 +514,11 @@ def retention_step(
     Raises:
         ValueError: Shapes that do not fit each other, a gamma out of range (on the CPU), an
             unknown backend.
-        TypeError: Numbers that are not floating-point, or inputs of different types.
+        TypeError: Numbers that are not floating-point, inputs of different types, or a tensor as
+            scale.
     """
     _check(q, k, v, gamma, state, "batch, heads, dim")
+    check_number("scale", scale)
     wanted = any(x.requires_grad for x in (q, k, v, gamma, state)) and torch.is_grad_enabled()
     obstacle = "the step has no gradient." if wanted else ""
     if choose(backend, q, k, v, gamma.float(), state, obstacle=obstacle) == "torch":
@@ -575,8 +580,12 @@ def compile_cases() -> list[CompileCase]:
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:
-    """A layer of 16 heads over long texts, forward and with backward, and a step of decoding."""
-    shapes = [(1, 2, 64, 16, 32)] if small else [(4, 16, 4096, 128, 128), (1, 16, 32768, 128, 256)]
+    """A layer of 16 heads, forward and with backward, and a step of decoding.
+
+    One long text, a batch of shorter ones as in training, and texts in between.
+    """
+    shapes = [(1, 16, 16384, 128, 256), (4, 16, 4096, 128, 128), (16, 16, 2048, 128, 256)]
+    shapes = [(1, 2, 64, 16, 32)] if small else shapes
     found = [_bench_case(*s, backward=backward) for s in shapes for backward in (False, True)]
     return found + [_step_case(*s) for s in ([(2, 2, 16, 32)] if small else [(64, 16, 128, 256)])]
 

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from effnb.kernels._launch import (
     check_floats,
+    check_number,
     check_shape,
     choose,
     empty,
@@ -106,8 +107,8 @@ def _turn_heads(
         head = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
         inside = (head < heads) & (pair < HALF)
         row = x + head * x_head
-        x_a = tl.load(row + a * x_dim, mask=inside, other=0.0).to(tl.float32)
-        x_b = tl.load(row + b * x_dim, mask=inside, other=0.0).to(tl.float32)
+        x_a = tl.load(row + a.to(tl.int64) * x_dim, mask=inside, other=0.0).to(tl.float32)
+        x_b = tl.load(row + b.to(tl.int64) * x_dim, mask=inside, other=0.0).to(tl.float32)
         row = out + head * out_head
         kind = out.dtype.element_ty
         tl.store(row + a, (x_a * cos - x_b * sin).to(kind), mask=inside)
@@ -118,7 +119,8 @@ def _turn_heads(
 def _rope_kernel(
     q, k, q_out, k_out, inv_freq, positions,
     tokens, q_heads, k_heads, scaling,
-    q_batch, q_head, q_token, q_dim,  # strides; the results are contiguous
+    out_head,  # strides; the results are contiguous, this one is for both
+    q_batch, q_head, q_token, q_dim,
     k_batch, k_head, k_token, k_dim,
     positions_batch, positions_token,
     HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
@@ -140,11 +142,11 @@ def _rope_kernel(
     q_out += (batch * q_heads * tokens + token) * 2 * HALF
     k_out += (batch * k_heads * tokens + token) * 2 * HALF
     _turn_heads(
-        q, q_out, q_heads, q_head, q_dim, tokens * 2 * HALF, cos, sin,
+        q, q_out, q_heads, q_head, q_dim, out_head, cos, sin,
         HALF, BLOCK_HALF, BLOCK_HEADS, INTERLEAVED,
     )  # fmt: skip
     _turn_heads(
-        k, k_out, k_heads, k_head, k_dim, tokens * 2 * HALF, cos, sin,
+        k, k_out, k_heads, k_head, k_dim, out_head, cos, sin,
         HALF, BLOCK_HALF, BLOCK_HEADS, INTERLEAVED,
     )  # fmt: skip
 
@@ -171,7 +173,7 @@ class _Rope(torch.autograd.Function):
             _rope_kernel,
             (batch * tokens,),
             *(q, k, q_out, k_out, inv_freq, positions, tokens, q.shape[1], k.shape[1], scaling),
-            *(*q.stride(), *k.stride(), *steps),
+            *(tokens * dim, *q.stride(), *k.stride(), *steps),
             HALF=dim // 2,
             INTERLEAVED=interleaved,
             INVERSE=inverse,
@@ -220,9 +222,11 @@ def rope(
 
     Raises:
         ValueError: Shapes that do not fit each other, an odd `dim`, an unknown backend.
-        TypeError: Numbers that are not floating-point, or queries and keys of different types.
+        TypeError: Numbers that are not floating-point, queries and keys of different types, or a
+            tensor as scaling.
     """
     check_floats(q=q, k=k, inv_freq=inv_freq)
+    check_number("scaling", scaling)
     if q.dtype != k.dtype:
         raise TypeError(f"q is of {short(q.dtype)} and k of {short(k.dtype)}; they must agree.")
     if q.ndim != 4 or q.shape[-1] % 2 or not q.shape[-1] or not q.shape[1]:
@@ -257,6 +261,7 @@ def compile_cases() -> list[CompileCase]:
     sizes = {"HALF": 64, **_settings(32, 64)}
     warps = sizes.pop("num_warps")
     strides = {f"{x}_{axis}": 128 for x in "qk" for axis in ("batch", "head", "token")}
+    strides["out_head"] = 128
     found = []
     for kind, interleaved, inverse in (
         ("fp32", False, False),
@@ -278,8 +283,9 @@ def compile_cases() -> list[CompileCase]:
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:
-    """Heads as in a model of 8 billion parameters, and longer and wider ones."""
-    shapes = [(1, 4, 2, 64, 32)] if small else [(1, 32, 8, 4096, 128), (1, 32, 8, 16384, 256)]
+    """Heads as in a model of 8 billion parameters, one text and a batch; longer and wider ones."""
+    shapes = [(1, 32, 8, 4096, 128), (16, 32, 8, 2048, 128), (1, 32, 8, 16384, 256)]
+    shapes = [(1, 4, 2, 64, 32)] if small else shapes
     return [
         _bench_case(*shape, backward=backward) for shape in shapes for backward in (False, True)
     ]

@@ -52,6 +52,8 @@ from effnb.core.deltas import (
 )
 from effnb.core.modules import HEADS, Model, share
 from effnb.kernels.gathered_lora import lora_update
+from effnb.kernels.lora import in_one_pass
+from effnb.kernels.lora import lora as layer_and_update
 
 __all__ = [
     "LoRA",
@@ -141,6 +143,23 @@ class LoRA(Delta):
         x = nn.functional.dropout(inputs, self.dropout, self.training)
         return lora_update(x, self.A, self.B, self.scaling, output)
 
+    def with_base(
+        self, inputs: Float[Tensor, "*batch in"], base: nn.Module
+    ) -> Float[Tensor, "*batch out"] | None:
+        """Layer and update in one pass, where a kernel can: on a GPU, above a plain linear layer.
+
+        Not while dropout is active, under which the two have different inputs, nor under autocast,
+        which changes the types between them.
+        """
+        if type(base) is not nn.Linear or (self.training and self.dropout):
+            return None
+        plain = all(type(t) in (Tensor, nn.Parameter) for t in (inputs, base.weight))
+        if not plain or torch.is_autocast_enabled(inputs.device.type):
+            return None
+        if not in_one_pass(inputs, base.weight, self.A, self.B, base.bias):
+            return None
+        return layer_and_update(inputs, base.weight, self.A, self.B, self.scaling, base.bias)
+
     def product(self) -> Float[Tensor, "out in"]:
         r"""$s\, B A$, the change of the weight."""
         return self.scaling * (self.B @ self.A)
@@ -213,7 +232,8 @@ def attach(
 ) -> Model:
     r"""Freeze a model and lay a LoRA beside its linear layers.
 
-    The function is unchanged, bit for bit, until B is trained. Several with different names may be
+    The function is unchanged until B is trained: bit for bit, but for the order of sums on a GPU,
+    where a kernel computes layer and path in one pass. Several with different names may be
     attached; those active are summed.
 
     Args:

@@ -45,14 +45,6 @@ def pages(folder: Path) -> list[str]:
     return [path for path in found if not path.startswith(("source/", "_static/"))]
 
 
-def few(folder: Path) -> list[str]:
-    """Every page that is no module's, and two that are."""
-    return [p for p in pages(folder) if not p.startswith("api/effnb")] + [
-        "api/effnb.inference.quantization.formats.html",
-        "api/effnb.lab.panels.html",
-    ]
-
-
 # ----------------------------------------------------------------------------- reading the files
 
 
@@ -310,12 +302,7 @@ def look_at(book, page_files, names) -> list[str]:
     return found
 
 
-def test_words_can_be_read_and_heard_in_light_and_dark(book, folder, page_files):
-    assert look_at(book, page_files, few(folder)) == []
-
-
-@pytest.mark.full
-def test_words_can_be_read_and_heard_on_every_page(book, folder, page_files):
+def test_words_can_be_read_and_heard_on_every_page_in_light_and_dark(book, folder, page_files):
     assert look_at(book, page_files, pages(folder)) == []
 
 

@@ -80,6 +80,17 @@ class Gain(Delta):
         return cls(base.out_features)
 
 
+class Both(Offset):
+    """y + v in one step with its module, where it is asked."""
+
+    kind = "test-both"
+    asked = 0
+
+    def with_base(self, inputs, base):
+        self.asked += 1
+        return nn.functional.linear(inputs, base.weight, base.bias + self.v)
+
+
 def small(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -92,6 +103,43 @@ def with_offset(model, name="a", value=0.5):
 
 
 X = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
+
+
+def test_a_delta_may_do_its_module_s_part_too():
+    """It is asked where it is alone and nobody waits for the calls that it saves."""
+    new = attach_deltas(small(), "a", {"0": Both(6)})
+    state = {"0.v": torch.full((6,), 0.5)}
+    new = load_delta(new, "a", state)
+    host = new[0]
+    both = host.deltas["a"]
+
+    def asked():
+        before = both.asked
+        torch.testing.assert_close(host(X), host.base(X) + 0.5)
+        return both.asked - before
+
+    assert asked() == 1
+    calls = []
+    for module in (host.base, both):
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = register(lambda *_: calls.append(1))
+            assert asked() == 0 and calls
+            handle.remove()
+            calls.clear()
+        handle = module.register_full_backward_hook(lambda *_: None)
+        assert asked() == 0
+        handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert asked() == 0
+    handle.remove()
+    host.base.forward = lambda x: nn.functional.linear(x, host.base.weight, host.base.bias)
+    assert asked() == 0
+    del host.base.forward
+    assert asked() == 1
+    two = attach_deltas(new, "b", {"0": Offset(6)})
+    torch.testing.assert_close(two[0](X), host.base(X) + 0.5)
+    assert two[0].deltas["a"].asked == both.asked  # as often as when it was copied
+    assert Offset(6).with_base(X, host.base) is None
 
 
 def test_freezing_shares_memory_but_not_the_flag():

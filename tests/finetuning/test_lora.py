@@ -16,6 +16,7 @@ from effnb.evaluation import parameter_count
 from effnb.finetuning import lora
 from effnb.finetuning.lora import LoRA
 from effnb.inference.quantization import QuantizedLinear, dequantized, rtn
+from effnb.kernels._launch import choose
 
 
 def batch(step):
@@ -266,6 +267,118 @@ def test_peft_names_go_there_and_back(llama):
     for key in ("base_model.model.x.lora_embedding_A", "x.lora_A.weight", "y"):
         with pytest.raises(ValueError, match="no matrix of a LoRA on a linear layer"):
             lora.from_peft({key: torch.ones(1)})
+
+
+# --- layer and path in one pass -------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The layers that went through the kernel, which runs here as it would on a GPU."""
+
+    def interpreted(_, *tensors, obstacle=""):
+        try:
+            return choose("triton", *tensors, obstacle=obstacle)
+        except ValueError:
+            return "torch"
+
+    def counted(x, weight, *rest):
+        found.append(tuple(weight.shape))
+        return one_pass(x, weight, *rest)
+
+    found, one_pass = [], lora.layer_and_update
+    monkeypatch.setattr("effnb.kernels.lora.choose", interpreted)
+    monkeypatch.setattr("effnb.kernels.gathered_lora.choose", interpreted)
+    monkeypatch.setattr(lora, "layer_and_update", counted)
+    return found
+
+
+def two_layers(dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5, bias=False)).to(dtype)
+    return trained(layers, rank=2, scale=0.5, **settings)
+
+
+def results(model, x):
+    """Output and gradients, of A, B and the inputs."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.float16, 2e-2)])
+def test_one_pass_gives_what_two_give(request, dtype, off):
+    model, x = two_layers(dtype), torch.randn(2, 3, 7).to(dtype)
+    expected = results(model, x)  # on a CPU: the layer, then the path
+    passes = request.getfixturevalue("passes")
+    found = results(model, x)
+    assert passes == [(6, 7), (5, 6)] and len(found) == 2 + 4
+    for ours, theirs in zip(found, expected):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=off * float(theirs.abs().max()))
+
+
+def test_one_pass_starts_as_the_layer_and_merges_into_it(passes):
+    layer, x = nn.Linear(7, 6), torch.randn(4, 7)
+    model = lora.attach(nn.Sequential(layer), rank=2)
+    torch.testing.assert_close(model(x), layer(x))
+    model = trained(nn.Sequential(layer), rank=2)
+    torch.testing.assert_close(model(x), lora.merge(model, "default")(x))
+    assert len(passes) == 2  # none of them in the merged model
+
+
+def test_a_cpu_takes_no_pass_for_two(monkeypatch):
+    monkeypatch.setattr(lora, "layer_and_update", None)
+    assert len(results(two_layers(), torch.randn(3, 7))) == 6
+
+
+def with_hook(model):
+    model[0].base.register_forward_hook(lambda module, inputs, output: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("why", "change", "expected"),
+    [
+        ("dropout that is off", lambda m: two_layers(dropout=0.5).eval(), 2),
+        ("dropout", lambda m: two_layers(dropout=0.5).train(), 0),
+        ("two that are active", lambda m: trained(m, "two", seed=1, rank=1), 0),
+        ("one of two", lambda m: lora.set_active(trained(m, "two", rank=1), "two"), 2),
+        ("none", lambda m: lora.set_active(m), 0),
+        ("a hook that waits for one layer", with_hook, 1),
+        ("a quantized layer", lambda m: trained(rtn(lora.detach(m, "default"), 8), rank=2), 0),
+        ("what the kernel has no type for", lambda m: two_layers(torch.float64), 0),
+    ],
+)  # fmt: skip
+def test_when_both_go_through_one_pass(passes, why, change, expected):
+    model = change(two_layers())
+    dtype = next(p.dtype for p in model.parameters())
+    x = torch.randn(3, 7, dtype=dtype)
+    torch.manual_seed(0)
+    y = model(x)
+    assert len(passes) == expected, why
+    for host in lora.hosts(model).values():  # the same by two calls each
+        host.base.register_forward_hook(lambda module, inputs, output: None)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(x), y)
+    assert len(passes) == expected
+
+
+def test_autocast_and_weights_of_a_kind_of_their_own_take_two_calls(passes):
+    class Special(torch.Tensor):
+        pass
+
+    model, x = two_layers(), torch.randn(3, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    half = two_layers(torch.float16)
+    with pytest.raises(RuntimeError):  # the layer's own refusal, as before
+        half(x)
+    for host in lora.hosts(model).values():
+        host.base.weight = nn.Parameter(host.base.weight.detach().as_subclass(Special))
+    model(x)
+    assert not passes
 
 
 def test_what_cannot_be_read_from_peft_is_said(llama, tmp_path):

@@ -19,6 +19,14 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 EDGE = 64  # guarded numbers on both sides; a multiple of what a GPU loads at once
 
 
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "unsanitized: left out by .make/sanitize.py: what starts no kernel in this process but the "
+        "compiler in others, and random shapes, for each of which kernels are compiled anew",
+    )
+
+
 def _poison(dtype):
     """NaN, or a whole number that would be noticed."""
     if dtype.is_floating_point:
@@ -34,11 +42,18 @@ def _surrounded(shape, stride, dtype, device):
 
 
 def guarded(tensor):
-    """The tensor in memory where everything around and between its numbers is poisoned."""
-    if tensor is None or not isinstance(tensor, torch.Tensor) or 0 in tensor.stride():
+    """The tensor in memory where everything around and between its numbers is poisoned.
+
+    Of what is expanded (a stride of 0) there is one number here, as there.
+    """
+    if tensor is None or not isinstance(tensor, torch.Tensor):
         return tensor
     _, inside = _surrounded(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-    inside.copy_(tensor.detach())
+    once, source = inside, tensor.detach()
+    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride())):
+        if size and not stride:  # PyTorch refuses to write several times to one place
+            once, source = once.narrow(axis, 0, 1), source.narrow(axis, 0, 1)
+    once.copy_(source)
     return inside.requires_grad_(tensor.requires_grad)
 
 
@@ -71,16 +86,34 @@ def tensor(*shape, dtype=torch.float32, seed=0, grad=False, layout="contiguous")
     """Fresh normal numbers, none of them 0, on the device of the tests.
 
     Layouts: "contiguous", "strided" (every second number of longer last rows), "transposed" (the
-    last two axes lie the other way around).
+    last two axes lie the other way around; of one axis: strided), "expanded" (the last axis is one
+    number, repeated).
     """
     generator = torch.Generator().manual_seed(hash((seed, *shape)) % 2**31)
     numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
     numbers = torch.where(numbers.abs() < 1e-3, 0.5, numbers).to(dtype).to(DEVICE)
-    if layout == "strided":
+    if layout == "strided" or (layout == "transposed" and len(shape) == 1):
         numbers = torch.stack([numbers, numbers.flip(0)], -1)[..., 0]
     elif layout == "transposed":
         numbers = numbers.transpose(-1, -2).contiguous().transpose(-1, -2)
+    elif layout == "expanded":
+        numbers = numbers[..., :1].expand(shape)
     return numbers.detach().requires_grad_(grad)
+
+
+def far(numbers, axis=-1):
+    """The same numbers, so far apart along an axis that 32 bits do not count up to the last.
+
+    They lie in 4 GiB of half precision, of which only the pages they are on are ever touched.
+    """
+    assert numbers.dtype == torch.float16 and numbers.shape[axis] > 2  # the stride fits 32 bits
+    step = 2**31 // (numbers.shape[axis] - 1) + 1
+    others = torch.empty(numbers.movedim(axis, -1).shape[:-1], device="meta")
+    size = step * (numbers.shape[axis] - 1) + others.numel()
+    memory = torch.empty(size, dtype=numbers.dtype, device=numbers.device)
+    stride = (*others.stride(), step)
+    spread = memory.as_strided((*others.shape, numbers.shape[axis]), stride).movedim(-1, axis)
+    return spread.copy_(numbers.detach())
 
 
 def _run(function, inputs):
@@ -130,5 +163,5 @@ def compare(ours, reference, *inputs, factor=2.0):
 def proof():
     """The tools above; `proof.kernel` is what to pass as `backend`."""
     return SimpleNamespace(
-        compare=compare, tensor=tensor, guarded=guarded, device=DEVICE, kernel="triton"
+        compare=compare, tensor=tensor, guarded=guarded, far=far, device=DEVICE, kernel="triton"
     )

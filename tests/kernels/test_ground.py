@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -160,6 +161,19 @@ def test_what_lies_beside_an_input_is_seen(proof):
     assert bool(out[5].isnan())  # the number behind the last one
 
 
+def test_what_is_expanded_is_guarded_too(proof):
+    """One number in place of many, with poison on both sides; its strides and flag are kept."""
+    given = proof.tensor(3, 1, grad=True).expand(2, 3, 4).detach().requires_grad_()
+    inside = proof.guarded(given)
+    assert torch.equal(inside, given) and inside.stride() == (0, 1, 0) and inside.requires_grad
+    assert inside.untyped_storage().data_ptr() != given.untyped_storage().data_ptr()
+    around = inside.detach().as_strided((5,), (1,), inside.storage_offset() - 1)
+    assert around.isnan().tolist() == [True, False, False, False, True]
+    (grad,) = torch.autograd.grad(inside.sum(), inside)
+    assert torch.equal(grad, torch.ones_like(given))
+    assert proof.guarded(given[:0]).shape == (0, 3, 4)
+
+
 def test_the_proof_fails_for_a_wrong_kernel(proof):
     x = proof.tensor(4, 4, grad=True)
     proof.compare(lambda x: x * 2, lambda x: x + x, x)
@@ -188,6 +202,7 @@ def compiled():
     return done, [line for line in done.stdout.splitlines() if ": " in line]
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_every_kernel_compiles(compiled, name, arch):
@@ -216,12 +231,14 @@ except ValueError as problem:
 """
 
 
+@pytest.mark.unsanitized
 def test_what_is_wrong_does_not_compile():
     done = run("-c", BROKEN)
     assert done.stdout.count("refused") == 4, done.stdout + done.stderr
     assert "has no tensor-core instruction on sm_90" in done.stdout
 
 
+@pytest.mark.unsanitized
 def test_the_compiler_says_when_it_cannot():
     done = run("-m", "effnb.kernels.compile", TRITON_INTERPRET="1")
     assert done.returncode == 2
@@ -246,6 +263,28 @@ def test_the_bench_runs_and_peers_agree(name):
             assert timing.note or timing.seconds is not None
             if timing.difference is not None:
                 assert timing.difference < 0.02, timing
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_and_lengths_are_realistic(name):
+    """One text or token and sixteen of them; texts of 2,000 to 16,000 tokens."""
+    shapes = [case.shape for case in bench.cases(name) if "step" not in case.shape]
+    sizes = [dict(re.findall(r"\b([A-Z])=(\d+)", shape)) for shape in shapes]
+    batches = {int(s.get("B") or s["M"]) for s in sizes}
+    assert 16 in batches and (1 in batches or name == "gathered_lora")
+    for length in (int(s["T"]) for s in sizes if "T" in s):
+        assert 2048 <= length <= 16384
+
+
+def test_the_bound_of_rope_on_an_a100():
+    """16,384 tokens, 32 + 8 heads of 256, 16 bits: 671 MB, so 0.329 ms at 2.04 TB/s."""
+    cases = {case.shape: case for case in bench.cases("rope")}
+    case = cases["B=1 H=32+8 T=16384 D=256"]
+    assert case.bytes == 2 * 40 * 256 * 16384 * 2 == 671_088_640
+    assert case.flops == 3 * 40 * 256 * 16384
+    a100 = bench.Ceilings(2.04e12, {"bfloat16": 312e12})
+    assert a100.seconds(case) * 1e3 == pytest.approx(0.329, abs=5e-4)
+    assert cases["B=1 H=32+8 T=16384 D=256 with backward"].bytes == 2 * case.bytes
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path):

@@ -1,5 +1,7 @@
 """The 4-bit product: against float64, for uniform grids and tables, forward and backward."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -62,6 +64,7 @@ def test_output_and_gradients(proof, dtype, kind, rows, n, k, group):
     proof.compare(ours, plain, x, bias)
 
 
+@pytest.mark.unsanitized
 @examples(max_examples=12)
 @given(
     st.integers(1, 40), st.integers(1, 70), st.integers(1, 4), st.sampled_from([32, 64, 128]),
@@ -76,17 +79,85 @@ def test_any_shape(proof, rows, n, groups, group, kind, seed):
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("layout", ["strided", "transposed"])
+@pytest.mark.parametrize("layout", ["strided", "transposed", "expanded"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_inputs_that_are_not_contiguous(proof, dtype, layout, rows):
     weight, numbers = weight_of(20, 128, 64, "affine", proof.device)
     x = proof.tensor(rows, 128, dtype=dtype, layout=layout, grad=True)
-    assert rows == 1 or not x.is_contiguous()
+    bias = proof.tensor(20, dtype=dtype, layout=layout, seed=1, grad=True)
+    assert not bias.is_contiguous() and (rows == 1 or not x.is_contiguous())
     proof.compare(
-        lambda x: int4_matmul(x, weight, backend=proof.kernel),
-        lambda x: x @ numbers.to(x.dtype).T,
+        lambda x, bias: int4_matmul(x, weight, bias, backend=proof.kernel),
+        lambda x, bias: x @ numbers.to(x.dtype).T + bias,
         x,
+        bias,
     )
+
+
+@pytest.mark.parametrize("kind", ["affine", "table"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_weight_whose_tensors_are_not_contiguous(proof, kind, rows):
+    weight, _ = weight_of(20, 128, 64, kind, proof.device)
+    spread = {
+        name: torch.stack([t, t.flip(0)], -1)[..., 0]
+        for name, t in vars(weight).items()
+        if isinstance(t, torch.Tensor)
+    }
+    assert len(spread) == 3 and not any(t.is_contiguous() for t in spread.values())
+    spread = dataclasses.replace(weight, **{k: proof.guarded(t) for k, t in spread.items()})
+    x, results = proof.tensor(rows, 128, grad=True), []
+    for w in (weight, spread):
+        y = int4_matmul(x, w, backend=proof.kernel)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for expected, found in zip(*results):
+        assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_places_beyond_32_bits(proof, rows):
+    weight, _ = weight_of(5, 5, 5, "affine", proof.device)
+    x = proof.tensor(rows, 5, dtype=torch.float16)
+    for run in (
+        lambda x: int4_matmul(x, weight, backend=proof.kernel),
+        lambda dy: kernel.int4_matmul_transposed(dy, weight),
+    ):
+        assert torch.equal(run(proof.far(x)), run(x))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("wide", [torch.float16, torch.float32])
+def test_a_bias_of_another_type(proof, rows, wide):
+    """Both backends take any type; the kernel adds it before it rounds."""
+    narrow = torch.float16 if wide == torch.float32 else torch.float32
+    weight, numbers = weight_of(6, 64, 32, "affine", proof.device)
+    x = proof.tensor(rows, 64, dtype=narrow)
+    bias = proof.tensor(6, dtype=wide, seed=1, grad=True)
+    expected = x.double() @ numbers.T + bias.double()
+    for run in (
+        lambda: int4_matmul(x, weight, bias, backend=proof.kernel),
+        lambda: int4_matmul(x, weight, bias, backend="torch"),
+        lambda: kernel.reference(x, weight, bias),
+    ):
+        y = run()
+        assert y.dtype == narrow
+        torch.testing.assert_close(y.double(), expected.detach(), rtol=2e-3, atol=2e-2)
+        (grad,) = torch.autograd.grad(y.sum(), bias)
+        assert torch.equal(grad, torch.full_like(bias, rows))
+
+
+def test_learned_scales_and_tables_take_the_reference(proof):
+    """Both backends give their gradient, or the kernel says that it does not."""
+    for kind in ("affine", "table"):
+        weight, _ = weight_of(4, 64, 32, kind, proof.device)
+        name = "table" if kind == "table" else "scales"
+        learned = getattr(weight, name).clone().requires_grad_()
+        weight = dataclasses.replace(weight, **{name: learned})
+        x = proof.tensor(3, 64)
+        with pytest.raises(ValueError, match="no gradient for the scales and the table"):
+            int4_matmul(x, weight, backend=proof.kernel)
+        assert torch.autograd.grad(int4_matmul(x, weight).sum(), learned)[0].abs().sum() > 0
+        with torch.no_grad():
+            int4_matmul(x, weight, backend=proof.kernel)
 
 
 def test_gradients_that_are_not_contiguous(proof):
@@ -180,6 +251,14 @@ def steps(n=4, groups=2):
          lambda: pack_int4(codes(), steps(), codes(), group_size=32)),
         (ValueError, "table has shape",
          lambda: pack_int4(codes(), steps(), group_size=32, table=torch.ones(8))),
+        (ValueError, "a zero point is 7.5; they are whole numbers from 0 to 15",
+         lambda: pack_int4(codes(), steps(), steps() * 7.5, group_size=32)),
+        (ValueError, "a zero point is -1;",
+         lambda: pack_int4(codes(), steps(), -steps(), group_size=32)),
+        (ValueError, "a zero point is 16;",
+         lambda: pack_int4(codes(), steps(), codes(4, 2) * 16, group_size=32)),
+        (ValueError, "a zero point is nan;",
+         lambda: pack_int4(codes(), steps(), steps() * torch.nan, group_size=32)),
         (ValueError, "no zero points",
          lambda: pack_int4(codes(), steps(), codes(4, 2), group_size=32, table=torch.ones(16))),
     ],
@@ -187,6 +266,15 @@ def steps(n=4, groups=2):
 def test_weights_that_cannot_be(error, words, make):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.float16, torch.float32])
+def test_zero_points_of_any_type(kind):
+    """Whole numbers from 0 to 15 are what they are, whatever holds them."""
+    points = torch.tensor([[0, 15], [7, 8], [1, 2], [3, 14]])
+    weight = pack_int4(codes(), steps(), points.to(kind), group_size=32)
+    assert torch.equal(weight.zeros, points.byte())
+    assert torch.equal(weight.dequantize()[:, ::32], 1 - points.float())
 
 
 def test_inputs_that_cannot_be(proof):

@@ -189,6 +189,28 @@ def test_pairs_are_counted_without_the_table(tokens, half, causal, share, seed):
     assert torch.equal(counted, visible_pairs(tokens, **options).sum((1, 2)))
 
 
+def test_a_window_visits_7_of_10_tiles():
+    """64 tokens in tiles of 16, causal, a window of 10: 7 of 16 tiles, 10 without the window."""
+    kinds = torch.zeros(1, 64, dtype=torch.int8)
+    schedule = tile_schedule(kinds, *module._reach(10, True), True, 16, 16)[0]
+    everything = tile_schedule(kinds, *module._reach(64, True), True, 16, 16)[0]
+    assert int(schedule.sum()) == 7 and int(everything.sum()) == 10
+    assert schedule.nonzero().tolist() == [[0, 0], *([i, i - n] for i in (1, 2, 3) for n in (1, 0))]
+
+    def mask(_batch, _head, i, j):
+        return (j <= i) & (j > i - 10)
+
+    blocks = create_block_mask(mask, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    assert blocks.sparsity() == 56.25 == 100 * (1 - float(schedule.double().mean()))
+    q, k, v = (randn(1, 1, 64, 16, seed=i) for i in range(3))
+    found = local_attention_tiled(q, k, v, window=10, causal=True, block=16)
+    i = torch.arange(64)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask(0, 0, i[:, None], i)
+    )
+    torch.testing.assert_close(found, dense, atol=2e-15, rtol=0)
+
+
 def test_pairs_in_closed_form():
     assert int(count_pairs(64, window=10, causal=True)) == 64 * 10 - 10 * 9 // 2
     assert int(count_pairs(64, window=10)) == 64 * 11 - 2 * (5 + 4 + 3 + 2 + 1)
@@ -291,6 +313,7 @@ def test_kernel_gives_zeros_where_nothing_is_seen(proof, causal):
         assert bool(x.masked_select(~hidden).any())
 
 
+@pytest.mark.unsanitized
 @settings(max_examples=6)
 @given(
     batch=st.integers(0, 2),
@@ -315,6 +338,29 @@ def test_kernel_on_no_tokens(proof):
     q = torch.empty(2, 1, 0, 4, device=proof.device)
     for backend in ("torch", proof.kernel):
         assert local_attention(q, q, q, window=2, backend=backend).shape == (2, 1, 0, 4)
+
+
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+@pytest.mark.parametrize("shape", [(7,), (2, 7)], ids=["one for all", "each their own"])
+def test_kernel_takes_masks_that_are_not_contiguous(proof, layout, shape):
+    """And queries, keys and values whose last axis is one number."""
+    q, k, v = tensors(proof, 2, 2, 1, 7, 5, layout=layout)
+    is_global, is_padding = marks(1, 7, 0.4)[0], marks(1, 7, 0.3, seed=1)[0]
+    masks = [x.expand(shape).to(proof.device) for x in (is_global, is_padding)]
+    if layout == "strided":
+        masks = [torch.stack([x, ~x], -1)[..., 0] for x in masks]
+    elif shape == (7,):  # one truth for all tokens
+        masks = [x[6:].expand(7) for x in masks]
+    assert not any(x.is_contiguous() for x in (q, k, v, *masks))
+    options = dict(zip(("global_tokens", "padding"), masks), window=2)
+    compare(proof, *kernel(proof, **options), q, k, v)
+
+
+def test_kernel_finds_places_beyond_32_bits(proof):
+    q = proof.tensor(1, 1, 5, 3, dtype=torch.float16)
+    near = local_attention(q, q, q, window=2, backend=proof.kernel)
+    far = proof.far(q, axis=2)
+    assert torch.equal(local_attention(far, far, far, window=2, backend=proof.kernel), near)
 
 
 def test_kernel_with_large_scores(proof):
@@ -389,6 +435,8 @@ def test_numbers_that_do_not_fit():
         local_attention(q, q, q, window=2, global_tokens=torch.tensor([0, 1, 0, 1]))
     with pytest.raises(TypeError, match="float16, float32; they must agree"):
         local_attention(q, q.half(), q, window=2)
+    with pytest.raises(TypeError, match="scale is a tensor; it must be a number"):
+        local_attention(q, q, q, window=2, scale=torch.tensor(1.0, requires_grad=True))
     with pytest.raises(TypeError, match="q is of int64"):
         local_attention(q.long(), q.long(), q.long(), window=2)
     with pytest.raises(ValueError, match="on cpu and meta; they must be on one device"):

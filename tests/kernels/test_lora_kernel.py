@@ -58,12 +58,43 @@ def test_matrices_in_float32_under_a_layer_in_half_precision(proof):
     proof.compare(lambda *t: lora(*t, 0.5, backend=proof.kernel), plain, *inputs)
 
 
-@pytest.mark.parametrize("layout", ["strided", "transposed"])
+@pytest.mark.parametrize("layout", ["strided", "transposed", "expanded"])
 def test_one_pass_of_tensors_that_are_not_contiguous(proof, dtype, layout):
-    inputs = parts(proof, 6, 35, 50, 4, dtype, layout=layout)
+    bias = proof.tensor(35, dtype=dtype, seed=4, grad=True, layout=layout)
+    inputs = (*parts(proof, 6, 35, 50, 4, dtype, layout=layout), bias)
+    assert not any(t.is_contiguous() for t in inputs)
     proof.compare(
-        lambda *t: lora(*t, 2.0, backend=proof.kernel), lambda *t: reference(*t, 2.0), *inputs
+        lambda *t: lora(*t[:4], 2.0, t[4], backend=proof.kernel),
+        lambda *t: reference(*t[:4], 2.0, t[4]),
+        *inputs,
     )
+
+
+@pytest.mark.parametrize("place", range(4), ids=["x", "weight", "A", "B"])
+def test_places_beyond_32_bits(proof, place):
+    inputs = [t.detach() for t in parts(proof, 4, 6, 5, 5, torch.float16)]
+    near = lora(*inputs, 1.0, backend=proof.kernel)
+    inputs[place] = proof.far(inputs[place])
+    assert torch.equal(lora(*inputs, 1.0, backend=proof.kernel), near)
+
+
+@pytest.mark.parametrize("wide", [torch.float16, torch.float32])
+def test_a_bias_of_another_type(proof, wide):
+    """Both backends take any type; the kernel adds it before it rounds."""
+    narrow = torch.float16 if wide == torch.float32 else torch.float32
+    inputs = [t.detach() for t in parts(proof, 5, 7, 8, 2, narrow)]
+    bias = proof.tensor(7, dtype=wide, seed=4, grad=True)
+    exact = reference(*(t.double() for t in inputs), 0.5, bias.detach().double())
+    for run in (
+        lambda: lora(*inputs, 0.5, bias, backend=proof.kernel),
+        lambda: lora(*inputs, 0.5, bias, backend="torch"),
+        lambda: reference(*inputs, 0.5, bias),
+    ):
+        y = run()
+        assert y.dtype == narrow
+        torch.testing.assert_close(y.double(), exact, rtol=2e-3, atol=1e-2)
+        (grad,) = torch.autograd.grad(y.sum(), bias)
+        assert torch.equal(grad, torch.full_like(bias, 5))
 
 
 def test_leading_axes_and_what_needs_no_gradient(proof):
@@ -105,7 +136,7 @@ def users_of(proof, users, rank, n, k, dtype, **more):
     return (
         proof.tensor(users, rank, k, dtype=dtype, seed=2, grad=True, **more),
         proof.tensor(users, n, rank, dtype=dtype, seed=3, grad=True, **more),
-        (torch.arange(users, device=proof.device) + 1.0) / 2,
+        proof.tensor(users, seed=6, grad=True, **more),
     )
 
 
@@ -166,18 +197,68 @@ def test_every_row_lies_in_one_tile_of_its_user(index, lines):
     assert len(batch.rows) == count  # no tile more than needed
 
 
-@pytest.mark.parametrize("layout", ["strided", "transposed"])
+@pytest.mark.parametrize("layout", ["strided", "transposed", "expanded"])
 def test_many_users_not_contiguous(proof, dtype, layout):
     index = torch.tensor([1, 0, 1, 2, -1], device=proof.device)
     a, b, s = users_of(proof, 3, 4, 20, 33, dtype, layout=layout)
     x = proof.tensor(5, 33, dtype=dtype, grad=True, layout=layout)
     base = proof.tensor(5, 20, dtype=dtype, seed=4, layout=layout, grad=True)
     batch = UserBatch.of(index, 3)
+    assert not any(t.is_contiguous() for t in (x, a, b, s, base))
     proof.compare(
-        lambda x, a, b, base: gathered_lora(x, a, b, batch, s, base, backend=proof.kernel),
-        lambda x, a, b, base: gathered_reference(x, a, b, index, s, base),
-        x, a, b, base,
+        lambda x, a, b, s, base: gathered_lora(x, a, b, batch, s, base, backend=proof.kernel),
+        lambda x, a, b, s, base: gathered_reference(x, a, b, index, s, base),
+        x, a, b, s, base,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("index", [[2, 0, 2, 1, -1, 2], [1] * 20])
+def test_an_index_that_is_not_contiguous(proof, index):
+    """Nor the lists of a batch, which a caller may have cut from larger ones."""
+    whole = torch.tensor(index, device=proof.device)
+    a, b, s = users_of(proof, 3, 4, 20, 33, torch.float32)
+    x = proof.tensor(len(index), 33)
+    expected = gathered_lora(x, a, b, whole, s, backend=proof.kernel)
+    spread = proof.guarded(torch.stack([whole, whole + 1], 1)[:, 0])
+    if len(set(index)) == 1:
+        spread = whole[:1].expand(len(index))
+    batch = UserBatch.of(whole, 3)
+    lists = [torch.stack([t, t.flip(0)], -1)[..., 0] for t in (batch.rows, batch.owners)]
+    cut = UserBatch(whole, 3, *map(proof.guarded, lists))
+    assert not any(t.is_contiguous() for t in (spread, cut.rows, cut.owners))
+    for arranged in (spread, cut):
+        assert torch.equal(gathered_lora(x, a, b, arranged, s, backend=proof.kernel), expected)
+
+
+@pytest.mark.parametrize("place", range(4), ids=["x", "A", "B", "base"])
+def test_places_of_users_beyond_32_bits(proof, place):
+    index = torch.tensor([1, 0, -1], device=proof.device)
+    a, b, s = users_of(proof, 2, 5, 5, 5, torch.float16)
+    inputs = [t.detach() for t in (proof.tensor(3, 5, dtype=torch.float16), a, b)]
+    inputs.append(proof.tensor(3, 5, dtype=torch.float16, seed=4))
+
+    def run(x, a, b, base):
+        return gathered_lora(x, a, b, index, s.detach(), base, backend=proof.kernel)
+
+    near = run(*inputs)
+    inputs[place] = proof.far(inputs[place])
+    assert torch.equal(run(*inputs), near)
+
+
+def test_a_learned_scaling_alone_has_its_gradient(proof):
+    """Also that of a user without rows, which is 0."""
+    index = torch.tensor([0, 2, -1, 0], device=proof.device)
+    a, b, s = (t.detach() for t in users_of(proof, 4, 3, 6, 8, torch.float32))
+    x, s = proof.tensor(4, 8), s.requires_grad_()
+    dy = proof.tensor(4, 6, seed=8)
+    y = gathered_lora(x, a, b, index, s, backend=proof.kernel)
+    (grad,) = torch.autograd.grad(y, s, dy)
+    expected = torch.zeros(4, device=proof.device)
+    for row, user in enumerate(index.tolist()):
+        if user >= 0:
+            expected[user] += dy[row] @ b[user] @ a[user] @ x[row]
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
+    assert grad[0] != 0 and grad[1] == grad[3] == 0
 
 
 def test_who_else_is_in_the_batch_does_not_matter(proof):
@@ -225,6 +306,12 @@ def test_shapes_that_do_not_fit(proof):
         lora(x, w, a, b.half(), 1.0)
     with pytest.raises(TypeError, match="weight is of int64"):
         lora(x, w.long(), a, b, 1.0)
+    learned = torch.tensor(1.0, requires_grad=True)
+    for backend in (proof.kernel, "torch"):  # neither loses its gradient without a word
+        with pytest.raises(TypeError, match="scaling is a tensor; it must be a number"):
+            lora(x, w, a, b, learned, backend=backend)
+        with pytest.raises(TypeError, match="scaling is a tensor; it must be a number"):
+            lora_update(x, a, b, learned, x @ w.T, backend=backend)
     with pytest.raises(ValueError, match=r"output has shape \(2, 6\).*\(3, 8\)"):
         lora_update(x, a, b, 1.0, proof.tensor(2, 6))
     with pytest.raises(ValueError, match="cannot run: x and the output are of float32 and float16"):

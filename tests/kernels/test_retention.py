@@ -178,6 +178,7 @@ def test_kernel_with_heads_wider_than_a_block(proof):
     compare(proof, ours, reference, *values)
 
 
+@pytest.mark.unsanitized
 @settings(max_examples=6)
 @given(
     batch=st.integers(0, 2),
@@ -247,6 +248,33 @@ def test_steps_continue_a_text(proof):
     torch.testing.assert_close(state, last, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_kernel_takes_tensors_that_are_not_contiguous(proof, layout):
+    """Decays and states included, and in the step too."""
+    q, k, v, _, _ = tensors(proof, 1, 2, 5, 3, 4, layout=layout, grad=True)
+    state = proof.tensor(1, 2, 3, 4, seed=3, layout=layout, grad=True)
+    gamma = retention_decay(2).sub(0.1).to(proof.device)
+    gamma = gamma[:1].expand(2) if layout == "expanded" else torch.stack([gamma, -gamma], 1)[:, 0]
+    assert not any(x.is_contiguous() for x in (q, k, v, gamma, state))
+    compare(proof, *kernel(proof, chunk_size=16), q, k, v, gamma, state)
+    token = [x.detach()[:, :, 1] for x in (q, k, v)]
+
+    def step(*values):
+        return retention_step(*values, backend=proof.kernel)
+
+    compare(proof, step, retention_step_reference, *token, gamma, state.detach())
+
+
+def test_kernel_finds_places_beyond_32_bits(proof):
+    q = proof.tensor(1, 1, 5, 3, dtype=torch.float16)
+    gamma = torch.tensor([0.9], device=proof.device)
+    near = retention(q, q, q, gamma, chunk_size=16, backend=proof.kernel)
+    far = proof.far(q, axis=2)
+    found = retention(far, far, far, gamma, chunk_size=16, backend=proof.kernel)
+    for ours, expected in zip(found, near):
+        assert torch.equal(ours, expected)
+
+
 def test_kernel_takes_decays_in_float64(proof):
     q, k, v, gamma, state = tensors(proof, 1, 1, 5, 2, 2)
     token = [x[:, :, 0] for x in (q, k, v)]
@@ -302,6 +330,11 @@ def test_numbers_that_do_not_fit():
         retention(q, k, v, gamma.bfloat16())
     with pytest.raises(TypeError, match="float32, float64; they must agree"):
         retention(q.float(), k, v, gamma)
+    learned = torch.tensor(1.0, requires_grad=True)
+    with pytest.raises(TypeError, match="scale is a tensor; it must be a number"):
+        retention(q, k, v, gamma, scale=learned)
+    with pytest.raises(TypeError, match="scale is a tensor; it must be a number"):
+        retention_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], gamma, state, scale=learned)
     with pytest.raises(TypeError, match="v is of int64"):
         retention(q, k, v.long(), gamma)
     with pytest.raises(ValueError, match="on cpu and meta; they must be on one device"):

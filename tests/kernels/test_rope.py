@@ -146,6 +146,7 @@ def test_kernel(proof, dtype, shape, layout, interleaved):
     proof.compare(ours, reference, q, k, frequencies(dim).to(proof.device))
 
 
+@pytest.mark.unsanitized
 @settings(max_examples=8)
 @given(
     batch=st.integers(0, 2),
@@ -207,6 +208,30 @@ def test_kernel_has_second_gradients(proof):
     torch.testing.assert_close(second, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_kernel_takes_lists_that_are_not_contiguous(proof, layout, ndim):
+    q, k = proof.tensor(2, 2, 3, 8, grad=True), proof.tensor(2, 1, 3, 8, seed=1, grad=True)
+    positions = proof.tensor(
+        *(2, 3)[-ndim:], seed=2, layout=layout
+    )  # fractions, as of some methods
+    theta = proof.tensor(4, seed=3, layout=layout)
+    assert not positions.is_contiguous() and not theta.is_contiguous()
+    ours, reference = kernel(proof, proof.guarded(positions))
+    proof.compare(ours, reference, q, k, theta)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_kernel_finds_places_beyond_32_bits(proof, interleaved):
+    q = proof.tensor(1, 2, 3, 6, dtype=torch.float16)
+    theta = frequencies(6).to(proof.device)
+    near, _ = rope(q, q, theta, interleaved=interleaved, backend=proof.kernel)
+    for axis in (2, 3):
+        far = proof.far(q, axis)
+        found = rope(far, far, theta, interleaved=interleaved, backend=proof.kernel)
+        assert torch.equal(found[0], near) and torch.equal(found[1], near)
+
+
 def test_kernel_takes_frequencies_in_float64(proof):
     q, theta = proof.tensor(1, 1, 2, 4), frequencies(4).to(proof.device)
     exact = rope(q, q, theta.double(), backend=proof.kernel)
@@ -248,6 +273,8 @@ def test_types_and_backends_that_do_not_fit():
         rope(q, q.half(), theta)
     with pytest.raises(TypeError, match="q is of int64"):
         rope(q.long(), q.long(), theta)
+    with pytest.raises(TypeError, match="scaling is a tensor; it must be a number"):
+        rope(q, q, theta, scaling=torch.tensor(1.0, requires_grad=True))
     with pytest.raises(ValueError, match="backend is 'cuda'"):
         rope(q, q, theta, backend="cuda")
     with pytest.raises(ValueError, match="on cpu and meta; they must be on one device"):
