@@ -4,17 +4,20 @@
 
 attention  `mini-5m` with SpAtten's and Energon's attention: losses, shares and recall per window
 minilm     `minilm-l6` with both: retrieval quality
-experts    GShard's layer on 1 and 2 processes of this machine: bytes, work, equal results
-scaling    the same on 1 and 2 processes, timed in turns; it needs two idle cores
+experts    GShard's layer with 4, 8 and 16 experts on 1, 2 and 4 processes of this machine: bytes
+           and operations counted, the processor's time, results equal to a loop over tokens
+scaling    the same on 1 and 2 processes, by the clock, in turns; it needs two idle cores (minutes)
 
 Losses are those of the first 8 windows of 512 tokens of the held-out novel.
 """
 
 from __future__ import annotations
 
+import os
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
 
+import psutil
 import sweeping
 import torch
 from torch import nn
@@ -29,8 +32,12 @@ RANDOM = (0, 1)
 KEEPS = (0.75, 0.5, 0.25)
 WINDOWS = 8
 ALPHAS = (-0.25, 0.0, 0.25, 0.5)
-TURNS = 9
-"""Times that each number of processes has its turn."""
+EXPERT_TURNS = 5
+"""Runs of each number of experts and processes."""
+TURNS = 7
+"""Times that each number of processes has its turn by the clock."""
+IDLE_TRIES, BUSY_PERCENT = 60, 25
+"""Seconds to wait for idle cores, and what others may use of a core then."""
 
 
 def attention() -> dict:
@@ -139,43 +146,84 @@ def minilm() -> dict:
     return {"model": "minilm-l6", "queries": len(queries), "table": table}
 
 
-SIZES = dict(experts=8, groups=8, tokens=256, model=256, hidden=1024, repeats=7)
+SIZES = dict(groups=8, tokens=256, model=256, hidden=1024)
+ROOMY = dict(groups=4, tokens=64, model=64, hidden=128, factor=0, repeats=1)
+"""Small, and with room for all tokens, so that the result can be compared with the loop."""
+EXPERTS = (4, 8, 16)
+DEVICES = (1, 2, 4)
 
 
 def experts() -> dict:
-    """The same layer on one process and on two: what each holds, sends, and works."""
-    runs, busy = {}, {}
-    for devices, turns in ((1, 5), (2, 5)):
-        busy[str(devices)] = []
-        for _ in range(turns):
-            reports = run_processes(Settings(devices=devices, **SIZES), seconds=600)
-            busy[str(devices)].append(max(report.busy_seconds for report in reports))
-        # Times by the clock are another part's matter: others may use the cores meanwhile.
-        left_out = ("seconds", "exchange_seconds", "busy_seconds", "largest_error")
-        runs[str(devices)] = [
-            {k: v for k, v in asdict(r).items() if k not in left_out} for r in reports
-        ]
-        print(devices, busy[str(devices)], flush=True)
-    exact = run_processes(
-        Settings(devices=2, experts=8, groups=4, tokens=64, model=64, hidden=128, factor=0)
+    """The same tokens on 1, 2 and 4 processes with 4, 8 and 16 experts: bytes, work, results."""
+    table = []
+    for count in EXPERTS:
+        for devices in DEVICES:
+            busy: list[float] = []
+            # The processor's time for a process hardly depends on who else uses the machine. Time
+            # by the clock does: it is the matter of `scaling`.
+            for _ in range(EXPERT_TURNS):
+                settings = Settings(devices=devices, experts=count, repeats=5, **SIZES)
+                reports = run_processes(settings, seconds=600)
+                busy.append(max(report.busy_seconds for report in reports))
+            roomy = run_processes(Settings(devices=devices, experts=count, **ROOMY), seconds=600)
+            row = {
+                "experts": count,
+                "devices": devices,
+                "slots": settings.slots,
+                "sent_bytes": [r.sent_bytes for r in reports],
+                "operations": [r.operations for r in reports],
+                "weight_bytes": [r.weight_bytes for r in reports],
+                "dropped_choices": sum(r.dropped_choices for r in reports),
+                "output_sum": sum(r.output_sum for r in reports),
+                "largest_error": max(r.largest_error for r in roomy),
+                "busy_seconds": [round(b, 5) for b in busy],
+            }
+            table.append(row)
+            print(row, flush=True)
+    return {"sizes": SIZES, "roomy": ROOMY, "table": table}
+
+
+def wait_for_idle_cores() -> float:
+    """Wait until others use little of this machine; give what they use, in percent of a core.
+
+    Raises:
+        SystemExit: When two processes would share a core, or when the machine stays busy.
+    """
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < 2:
+        raise SystemExit("this process may use one core only: start it without `taskset`.")
+    for _ in range(IDLE_TRIES):
+        used = psutil.cpu_percent(interval=1) * psutil.cpu_count()
+        if used < BUSY_PERCENT:
+            return used
+    raise SystemExit(
+        f"others use {used:.0f} % of a core: this measures two processes by the clock, and needs "
+        "two idle cores. Nothing was stored."
     )
-    return {
-        "sizes": SIZES,
-        "runs": runs,
-        "busy_seconds": busy,
-        "largest_error": max(report.largest_error for report in exact),
-    }
 
 
 def scaling() -> dict:
-    """Seconds of the slowest process, each number of processes in its turn; on idle cores only."""
-    seconds: dict[str, list[float]] = {"1": [], "2": []}
-    for _ in range(TURNS):
-        for devices, found in seconds.items():
-            reports = run_processes(Settings(devices=int(devices), **SIZES), seconds=600)
-            found.append(max(report.seconds for report in reports))
-            print(devices, found[-1], flush=True)
-    return {"sizes": SIZES, "seconds": seconds}
+    """Seconds of the slowest process, on 1 and 2 processes in turns; on idle cores only."""
+    others, table = [], []
+    for count in EXPERTS:
+        found: dict[int, list[list[float]]] = {1: [], 2: []}
+        for _ in range(TURNS):
+            others.append(wait_for_idle_cores())
+            for devices, turns in found.items():
+                settings = Settings(devices=devices, experts=count, repeats=15, **SIZES)
+                reports = run_processes(settings, seconds=600)
+                slowest = max(reports, key=lambda report: report.seconds)
+                turns.append([round(slowest.seconds, 5), round(slowest.exchange_seconds, 5)])
+            print(count, {n: turns[-1] for n, turns in found.items()}, flush=True)
+        table += [
+            {
+                "experts": count,
+                "devices": devices,
+                "seconds": [t for t, _ in turns],
+                "exchange_seconds": [t for _, t in turns],
+            }
+            for devices, turns in found.items()
+        ]
+    return {"sizes": SIZES, "others_percent_of_a_core": max(others), "table": table}
 
 
 PARTS = {"attention": attention, "minilm": minilm, "experts": experts, "scaling": scaling}

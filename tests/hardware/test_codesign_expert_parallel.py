@@ -10,7 +10,7 @@ import torch
 
 from effnb.hardware.codesign import expert_parallel
 from effnb.hardware.codesign.expert_parallel import Settings, main, run_device, run_processes
-from effnb.hardware.codesign.gshard import exchange_bytes, moe_layer
+from effnb.hardware.codesign.gshard import exchange_bytes, expert_operations, moe_layer
 
 TIGHT = Settings(devices=2, experts=4, groups=4, tokens=24, model=16, hidden=24, repeats=2)
 
@@ -39,6 +39,14 @@ def test_two_processes_send_the_bytes_of_the_formula(two):
     assert all(0 < r.exchange_seconds < r.seconds and r.busy_seconds > 0 for r in two)
     _, experts = TIGHT.inputs()
     assert [2 * r.weight_bytes for r in two] == [experts.up.nbytes + experts.down.nbytes] * 2
+
+
+def test_the_operations_counted_are_those_of_router_slots_and_experts(two):
+    s = TIGHT
+    router = 2 * 2 * s.tokens * s.model * s.experts  # 2 groups on each device
+    to_slots_and_back = 2 * (2 * 2 * s.tokens * s.experts * s.slots * s.model)
+    experts = expert_operations(2, s.slots, s.experts, s.model, s.hidden)
+    assert [r.operations for r in two] == [router + to_slots_and_back + experts] * 2
 
 
 def test_with_room_for_all_two_processes_are_the_loop_over_tokens():

@@ -50,6 +50,31 @@ def test_bits_of_a_weight_with_its_share_of_the_scale():
         assert 16 / roofline.weight_bits(4, group_size=group) == pytest.approx(gain, abs=5e-4)
 
 
+def test_two_of_four_weights_and_their_places():
+    # Specification, 7.1: 56.25 % of the bytes of 16 bits; with int4 3 bits, 5.33 times fewer.
+    assert roofline.sparse_bits(16) == 9 == 0.5625 * 16
+    assert roofline.sparse_bits(4) == 3
+    dense, sparse = (roofline.matmul(1, 512, 512, weight_bits=b) for b in (16, 3))
+    vectors = 2 * 2 * 512  # bytes of inputs and results, which nothing makes smaller
+    assert (dense.bytes - vectors) / (sparse.bytes - vectors) == 16 / 3
+    assert round(16 / roofline.sparse_bits(4), 2) == 5.33
+    assert roofline.sparse_bits(8, kept=1, of=2) == 4.5
+    assert roofline.sparse_bits(8, kept=3, of=3) == 10
+    assert roofline.sparse_bits(7, kept=1, of=1) == 7  # nothing to choose, no place to store
+
+
+def test_the_places_are_those_of_pytorchs_own_sparse_format():
+    """The values of two of four, and two bits for the place of each of them."""
+    from torch.sparse._semi_structured_conversions import (
+        sparse_semi_structured_from_dense_cutlass as compress,
+    )
+
+    weight = torch.randn(32, 64, dtype=torch.float16)
+    weight[:, 0::4] = weight[:, 3::4] = 0
+    values, places = compress(weight)
+    assert 8 * (values.nbytes + places.nbytes) / weight.numel() == roofline.sparse_bits(16)
+
+
 def test_the_counts_are_those_of_quantized_weights_in_memory():
     from effnb.inference import quantization
 
@@ -177,6 +202,9 @@ def test_a_real_machine_is_not_faster_than_its_roof():
         (lambda: roofline.matmul(0, 1, 1), "m is 0; it has to be above 0"),
         (lambda: roofline.matmul(1, 1, 1, weight_bits=0), "weight bits is 0"),
         (lambda: roofline.weight_bits(4, group_size=0), "group size is 0"),
+        (lambda: roofline.sparse_bits(0), "bits is 0"),
+        (lambda: roofline.sparse_bits(4, kept=0), "kept is 0"),
+        (lambda: roofline.sparse_bits(4, kept=5), "5 of 4 weights cannot be kept"),
         (lambda: roofline.elementwise(0, 1, fused=True), "numbers is 0"),
         (lambda: roofline.tiled_bytes(1, 1, 1, tile_m=0, tile_n=1), "tile m is 0"),
         (lambda: roofline.measure_roof(mebibytes=0), "mebibytes is 0"),

@@ -1,7 +1,8 @@
 """Hardware and software made for each other: rooflines, pruning accelerators, expert parallelism.
 
-`roofline` counts operations and bytes, and measures a machine's ceilings. `attention_pruning` has
-what SpAtten and Energon do to queries, keys and values, and `pruned_models` does it inside a model.
+`roofline` counts operations and bytes, and measures a machine's ceilings. `kernel_results` reads
+what the kernels' benchmark stored. `attention_pruning` has what SpAtten and Energon do to queries,
+keys and values, and `pruned_models` does it inside a model.
 `accelerator` simulates what a chip would gain from it. `gshard` is a layer of experts that a
 compiler can split, and `expert_parallel` spreads it over real processes.
 """

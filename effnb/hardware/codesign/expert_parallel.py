@@ -23,12 +23,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from effnb.hardware.codesign.gshard import Experts, capacity, dense_loop, moe_layer
 
@@ -102,6 +104,8 @@ class Report:
         busy_seconds: Median time that the processor worked for this process during the layer, which
             other programs on the machine hardly change.
         sent_bytes: Bytes sent to other devices by both of them.
+        operations: Arithmetic operations of its matrix products, as PyTorch's counter saw them: of
+            the router, of bringing tokens to slots and back, and of the experts, empty slots too.
         largest_error: Largest difference to the dense loop on this device's tokens; None where
             tokens were dropped, so that there is nothing to compare.
         dropped_choices: Choices of this device's tokens that found their expert full.
@@ -115,6 +119,7 @@ class Report:
     exchange_seconds: float
     busy_seconds: float
     sent_bytes: int
+    operations: int
     largest_error: float | None
     dropped_choices: int
     lost_tokens: int
@@ -148,12 +153,14 @@ def run_device(settings: Settings, device: int) -> Report:
     times: list[float] = []
     exchanges: list[float] = []
     busy: list[float] = []
-    for _ in range(settings.repeats + 1):
+    counter = FlopCounterMode(display=False)
+    for turn in range(settings.repeats + 1):
         link.seconds, link.bytes = 0.0, 0
         if settings.devices > 1:
             dist.barrier()
         start, work = time.perf_counter(), time.process_time()
-        with torch.inference_mode():
+        # The first turn warms up and is not timed: that is when operations are counted.
+        with torch.inference_mode(), nullcontext() if turn else counter:
             out, routing = moe_layer(
                 mine, experts, settings.slots, devices=settings.devices, exchange=link
             )
@@ -171,6 +178,7 @@ def run_device(settings: Settings, device: int) -> Report:
         statistics.median(exchanges[1:]),
         statistics.median(busy[1:]),
         link.bytes,
+        counter.get_total_flops(),
         error,
         routing.dropped_choices,
         routing.lost_tokens,
