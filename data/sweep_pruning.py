@@ -6,7 +6,8 @@
 
 Each part is written to `data/results/pruning_<part>.json`, point by point:
 
-methods      magnitude, Wanda, SparseGPT, Taylor, OBD and OBS at sparsities from 10 to 90 %
+methods      magnitude, Wanda, SparseGPT and Taylor at sparsities from 10 to 90 %, and OBD and
+             variants of them from 50 to 70 %
 patterns     the same as N:M, and SparseGPT with 4 bits in the same walk
 outliers     magnitude, Wanda, SparseGPT and Taylor after function-preserving outlier injection
 domains      what pruning costs on novels, the Bible, package descriptions and translations

@@ -69,7 +69,6 @@ def by_method(model: nn.Module, given: torch.Tensor | None) -> dict[str, Callabl
         "SparseGPT": lambda s, **k: pruning.sparsegpt(model, given, s, **k),
         "Taylor": lambda s, **k: pruning.taylor(model, given, s, **k),
         "OBD": lambda s, **k: pruning.obd(model, given, s, **k),
-        "OBS": lambda s, **k: pruning.obs(model, given, s, **k),
     }
 
 

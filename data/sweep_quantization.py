@@ -10,8 +10,9 @@ outliers   the same and W8A8 / W6A6 after function-preserving outlier injection
 domains    what quantization costs on novels, the Bible, package descriptions and translations
 mixed      bits chosen per layer under a budget, against uniform bits of equal size
 training   quantization after, while fine-tuning, and in training: quality and cost, three seeds
+control    the same training steps without any rounding, three seeds
 cache      the key-value cache at 2, 4 and 8 bits
-minilm     retrieval quality of `minilm-l6` at 2 to 8 bits
+minilm     retrieval quality of `minilm-l6` at every number of bits from 2 to 8
 smollm2    `smollm2-135m` at 3 and 4 bits: quality
 speed      `smollm2-135m`: tokens per second of packed layers beside float32
 
@@ -34,6 +35,7 @@ from sweeping import CALIBRATION, CONTEXT, SEEDS, calibration, held_out_novel, t
 from torch import nn
 from transformers import DynamicCache
 
+from effnb.core.modules import clone
 from effnb.core.outliers import inject_key_outliers, inject_outliers
 from effnb.core.training import TrainingSettings, train
 from effnb.evaluation import decode_tokens_per_second, retrieval, stored_bytes
@@ -147,7 +149,7 @@ def domains() -> dict:
             for name, code in (("German", "de"), ("French", "fr"), ("Japanese", "ja"))
         },
     }
-    windows = {name: windows_of(bench.loaded, of, 24, 256) for name, of in texts.items()}
+    windows = {name: windows_of(bench.loaded, of, 48, 256) for name, of in texts.items()}
     given = calibration(bench.loaded, 0)
     models = {"original": bench.model}
     for bits, group_size in ((4, 64), (3, "row"), (2, 64)):
@@ -158,12 +160,27 @@ def domains() -> dict:
         models[f"GPTQ, {at}"] = dequantized(
             quantization.gptq(bench.model, given, bits, group_size=group_size)
         )
-    table = {}
+    table, spread = {}, {}
     for name, model in models.items():
-        table[name] = {domain: bench.losses(model, rows) for domain, rows in windows.items()}
+        found = {domain: predictions(model, rows) for domain, rows in windows.items()}
+        table[name] = {domain: losses for domain, (losses, _) in found.items()}
+        spread[name] = {domain: flat for domain, (_, flat) in found.items()}
         means = {d: round(sum(x) / len(x), 4) for d, x in table[name].items()}
-        print(name, means, flush=True)
-    return {"model": "mini-5m", "window": 256, "table": table}
+        print(name, means, spread[name], flush=True)
+    return {"model": "mini-5m", "window": 256, "table": table, "entropy": spread}
+
+
+@torch.inference_mode()
+def predictions(model: nn.Module, windows: torch.Tensor) -> tuple[list[float], float]:
+    """The loss of each window, and the mean entropy of the predictions: how flat they are."""
+    losses: list[torch.Tensor] = []
+    total = 0.0
+    for part in windows.split(4):
+        logs = model(input_ids=part[:, :-1]).logits.float().log_softmax(-1)
+        losses.append(-logs.gather(2, part[:, 1:, None]).squeeze(2).mean(1))
+        total -= float((logs.exp() * logs).sum(-1).sum())
+    found = [round(x, 5) for x in torch.cat(losses).tolist()]
+    return found, round(total / windows[:, 1:].numel(), 4)
 
 
 def mixed() -> dict:
@@ -190,6 +207,7 @@ def mixed() -> dict:
         data["table"].append(row | {"allocation": allocation})
         return row
 
+    added = {"uniform 2 bits": dict.fromkeys(sizes, 2)}
     for bits in choices:
         row = add(dict.fromkeys(sizes, bits), by="uniform", method="uniform", bits=bits)
         if bits == 3:
@@ -205,10 +223,14 @@ def mixed() -> dict:
             row = add(chosen, by=by, method=method, bits=round(bits, 3), budget=budget)
             if (by, method, budget) == ("loss", "exact", middle):
                 data["exact"] = row
-                check = quantization.additivity(
-                    bench.model, chosen, costs["loss"], given, quantizer=rounded
-                )
-                data["additivity"] = {"predicted": check.predicted, "together": check.measured}
+                added["mixed, bytes of uniform 3 bits"] = chosen
+    data["additivity"] = {}
+    for name, chosen in added.items():
+        check = quantization.additivity(
+            bench.model, chosen, costs["loss"], given, quantizer=rounded
+        )
+        data["additivity"][name] = {"predicted": check.predicted, "together": check.measured}
+        print(name, data["additivity"][name], flush=True)
     data["sensitivity"] = {
         name: {str(b): round(x, 6) for b, x in by_bits.items()}
         for name, by_bits in costs["loss"].items()
@@ -216,10 +238,22 @@ def mixed() -> dict:
     return data
 
 
+TRAINING_STEPS, TRAINING_SHAPE = 30, (8, 128)
+# A small part of the peak rate of the model's own training, 2e-3: it has been annealed.
+RATES = {"LoRA on GPTQ": 5e-4, "PEQA on GPTQ": 1e-4, "QAT": 1e-4, "QAT, LSQ": 1e-4}
+
+
+def training_settings(rate: float, seed: int) -> TrainingSettings:
+    """The same short run for everything that trains."""
+    return TrainingSettings(
+        steps=TRAINING_STEPS, learning_rate=rate, warmup_steps=5, schedule="cosine", clip_norm=1.0,
+        seed=seed,
+    )  # fmt: skip
+
+
 def training() -> dict:
     """After training, while fine-tuning, in training: the same steps on the same batches."""
     bench = Bench(questions=60)
-    steps, shape = 30, (8, 128)
     table = [bench.row(bench.model, method="original", stage="none", bits=32, seed=0)]
 
     def prepare(method: str, packed: nn.Module, bits: int, seed: int) -> nn.Module:
@@ -232,11 +266,10 @@ def training() -> dict:
             bench.model, bits, method=kind, group_size=64, symmetric=kind == "lsq"
         )
 
-    # A small part of the peak rate of the model's own training, 2e-3: it has been annealed.
-    rates = {"LoRA on GPTQ": 5e-4, "PEQA on GPTQ": 1e-4, "QAT": 1e-4, "QAT, LSQ": 1e-4}
     for seed in SEEDS:
         batches = [
-            calibration(bench.loaded, 1000 * (seed + 1) + step, shape) for step in range(steps)
+            calibration(bench.loaded, 1000 * (seed + 1) + step, TRAINING_SHAPE)
+            for step in range(TRAINING_STEPS)
         ]
         for bits in (3, 2):
             given = calibration(bench.loaded, seed)
@@ -249,22 +282,39 @@ def training() -> dict:
                 about = {"stage": "after training", "trainable": 0, "tokens": tokens}
                 about |= {"method": method, "bits": bits, "seed": seed, "seconds": seconds}
                 table.append(bench.row(dequantized(packed), packed, **about))
-            for method, rate in rates.items():
+            for method, rate in RATES.items():
                 student = prepare(method, packed, bits, seed)
-                settings = TrainingSettings(
-                    steps=steps, learning_rate=rate, warmup_steps=5, schedule="cosine",
-                    clip_norm=1.0, seed=seed,
-                )  # fmt: skip
-                result = train(student, batches.__getitem__, settings)
+                result = train(student, batches.__getitem__, training_settings(rate, seed))
                 trained = [p for p in student.parameters() if p.requires_grad]
                 about = {
                     "method": method, "bits": bits, "seed": seed,
                     "stage": "in training" if method.startswith("QAT") else "while fine-tuning",
-                    "seconds": round(result.seconds, 2), "tokens": steps * shape[0] * shape[1],
+                    "seconds": round(result.seconds, 2),
+                    "tokens": TRAINING_STEPS * TRAINING_SHAPE[0] * TRAINING_SHAPE[1],
                     "trainable": sum(p.numel() for p in trained),
                 }  # fmt: skip
                 table.append(bench.row(student, **about) | {"stored": stored_size(student, method)})
-    return {"model": "mini-5m", "steps": steps, "rates": rates, "table": table}
+    return {"model": "mini-5m", "steps": TRAINING_STEPS, "rates": RATES, "table": table}
+
+
+def control() -> dict:
+    """What the steps of `training` do by themselves, where nothing is rounded."""
+    bench = Bench(questions=0)
+    table = [bench.row(bench.model, method="original", seed=0)]
+    for seed in SEEDS:
+        batches = [
+            calibration(bench.loaded, 1000 * (seed + 1) + step, TRAINING_SHAPE)
+            for step in range(TRAINING_STEPS)
+        ]
+        for method, rate in (("all weights", RATES["QAT"]), ("LoRA", RATES["LoRA on GPTQ"])):
+            student = (
+                lora.attach(bench.model, rank=8, alpha=16, seed=seed)
+                if method == "LoRA"
+                else clone(bench.model).requires_grad_(True)
+            )
+            train(student, batches.__getitem__, training_settings(rate, seed))
+            table.append(bench.row(student, method=method, seed=seed))
+    return {"model": "mini-5m", "steps": TRAINING_STEPS, "table": table}
 
 
 def stored_size(student: nn.Module, method: str) -> int:
@@ -294,10 +344,17 @@ def cache() -> dict:
                     )
                 )  # fmt: skip
                 losses = quantization.decode_losses(model, windows, past).mean(1)
-                held = 2 * windows.numel() * 6 * 4 * 32 * 2 if bits == 16 else past.bytes
+                # What is not packed is float32 here, and counted at 16 bits in every row.
+                if bits == 16:
+                    numbers = 2 * sum(layer.keys.numel() for layer in past.layers)
+                    packed, latest = 0, 2 * numbers
+                else:
+                    numbers = past.fp16_bytes // 2
+                    packed, latest = past.bytes - past.residual_bytes, past.residual_bytes // 2
                 table.append(
                     {
-                        "injected": label, "bits": bits, "keys": axis, "bytes": held,
+                        "injected": label, "bits": bits, "keys": axis, "numbers": numbers,
+                        "packed_bytes": packed, "latest_bytes": latest, "bytes": packed + latest,
                         "loss": round(float(losses.mean()), 5),
                         "windows": [round(x, 5) for x in losses.tolist()],
                     }
@@ -330,14 +387,13 @@ def minilm() -> dict:
     batch = encoder.tokenizer(
         texts, padding=True, truncation=True, max_length=128, return_tensors="pt"
     )
-    for bits in (8, 6, 5, 4, 3, 2):
+    for bits in range(8, 1, -1):
         for group_size in ("row", 64):
             packed = quantization.rtn(encoder.model, bits, group_size=group_size)
             about = {"bits": bits, "group_size": str(group_size)}
             table.append(row(dequantized(packed), packed, method="RTN", **about))
-            if bits <= 4:
-                packed = quantization.gptq(encoder.model, [batch], bits, group_size=group_size)
-                table.append(row(dequantized(packed), packed, method="GPTQ", **about))
+            packed = quantization.gptq(encoder.model, [batch], bits, group_size=group_size)
+            table.append(row(dequantized(packed), packed, method="GPTQ", **about))
     return {"model": "minilm-l6", "queries": len(queries), "table": table}
 
 
@@ -399,10 +455,8 @@ def speed() -> dict:
     }
 
 
-PARTS: dict[str, Callable[[], dict]] = {
-    part.__name__: part
-    for part in (methods, outliers, domains, mixed, training, cache, minilm, smollm2, speed)
-}
+_ALL = (methods, outliers, domains, mixed, training, control, cache, minilm, smollm2, speed)
+PARTS: dict[str, Callable[[], dict]] = {part.__name__: part for part in _ALL}
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@
 # %% [markdown]
 # # Pruning
 #
-# **A third to a half of a language model's weights can become zero at little cost, if you choose them by what the layer computes. But a zero
-# saves bytes and no time: for time, whole heads, neurons and layers have to go, and they cost more.**
+# **About a third of a language model's weights can become zero at little cost, and half of our small model's, if you choose them by what the
+# layer computes. But a zero saves bytes and no time: for time, whole heads, neurons and layers have to go, and they cost more.**
 #
 # After this chapter you can
 #
@@ -39,8 +39,8 @@ run_time("05_inference/1_pruning")
 # %% [markdown]
 # ## The result first
 #
-# On the left, `mini-5m` reads a novel it has never seen, while more and more of its blocks' weights go. Lines remove single weights; the others remove
-# whole heads and neurons (LLM-Pruner) or whole layers (ShortGPT). On the right, SmolLM2 is timed.
+# `mini-5m` reads a novel it has never seen, while more and more of its blocks' weights go. In the upper row single weights are removed, in the lower left picture
+# whole heads, neurons, channels or layers. Beside it, SmolLM2 is timed.
 
 # %% tags=["hide-input"]
 import math
@@ -71,27 +71,45 @@ def pick_structured(method, amount):
     return [r for r in structured["table"] if (r["method"], r["amount"]) == (method, amount)]
 
 
-CURVES = {
+CURVES = {  # method, among which weights its scores compete, colour and line
     "magnitude": ("magnitude", "layer", PALETTE[1], "o-"),
     "Taylor": ("Taylor", "global", PALETTE[3], "^-"),
     "Wanda": ("Wanda", "row", PALETTE[2], "s-"),
     "SparseGPT": ("SparseGPT", "layer", PALETTE[0], "o-"),
 }
-STRUCTURES = {
+ONE_THRESHOLD = {"magnitude, one threshold": ("magnitude", "global", PALETTE[1], "o:")}
+VARIANTS = {
+    "OBD": ("OBD", "global", PALETTE[4], "D-"),
+    "magnitude by row": ("magnitude", "row", PALETTE[1], "<:"),
+    "Taylor by layer": ("Taylor", "layer", PALETTE[3], "v:"),
+    "Wanda by layer": ("Wanda", "layer", PALETTE[2], "d:"),
+    "adaptive Wanda": ("Wanda, adaptive rows", "row", PALETTE[2], "x:"),
+    "SparseGPT's choice alone": ("SparseGPT, its choice only", "layer", PALETTE[0], "x:"),
+    "SparseGPT, blocks of 16": ("SparseGPT, blocks of 16", "layer", PALETTE[0], "v:"),
+}
+STRUCTURES = {  # amounts, colour and line
+    "random": ((0.2, 0.5), "0.5", "x:"),
+    "LLM-Pruner, vector": ((0.2, 0.5), PALETTE[4], "d:"),
     "LLM-Pruner": ((0.1, 0.2, 0.35, 0.5), PALETTE[4], "D--"),
+    "width": ((0.1, 0.2, 0.35, 0.5), PALETTE[0], "o--"),
+    "heads": ((0.25, 0.5), PALETTE[1], "^--"),
+    "channels": ((0.125, 0.25), PALETTE[2], "s--"),
     "ShortGPT": ((1, 2, 3), PALETTE[5], "v--"),
+    "run of layers": ((1, 2, 3), PALETTE[3], "x:"),
 }
 TIMED = {
-    "dense": "dense",
     "magnitude, 50 %": "single weights, 50 %",
+    "magnitude, 2:4": "single weights, 2:4",
     "magnitude, 90 %": "single weights, 90 %",
-    "a third of heads, 50 % of neurons": "heads and neurons",
-    "50 % of layers": "half of the layers",
+    "a third of heads, 20 % of neurons": "⅓ heads, 20 % neurons",
+    "a third of heads, 50 % of neurons": "⅓ heads, 50 % neurons",
+    "20 % of layers": "20 % of layers",
+    "50 % of layers": "50 % of layers",
 }
 
 
-def points(method, pattern):
-    found = [(s / 10, pick(method, pattern, s / 10)) for s in range(1, 10)]
+def points(method, pattern, first=1, last=9):
+    found = [(s / 10, pick(method, pattern, s / 10)) for s in range(first, last + 1)]
     return [(s, mean_perplexity(found_rows)) for s, found_rows in found if found_rows]
 
 
@@ -104,50 +122,111 @@ def timing(name):
     return next(r for r in speed.data["table"] if r["name"] == name)
 
 
-def draw_result(fig):
-    left, right = fig.subplots(1, 2, width_ratios=[3, 2])
-    for label, (method, pattern, colour, line) in CURVES.items():
-        left.plot(*zip(*points(method, pattern)), line, color=colour, label=label, markersize=4)
-    for label, (_, colour, line) in STRUCTURES.items():
-        left.plot(*zip(*structure_points(label)), line, color=colour, label=label, markersize=4)
-    left.axhline(math.exp(original["loss"]), color="0.45", linestyle=":")
-    left.set_yscale("log")
-    left.set_ylim(50, 3000)
-    left.yaxis.set_major_formatter("{x:g}")
-    left.xaxis.set_major_formatter("{x:.0%}")
-    left.set_xlabel("removed of the blocks' weights")
-    left.set_title("perplexity")
-    left.legend(fontsize=8)
+def draw_named(axes, lines, gap):
+    """Curves with their names at the right edge, spread so that none covers another."""
+    ends = []
+    for label, (found, colour, style) in lines.items():
+        axes.plot(*zip(*found), style, color=colour, markersize=4, linewidth=1.2)
+        ends.append((found[-1], label, colour))
+    to_axes = (axes.transScale + axes.transLimits).transform
+    ends.sort(key=lambda end: end[0][1])
+    heights = [to_axes(end[0])[1] for end in ends]
+    for i in range(1, len(heights)):  # push up what is too close to the one below
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    heights[-1] = min(heights[-1], 1.0)
+    for i in range(len(heights) - 1, 0, -1):  # and down again what left the picture
+        heights[i - 1] = min(heights[i - 1], heights[i] - gap)
+    for (end, label, colour), height in zip(ends, heights):
+        axes.annotate(
+            label,
+            end,
+            (1.08, height),
+            textcoords="axes fraction",
+            fontsize=7,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.7,
+                "shrinkA": 1,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def draw_times(axes):
     names = list(TIMED)
     for offset, what, colour in ((-0.2, "prefill", PALETTE[0]), (0.2, "decode", PALETTE[1])):
-        right.barh(
+        axes.barh(
             [i + offset for i in range(len(names))],
             [timing(n)[f"{what}_times_dense"] for n in names],
             height=0.38,
             color=colour,
             label={"prefill": "reading", "decode": "writing"}[what],
         )
-    right.axvline(1, color="0.45", linestyle="--")
-    right.set_yticks(range(len(names)), [TIMED[n] for n in names], fontsize=8)
-    right.invert_yaxis()
-    right.set_title("speed, times dense")
-    right.legend(fontsize=8)
+    axes.axvline(1, color="0.45", linestyle="--")
+    axes.set_yticks(range(len(names)), [TIMED[n] for n in names], fontsize=7)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_title("speed, times dense")
+    axes.legend(fontsize=7, loc="upper right")
+
+
+def draw_result(fig):
+    above, below = fig.subfigures(2, 1)
+    (every, middle), (parts, times) = above.subplots(1, 2), below.subplots(1, 2)
+    singles = CURVES | ONE_THRESHOLD
+    panes = (
+        (every, "single weights", (0.05, 0.93), (50, 9000), 0.09),
+        (middle, "… and variants, 50 to 70 %", (0.49, 0.71), (57, 122), 0.075),
+        (parts, "whole structures", (0.03, 0.52), (50, 800), 0.09),
+    )
+    lines = (
+        {n: (points(m, p), c, line) for n, (m, p, c, line) in singles.items()},
+        {n: (points(m, p, 5, 7), c, line) for n, (m, p, c, line) in (CURVES | VARIANTS).items()},
+        {n: (structure_points(n), c, line) for n, (_, c, line) in STRUCTURES.items()},
+    )
+    for (axes, title, wide, high, gap), named in zip(panes, lines):
+        if axes is not middle:
+            axes.set_yscale("log")
+        axes.set_xlim(wide)
+        axes.set_ylim(high)
+        draw_named(axes, named, gap)
+        axes.axhline(math.exp(original["loss"]), color="0.45", linestyle=":")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.set_title(title)
+    every.set_xticks([0.1, 0.3, 0.5, 0.7, 0.9])
+    middle.set_xticks([0.5, 0.6, 0.7])
+    parts.set_yticks([60, 100, 200, 400, 800])
+    for axes in (every, parts):
+        axes.set_ylabel("perplexity")
+    parts.set_xlabel("removed of the blocks' weights")
+    draw_times(times)
 
 
 figure(
     draw_result,
-    caption="Left: perplexity of mini-5m on a held-out novel; the dotted line is the whole model. Right: tokens per second of SmolLM2 on a CPU, "
-    "reading a prompt and writing token by token, as multiples of the dense model's.",
+    caption="Perplexity of mini-5m on a held-out novel; the dotted line is the whole model. Above: single weights go. Below: whole structures go, and (right) "
+    "tokens per second of SmolLM2 on a CPU, reading a prompt and writing token by token, as multiples of the dense model's.",
     alt=(
-        f"Left, rising curves from {math.exp(original['loss']):.0f}. With half of the weights gone: "
+        f"Rising curves from {math.exp(original['loss']):.0f}. Single weights, half gone: "
         + ", ".join(
             f"{label} {mean_perplexity(pick(m, p, 0.5)):.0f}"
-            for label, (m, p, *_) in CURVES.items()
+            for label, (m, p, *_) in (CURVES | ONE_THRESHOLD | VARIANTS).items()
         )
-        + f", LLM-Pruner {mean_perplexity(pick_structured('LLM-Pruner', 0.5)):.0f}. Right, writing: "
+        + ". Structures, at the most that was removed: "
+        + ", ".join(
+            f"{label} {structure_points(label)[-1][1]:.0f} at {structure_points(label)[-1][0]:.0%}"
+            for label in STRUCTURES
+        )
+        + ". Speed in writing: "
         + ", ".join(f"{TIMED[n]} {timing(n)['decode_times_dense']:.2f}" for n in TIMED)
         + " times dense."
     ),
+    figsize=(7.2, 5.4),
 )
 
 # %%
@@ -157,7 +236,7 @@ stored
 speed
 
 # %% [markdown]
-# Two questions run through the chapter. *Which weights?* separates the lines on the left. *What is a zero worth?* is answered on the right: nothing, as long as
+# Two questions run through the chapter. *Which weights?* separates the lines of the upper row. *What is a zero worth?* is answered by the bars: no time, as long as
 # it stands in a matrix that is multiplied whole.
 
 # %% [markdown]
@@ -256,7 +335,7 @@ print(f"the price by formula: {two[1] ** 2 / (2 * inverse[1, 1]):.2f}")
 # %% [markdown]
 # ## Let the others make up for it
 #
-# Surgery, one weight at a time, with an inverse for each row, is too slow for language models. **SparseGPT** (Frantar and Alistarh, 2023) goes through the columns
+# Surgery, one weight at a time, with an inverse for each row, is too slow for language models, as a count below shows. **SparseGPT** (Frantar and Alistarh, 2023) goes through the columns
 # once, in one order for all rows, as GPTQ does in the chapter on quantisation. In a block of columns it removes the weights with the smallest $w^2 / U_{ii}^2$, and hands the error on to the columns behind:
 #
 # $$e_i = \frac{w_i - \hat w_i}{U_{ii}}, \qquad W_{:,j} \leftarrow W_{:,j} - e_i\, U_{ij} \quad (j > i), \qquad U^\top U = (H + \lambda I)^{-1}.$$
@@ -333,6 +412,12 @@ whole = torch.trace(W[some] @ h @ W[some].T)
 for name, new in tried.items():
     d = new - W[some]
     print(f"{name:28} changes the output by {torch.trace(d @ h @ d.T) / whole:.1%} of its energy")
+
+shapes = [m.weight.shape for m in pruning.masks.linears(model).values()]
+one_by_one = sum(n_out * n_in // 2 * n_in**2 for n_out, n_in in shapes)  # an update each time
+in_one_walk = sum(n_out * n_in**2 // 2 for n_out, n_in in shapes)
+print("half of all weights of mini-5m, multiplications: the surgeon", end=" ")
+print(f"{one_by_one / 1e9:.0f} billion, SparseGPT's walk {in_one_walk / 1e9:.1f} billion")
 
 # %% [markdown]
 # ## Outliers: who is misled
@@ -630,19 +715,22 @@ def draw_movement(fig):
 sizes = {
     n: start.abs()[r.masks[watched].flatten()].mean() / start.abs().mean() for n, r in runs.items()
 }
+smaller = start.abs() < start.abs().median()
+small_kept = {n: r.masks[watched].flatten()[smaller].float().mean() for n, r in runs.items()}
 figure(
     draw_movement,
-    caption="Which weights of one layer are kept, by the value they had. Magnitude leaves a hole around zero; movement keeps small weights too.",
+    caption="Which weights of one layer are kept, by the value they had before fine-tuning. Of the smaller half of them "
+    f"magnitude keeps {small_kept['magnitude']:.0%}, movement {small_kept['movement']:.0%}.",
     alt="Two histograms. The weights that magnitude keeps were on average "
     f"{sizes['magnitude']:.1f} times as large as all, those that movement keeps {sizes['movement']:.1f} times.",
 )
 
 # %% [markdown]
-# The more has to go, the more it matters. Stored: the same steps on German, three seeds each; perplexity on German texts that the model has not seen. And pre-training: a **ticket** (Frankle and Carbin, 2018) is a small network found by
-# training, pruning and *rewinding* the survivors to where they began, again and again. In so few steps fewer weights learn faster, even random ones, so compare tickets with their controls and not with the whole:
+# Does it matter how they go? Stored: the same steps on German, three seeds each; perplexity on German texts that the model has not seen. The last lines say which way won:
 
 # %% tags=["nbval-check-output"]
 trained = results.read("pruning_training").data["table"]
+WAYS = ("magnitude at once", "magnitude, gradual", "movement, hard")
 
 
 def learned(method, sparsity):
@@ -653,7 +741,7 @@ print(
     f"German, before {math.exp(trained[0]['loss']):.0f}, fine-tuned whole {perplexity_of(learned('dense', 0.0)):.1f}"
 )
 print("removed               50 %     90 %")
-for method in ("magnitude at once", "magnitude, gradual", "movement, hard"):
+for method in WAYS:
     print(
         f"{method:18}",
         *(f"{perplexity_of(learned(method, s)):7.1f}" for s in (0.5, 0.9)),
@@ -665,6 +753,15 @@ for penalty in sorted({r["penalty"] for r in trained if "penalty" in r}):
     print(
         f"movement, soft: a penalty of {penalty:g} reaches {reached:.0%}, perplexity {perplexity_of([r['loss'] for r in soft]):.1f}"
     )
+for sparsity in (0.5, 0.9):
+    best = min(WAYS, key=lambda way: perplexity_of(learned(way, sparsity)))
+    worst = max(WAYS, key=lambda way: perplexity_of(learned(way, sparsity)))
+    times = perplexity_of(learned(worst, sparsity)) / perplexity_of(learned(best, sparsity))
+    print(f"{sparsity:.0%} removed: lowest with {best}, {worst} is {times:.2f} times as high")
+
+# %% [markdown]
+# And at pre-training? A **ticket** (Frankle and Carbin, 2018) is a small network found by training, pruning and *rewinding* the survivors to where they began, again and again. With other counts of weights
+# the same few steps come to something else, whatever the weights are, so compare tickets with their controls (as many weights) and not with the whole:
 
 # %% tags=["nbval-check-output"]
 tickets = results.read("pruning_lottery").data["table"]
@@ -701,11 +798,14 @@ for key, label in (
 # %% [markdown]
 # ## Turn the knob
 #
-# Every method, every pattern, one panel. **Predict first:** up to which sparsity will *magnitude* and *SparseGPT* answer as many questions as the original? And when you go from *single weights* to *depth* at equal
+# All methods that answer while you wait, all patterns, one panel. **Predict first:** up to which sparsity will *magnitude* and *SparseGPT* answer as many questions as the original? And when you go from *single weights* to *depth* at equal
 # sparsity, which of the three bars on the right will move?
 #
-# The pattern decides *what* goes. For single weights and 2:4 the method scores weights. Heads are scored by Michel's gates, heads and neurons together by LLM-Pruner, layers by block influence, whatever
+# The pattern decides *what* goes. For single weights and 2:4 the method scores weights. Heads are scored by Michel's gates, heads and neurons together by LLM-Pruner or, as *width*, by how active they are, channels by activity too, and layers by block influence, whatever
 # the method says, except *random*. 2:4 is always half. Structures come in whole pieces, so the text says how much really went.
+#
+# Some methods are not in the panel. *OBS* takes many minutes on this model (you saw its count; it is live above on 32 rows of one layer). Others train: gradual magnitude and movement run live in the section above, soft
+# movement and tickets are stored there; LoRAPrune runs live under *Does it hold?*, and its stored results stand under *Whole structures*.
 
 # %% tags=["hide-input"]
 from functools import cache
@@ -742,9 +842,18 @@ METHODS = {
     "OBD": lambda m, s, p: pruning.obd(m, calibration[::2], s, pattern=p),
     "random": at_random,
 }
+
+
+def by_activity(m, *kinds):
+    found = pruning.activation_importance(m, calibration)
+    return {kind: found[kind] for kind in kinds}
+
+
 SCORES = {
     "heads": lambda m: {"heads": pruning.head_importance(m, calibration[::2])},
     "heads and neurons": lambda m: pruning.llm_pruner_scores(m, calibration[::2]),
+    "width": lambda m: by_activity(m, "heads", "neurons"),
+    "channels": lambda m: by_activity(m, "channels"),
     "depth": lambda m: {"layers": pruning.block_influence(m, calibration)},
 }
 
@@ -770,7 +879,7 @@ def cut_structures(outliers, pattern, sparsity, chance):
     scores = structure_scores(pattern, outliers, chance)
     sizes = {"heads": 4, "layers": 6}  # groups of heads in each layer, and layers
     remove = {
-        kind: sparsity if kind == "neurons" else min(round(sparsity * sizes[kind]), sizes[kind] - 1)
+        kind: min(round(sparsity * sizes[kind]), sizes[kind] - 1) if kind in sizes else sparsity
         for kind in scores
     }
     return pruning.prune_structures(injected(outliers), scores, remove).model
@@ -840,14 +949,14 @@ def compute(sparsity, method, pattern, outliers):
 
 def draw(result, fig):
     left, right = fig.subplots(1, 2, width_ratios=[3, 2])
-    for method, pattern, _, line in CURVES.values():
+    for method, pattern, *_ in (CURVES | ONE_THRESHOLD).values():
         x, y = zip(*points(method, pattern))
         relative = [v / math.exp(original["loss"]) for v in y]
-        left.plot(x, relative, line, color="0.8", markersize=3)
+        left.plot(x, relative, color="0.85", linewidth=1)
     for label in STRUCTURES:
         x, y = zip(*structure_points(label))
         relative = [v / math.exp(original["loss"]) for v in y]
-        left.plot(x, relative, "D--", color="0.8", markersize=3)
+        left.plot(x, relative, "--", color="0.75", linewidth=1)
     left.axhline(1, color="0.45", linestyle="--")
     left.plot(
         result["removed"],
@@ -901,8 +1010,9 @@ panel(
     draw,
     text=text,
     title="Prune mini-5m",
-    caption="Left: your setting among the stored curves of the first picture. Right: what it does to right answers about unseen packages, to bytes and to time. "
+    caption="Left: your setting among the stored curves of the first picture (lines: single weights, dashed: structures). Right: what it does to right answers about unseen packages, to bytes and to time. "
     "The dashed lines are the original.",
+    frames=(0, 30, 50, 60, 70, 90),
     sparsity=knob(0, 90, step=10, default=50, label="sparsity in %"),
     method=knob(list(METHODS), default="magnitude"),
     pattern=knob(["single weights", "2:4", *SCORES], default="single weights"),
@@ -959,7 +1069,7 @@ def draw_allocation(fig):
 
 figure(
     draw_allocation,
-    caption="How much each layer gives when the model gives the share of the dashed line.",
+    caption="How much each layer gives when the model gives 60 %, the dashed line.",
     alt="Sparsity of each layer. "
     + "; ".join(
         f"{by}: from {min(at_60[by].values()):.0%} to {max(at_60[by].values()):.0%}"
@@ -969,6 +1079,9 @@ figure(
 )
 
 # %% [markdown]
+# A threshold over sizes is worse than the habit: layers whose weights are small are not layers that matter little. Measured sensitivity is level with the habit at half, and ahead from 60 % on, more so for magnitude, which repairs nothing,
+# than for SparseGPT.
+#
 # ## Does it hold?
 #
 # Three rows of the claims ledger belong to this chapter. The verdicts are computed from stored measurements: windows of the held-out novel
@@ -1111,20 +1224,26 @@ def harm(setting, domain):
 
 
 KNOWN = ("novel", "Bible", "packages")  # what the model was trained on
-setting = ("SparseGPT", 0.7)
-average = {d: sum(harm(setting, d)) / len(harm(setting, d)) for d in KNOWN}
-worst, least = max(average, key=average.get), min(average, key=average.get)
+CHOOSE, JUDGE = slice(0, 12), slice(12, 24)  # windows of each kind of text
+
+
+def most_and_least(method):
+    """The pair that the first half of the windows points at; the second half judges it."""
+    average = {d: sum(harm((method, 0.7), d)[CHOOSE]) for d in KNOWN}
+    worst, least = max(average, key=average.get), min(average, key=average.get)
+    return Evidence.paired(
+        f"rise of the loss in per cent at 70 %, {method}: {worst} - {least}",
+        harm((method, 0.7), worst)[JUDGE],
+        harm((method, 0.7), least)[JUDGE],
+        expect="higher",
+    )
+
+
 c_7 = verdict(
     "C-7",
-    parts=[
-        Evidence.paired(
-            f"rise of the loss in per cent at 70 %, SparseGPT: {worst} - {least}",
-            harm(setting, worst),
-            harm(setting, least),
-            expect="higher",
-        )
-    ],
-    note="Holds means: yes, it hurts some domains more. Compared are the most and the least hurt of the three kinds of text that the model was trained on.",
+    parts=[most_and_least(method) for method in ("magnitude", "Wanda", "SparseGPT")],
+    note="Shown means: yes, it hurts some domains more. Of the kinds of text that the model was trained on, the most and the least hurt are picked on "
+    "one half of the windows and compared on the other: the largest of three differences on the same windows would be above 0 by choice alone.",
 )
 claims_table(s_i1, c_1, c_7)
 
@@ -1153,7 +1272,8 @@ for method in (
     print(f"  {method:33} {mean_perplexity(pattern_rows(method, 'layer')):.1f}")
 
 # %% [markdown]
-# *Which domain loses most?* The rise of the loss in per cent. With Wanda and SparseGPT it is the package descriptions, with magnitude at 70 % the Bible. In languages that the model never learned, there is little to lose, and pruning may even flatten predictions that were confident and wrong:
+# *Which domain loses most?* The rise of the loss in per cent, all windows. With Wanda and SparseGPT the package descriptions come out highest, with magnitude at 70 % the Bible; the row C-7 above says for which method that is more than chance on twelve windows that had no part in the choice. In languages that the model never learned there is
+# mostly little to lose, and some settings even lower the loss. One exception: Wanda at 70 % on Japanese, where the loss rises by 7.8%, beside 8.2% on the novel:
 
 # %% tags=["nbval-check-output"]
 print(" " * 15, *(f"{d.replace('packages in ', ''):>9}" for d in domains[0]["domains"]))
@@ -1166,7 +1286,7 @@ for method in ("magnitude", "Wanda", "SparseGPT"):
         print(f"{method:10} {sparsity:.0%} ", *(f"{rise:8.1f}%" for rise in rises))
 
 # %% [markdown]
-# *Fine-tuning with the mask held*, two dozen steps, three seeds. It wins back half of what magnitude lost at 70 %, and little where SparseGPT had repaired the layers already. The whole model, trained on the same text, even gets worse: it had been trained to its end, and a fresh learning rate disturbs it:
+# *Fine-tuning with the mask held*, two dozen steps, three seeds. It wins back half of what magnitude lost at 70 %, and little where SparseGPT had repaired the layers already. The whole model, trained on the same text, even gets worse; probably because it had been trained to its end, and a fresh learning rate disturbs it:
 
 
 # %% tags=["nbval-check-output"]
@@ -1238,7 +1358,7 @@ for r in smollm2:
     print(f"{r['method']:22} {label:9} perplexity {math.exp(r['loss']):9.1f}{gone}")
 
 # %% [markdown]
-# Two things differ from our small models. *Magnitude collapses where Wanda stands*: SmolLM2 has outliers of its own, nobody had to inject them. And half is no longer free: a small model that was trained for long has little to spare. SparseGPT had
+# Two things differ from our small models. *Magnitude collapses where Wanda stands*: SmolLM2 has outliers of its own, nobody had to inject them. And half is no longer free: Wanda at 30 % goes from 48.3 to 53.0, and at 50 % to 90.5. A likely reason: a small model that was trained for long has little to spare. SparseGPT had
 # eight sequences of 256 tokens to calibrate with, which is little for layers of 1,536 inputs; at half it does not beat Wanda here, and in 2:4 it does. And the time, as multiples of the dense model's speed:
 
 # %%
@@ -1402,13 +1522,13 @@ for attempt in (
 # %% [markdown]
 # ## Gallery
 #
-# All of these are in the package and tested. Several are in the panel, the others a line of code away.
+# All of these are in the package and tested. OBD, heads, width and depth are in the panel, the others a line of code away.
 #
 # **OBD and OBS** (LeCun et al., 1990; Hassibi and Stork, 1993). Scores from curvature, $\tfrac12 H_{qq} w_q^2$, without and with surgery. `obd` takes the diagonal of the Fisher matrix of the whole loss, `obs` each layer's own $H$. For layers of a few hundred inputs.
 #
 # **SNIP** (Lee et al., 2018). $|w\,g|$ of one batch at the random start, before any training. Use it when even training dense is too dear.
 #
-# **Gradual magnitude** (Zhu and Gupta, 2017). The sparsity follows a cubic, $s_t = s_f + (s_i - s_f)\bigl(1 - \tfrac{t - t_0}{t_1 - t_0}\bigr)^3$: much at first, little at last. The default whenever you train anyway.
+# **Gradual magnitude** (Zhu and Gupta, 2017). The sparsity follows a cubic, $s_t = s_f + (s_i - s_f)\bigl(1 - \tfrac{t - t_0}{t_1 - t_0}\bigr)^3$: much at first, little at last. It costs nothing extra where you train anyway; whether it beats cutting at once depends on how much goes and how many steps are left (the table above).
 #
 # **Soft movement** (Sanh et al., 2020). $M = [\sigma(S) > \tau]$, and a penalty $\lambda\,\sigma(S)$ on the scores. Each layer finds its own sparsity; how much goes in all depends on $\lambda$ and has to be searched.
 #
@@ -1424,7 +1544,8 @@ for attempt in (
 #
 # ## Which one?
 #
-# You need fewer bytes, and have a few sequences of text: SparseGPT at half, stored as a bitmap, or 2:4 if your hardware multiplies it. You can train: magnitude on a schedule, or movement if little is to be left. You need time: cut layers and neurons before heads, and train a LoRA
+# You need fewer bytes, and have a few sequences of text: Wanda or SparseGPT, stored as a bitmap, or SparseGPT as 2:4 if your hardware multiplies it. How much? Measure it: half of the weights took `mini-5m` from 58.9 to 59.7 (SparseGPT), but SmolLM2 from 48.3 to 90.5 (Wanda) or 94.9 (SparseGPT); there less than a third came cheap.
+# You can train: the last lines of the German table in *Prune while it learns* say which way won at half and at nine tenths; which one does may depend on the steps you have. You need time: cut layers and neurons before heads, and train a LoRA
 # afterwards. And compare with quantisation before you decide: four bits for all weights save more bytes than half of the weights gone.
 
 # %% [markdown]

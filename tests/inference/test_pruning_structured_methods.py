@@ -13,10 +13,12 @@ from effnb.core.training import TrainingSettings, causal_lm_loss
 from effnb.finetuning import lora
 from effnb.inference.pruning import (
     CubicSchedule,
+    Slice,
     activation_importance,
     anatomy,
     angular_distances,
     block_influence,
+    coupled,
     drop_layers,
     drop_run,
     fisher_diagonal,
@@ -32,9 +34,11 @@ from effnb.inference.pruning import (
     lora_score,
     lowest_heads,
     mask_heads,
+    mask_structures,
     mean_gradients,
     prune_heads,
     prune_structures,
+    random_scores,
     recover,
     shortgpt,
     width,
@@ -94,6 +98,57 @@ def test_what_every_method_gives(method, llama, ids):
     if method != "lora_prune":
         with pytest.raises(ValueError, match="empty"):
             METHODS[method](llama, ids[:0])
+
+
+# --- weights that are not finite ------------------------------------------------------------------
+
+ON_WEIGHTS = METHODS | {
+    "block influence": block_influence,
+    "angles": lambda model, ids: angular_distances(model, ids, 1),
+    "head importance": head_importance,
+    "scores of LLM-Pruner": llm_pruner_scores,
+    "activations": activation_importance,
+    "ablated layers": lambda model, ids: layer_ablation(model, lambda m: 0.0),
+    "ablated heads": lambda model, ids: head_ablation(model, lambda m: 0.0),
+    "silent heads": lambda model, ids: mask_heads(model, {0: [0]}),
+    "masked structures": lambda model, ids: mask_structures(
+        model, random_scores(model), {"neurons": 1}
+    ),
+    "no layer": lambda model, ids: drop_layers(model, [1]),
+    "cut at random": lambda model, ids: prune_structures(
+        model, random_scores(model), {"neurons": 1}
+    ),
+    "coupled": lambda model, ids: coupled(model, [Slice("model.norm.weight", 0, (0,))], ids),
+    "a LoRA's importance": lambda model, ids: lora_importance(lora.attach(model, rank=2), ids),
+}
+
+
+@pytest.mark.parametrize("method", ON_WEIGHTS)
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", math.nan),
+        ("model.embed_tokens.weight", math.inf),
+        ("model.layers.2.input_layernorm.weight", -math.inf),
+    ],
+)
+def test_weights_that_are_not_finite(method, parameter, value, llama, ids):
+    model = copy.deepcopy(llama)
+    with torch.no_grad():
+        model.get_parameter(parameter).view(-1)[3] = value
+    name = parameter.replace(".weight", ".*weight")  # inside a layer that carries a LoRA
+    with pytest.raises(ValueError, match=f"{name} has 1 entries that are NaN or infinite"):
+        ON_WEIGHTS[method](model, ids)
+
+
+@pytest.mark.parametrize(("block", "where"), [(0, "in front of block 1"), (2, "at the end")])
+def test_a_stream_that_is_not_finite_is_not_one_of_zeros(block, where, llama, ids):
+    model = share(llama)
+    overflowing = model.model.layers[block]
+    overflowing.register_forward_hook(lambda module, _, output: output * math.inf)
+    for judge in (block_influence, lambda m, i: angular_distances(m, i, 1)):
+        with pytest.raises(ValueError, match=f"stream is not finite {where}"):
+            judge(model, ids)
 
 
 # --- heads ----------------------------------------------------------------------------------------

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from effnb.inference.pruning.masks import refuse
-from effnb.inference.pruning.structures import Slice, masks_from, replace_parameters
+from effnb.inference.pruning.structures import (
+    Slice,
+    check_weights,
+    masks_from,
+    replace_parameters,
+)
 
 
 def coupled(model: nn.Module, seed: Sequence[Slice], ids: Tensor) -> dict[str, Tensor]:
@@ -35,11 +40,12 @@ def coupled(model: nn.Module, seed: Sequence[Slice], ids: Tensor) -> dict[str, T
         Parameters without any are left out.
 
     Raises:
-        ValueError: When the seed is empty.
+        ValueError: When the seed is empty, a weight is not finite, or the model is quantized.
     """
     if not seed:
         raise ValueError("the seed is empty; name at least one row or column to start from.")
     refuse(model)
+    check_weights(model)
     before = _gradients(model, ids)
     alive = {name: gradient != 0 for name, gradient in before.items()}
     dead = masks_from(model, seed)

@@ -29,7 +29,7 @@ from effnb.core.calibration import Calibration, batches_of, main_output
 from effnb.core.modules import share
 from effnb.inference.pruning.choice import keep_all, removals
 from effnb.inference.pruning.shrink import Pruned, cut, prune_structures
-from effnb.inference.pruning.structures import Anatomy, anatomy
+from effnb.inference.pruning.structures import Anatomy, anatomy, check_weights
 
 
 def text_batches(
@@ -62,6 +62,7 @@ def _streams(
 
     Not the model's `output_hidden_states`: the last of those has gone through the final norm.
     """
+    check_weights(model)
     batches = text_batches(model, calibration, batch_size)
     twin = share(model).eval()
     seen: list[Tensor] = []
@@ -77,7 +78,15 @@ def _streams(
         seen.clear()
         with torch.inference_mode():
             twin(**batch, use_cache=False)
-        yield [stream[mask].double() for stream in seen]
+        streams = [stream[mask].double() for stream in seen]
+        for index, stream in enumerate(streams):
+            if not bool(torch.isfinite(stream).all()):
+                where = f"in front of block {index}" if index < len(blocks) else "at the end"
+                raise ValueError(
+                    f"the residual stream is not finite {where}, although the weights are; "
+                    "compute in a type of wider range."
+                )
+        yield streams
 
 
 def _directions(stream: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
@@ -106,7 +115,8 @@ def block_influence(
         batch_size: Sequences at a time, for token ids.
 
     Raises:
-        ValueError: No calibration data, or a model that is not Llama-like or is quantized.
+        ValueError: No calibration data, weights or a stream that are not finite, or a model that is
+            not Llama-like or is quantized.
     """
     shape = anatomy(model)
     sums = torch.zeros(shape.layers, dtype=torch.float64)
@@ -135,8 +145,8 @@ def angular_distances(
         In [0, 1], for the starts 0, …, layers - n.
 
     Raises:
-        ValueError: A count that leaves no block, no calibration data, or a model that is not
-            Llama-like or is quantized.
+        ValueError: A count that leaves no block, no calibration data, weights or a stream that are
+            not finite, or a model that is not Llama-like or is quantized.
     """
     shape = anatomy(model)
     count = _count(count, shape)
@@ -178,7 +188,8 @@ def layer_ablation(
         progress: Called with (blocks done, blocks).
 
     Raises:
-        ValueError: A model of one block, one that is not Llama-like, or a quantized one.
+        ValueError: A model of one block, one that is not Llama-like, or a quantized one; weights
+            that are not finite.
     """
     layers = anatomy(model).layers
     losses = []
@@ -197,8 +208,8 @@ def drop_layers(model: nn.Module, layers: Iterable[int]) -> Pruned:
         layers: Numbers of the blocks to remove.
 
     Raises:
-        ValueError: A number that is not there, no block left, or a model that is not Llama-like or
-            is quantized.
+        ValueError: A number that is not there, no block left, weights that are not finite, or a
+            model that is not Llama-like or is quantized.
     """
     kept, gone = keep_all(model), set(layers)
     unknown = sorted(gone - set(kept.layers))

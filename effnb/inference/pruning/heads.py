@@ -26,7 +26,7 @@ from effnb.core.modules import Model, share
 from effnb.core.training import Loss
 from effnb.inference.pruning.choice import check_unit, removals
 from effnb.inference.pruning.shrink import Pruned, prune_structures
-from effnb.inference.pruning.structures import anatomy, structures_of, zero
+from effnb.inference.pruning.structures import anatomy, check_weights, structures_of, zero
 from effnb.inference.pruning.taylor import Batches, loss_batches, to_device
 
 
@@ -52,10 +52,11 @@ def head_importance(
         progress: Called with (batches done, batches).
 
     Raises:
-        ValueError: No data, gradients that are not finite, or a model that is not Llama-like or is
-            quantized.
+        ValueError: No data, weights or gradients that are not finite, or a model that is not
+            Llama-like or is quantized.
     """
     shape = anatomy(model)
+    check_weights(model)
     batches = loss_batches(calibration, loss, batch_size)
     twin = share(model).eval()
     device = next(twin.parameters()).device
@@ -133,8 +134,8 @@ def mask_heads(model: Model, heads: Mapping[int, Iterable[int]]) -> Model:
         heads: By layer, the numbers of the query heads to silence.
 
     Raises:
-        ValueError: A layer or head that is not there, or a model that is not Llama-like or is
-            quantized.
+        ValueError: A layer or head that is not there, weights that are not finite, or a model that
+            is not Llama-like or is quantized.
     """
     shape = anatomy(model)
     wanted = {(layer, head) for layer, row in heads.items() for head in row}
@@ -161,7 +162,7 @@ def head_ablation(
         progress: Called with (heads done, heads).
 
     Raises:
-        ValueError: A model that is not Llama-like or is quantized.
+        ValueError: Weights that are not finite, or a model that is not Llama-like or is quantized.
     """
     shape = anatomy(model)
     losses = torch.zeros(shape.layers, shape.heads)

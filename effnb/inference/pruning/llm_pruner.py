@@ -32,7 +32,7 @@ from effnb.core.training import Loss
 from effnb.inference.pruning.choice import check_unit, removals
 from effnb.inference.pruning.obs import fisher_diagonal
 from effnb.inference.pruning.shrink import Pruned, prune_structures
-from effnb.inference.pruning.structures import UNITS, Anatomy, anatomy
+from effnb.inference.pruning.structures import UNITS, Anatomy, anatomy, check_weights
 from effnb.inference.pruning.taylor import Batches, mean_gradients
 
 IMPORTANCES = ("element", "vector")
@@ -109,11 +109,12 @@ def llm_pruner_scores(
         takes them.
 
     Raises:
-        ValueError: An option that is not there, no data, gradients that are not finite, or a model
-            that is not Llama-like or is quantized.
+        ValueError: An option that is not there, no data, weights or gradients that are not finite,
+            or a model that is not Llama-like or is quantized.
     """
     _check(importance, order, aggregate, unit)
     shape = anatomy(model)
+    check_weights(model)
     inside = f"{shape.blocks}.*"
     gradients = fishers = None
     if order != "second":

@@ -46,7 +46,7 @@ from effnb.inference.pruning.choice import Kept, check_unit, choose_kept, keep_a
 from effnb.inference.pruning.llm_pruner import check_ratio
 from effnb.inference.pruning.magnitude import CubicSchedule
 from effnb.inference.pruning.shrink import Pruned, cut
-from effnb.inference.pruning.structures import UNITS, Anatomy, anatomy
+from effnb.inference.pruning.structures import UNITS, Anatomy, anatomy, check_weights
 from effnb.inference.pruning.taylor import Batches as Samples
 from effnb.inference.pruning.taylor import loss_batches, to_device
 
@@ -161,10 +161,12 @@ def lora_importance(
         "heads" (layers, groups or heads) and "neurons" (layers, neurons).
 
     Raises:
-        ValueError: When a layer of the blocks has no such LoRA, no data, or an option out of range.
+        ValueError: When a layer of the blocks has no such LoRA, no data, weights that are not
+            finite, or an option out of range.
     """
     check_unit(unit)
     _check_momentum(momentum)
+    check_weights(model)
     working = set_trainable(model, name).eval()
     carriers = hosts(working, name)
     shape = anatomy(lora.detach(model, name))
@@ -232,12 +234,13 @@ def lora_prune(
         progress: True for a progress bar; or a function of (steps done, steps, loss).
 
     Raises:
-        ValueError: A number out of range, patience (a run whose masks change cannot go back), or a
-            model that is not Llama-like or is quantized.
+        ValueError: A number out of range, patience (a run whose masks change cannot go back),
+            weights that are not finite, or a model that is not Llama-like or is quantized.
     """
     check_unit(unit)
     _check_momentum(momentum)
     shape = anatomy(model)
+    check_weights(model)
     ratio = check_ratio(shape, ratio, unit)
     begin = max(1, settings.steps // 10) if begin is None else begin
     end = max(begin, settings.steps * 8 // 10) if end is None else end

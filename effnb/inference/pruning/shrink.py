@@ -38,6 +38,7 @@ from effnb.inference.pruning.structures import (
     Anatomy,
     Structure,
     anatomy,
+    check_weights,
     structures_of,
     zero,
 )
@@ -118,7 +119,7 @@ def mask_structures(
         With `parameters_after` what would be left if a class could hold it.
 
     Raises:
-        ValueError: As `choose`.
+        ValueError: As `choose` and `zero`.
         TypeError: When an amount is no number.
     """
     kept = choose(model, scores, remove, unit=unit, scope=scope, protect=protect)
@@ -180,9 +181,10 @@ def shrink(model: nn.Module, kept: Kept, *, rescale_norms: bool = True) -> nn.Mo
 
     Raises:
         ValueError: When the counts are unequal, nothing of a kind is left, a number is not in the
-            model, or no class can hold the result.
+            model, a weight is not finite, or no class can hold the result.
     """
     shape = anatomy(model)
+    check_weights(model)
     sizes = _equal(shape, kept)
     config, kind = _configure(model, shape, kept, sizes, rescale_norms)
     with torch.device("meta"):  # no memory and no random draws for what is replaced at once

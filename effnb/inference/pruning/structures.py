@@ -168,6 +168,22 @@ def check_kind(kind: str, allowed: Sequence[str] = KINDS) -> None:
         raise ValueError(f"the kind is {kind!r}; choose one of {', '.join(allowed)}.")
 
 
+def check_weights(model: nn.Module) -> None:
+    """Refuse a model with numbers that are not finite, before anything is scored or cut.
+
+    Scores of such a model mean nothing, and what is cut out of it would carry them on.
+
+    Raises:
+        ValueError: When a parameter holds NaN or an infinity.
+    """
+    for name, parameter in model.named_parameters():
+        bad = int((~torch.isfinite(parameter.detach())).sum())
+        if bad:
+            raise ValueError(
+                f"{name} has {bad} entries that are NaN or infinite; pruning needs none."
+            )
+
+
 def anatomy(model: nn.Module) -> Anatomy:
     """Sizes and names of a Llama-like model.
 
@@ -346,8 +362,12 @@ def zero(model: Model, structures: Iterable[Structure]) -> Model:
 
     It computes what the smaller model will compute, so it can be inspected before anything is cut.
     Any choice is possible, also unequal numbers per layer.
+
+    Raises:
+        ValueError: When the model is quantized or a weight is not finite.
     """
     refuse(model)
+    check_weights(model)
     marked = masks_from(model, (part for s in structures for part in s.slices))
     parameters = dict(model.named_parameters())
     new = {name: torch.where(mask, 0, parameters[name].detach()) for name, mask in marked.items()}

@@ -23,7 +23,7 @@ from effnb.core.modules import share
 from effnb.inference.pruning.choice import check_unit, choose_kept, removals
 from effnb.inference.pruning.depth import text_batches
 from effnb.inference.pruning.shrink import Pruned, cut
-from effnb.inference.pruning.structures import anatomy
+from effnb.inference.pruning.structures import anatomy, check_weights
 
 
 def sequence_norm(
@@ -49,9 +49,11 @@ def activation_importance(
         "heads" (layers, heads), "neurons" (layers, neurons) and "channels" (channels).
 
     Raises:
-        ValueError: No calibration data, or a model that is not Llama-like or is quantized.
+        ValueError: No calibration data, weights that are not finite, or a model that is not
+            Llama-like or is quantized.
     """
     shape = anatomy(model)
+    check_weights(model)
     batches = text_batches(model, calibration, batch_size)
     twin = share(model).eval()
     device = next(twin.parameters()).device
@@ -116,8 +118,8 @@ def width(
         batch_size: Sequences at a time, for token ids.
 
     Raises:
-        ValueError: An amount out of range or that no class can hold, no calibration data, or a
-            model that is not Llama-like or is quantized.
+        ValueError: An amount out of range or that no class can hold, no calibration data, weights
+            that are not finite, or a model that is not Llama-like or is quantized.
         TypeError: When an amount is no number.
     """
     shape = anatomy(model)
