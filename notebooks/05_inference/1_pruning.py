@@ -124,11 +124,13 @@ def timing(name):
 
 def draw_named(axes, lines, gap):
     """Curves with their names at the right edge, spread so that none covers another."""
-    ends = []
+    to_axes, ends = (axes.transScale + axes.transLimits).transform, []
     for label, (found, colour, style) in lines.items():
         axes.plot(*zip(*found), style, color=colour, markersize=4, linewidth=1.2)
-        ends.append((found[-1], label, colour))
-    to_axes = (axes.transScale + axes.transLimits).transform
+        if to_axes(found[-1])[0] > 0.4:
+            ends.append((found[-1], label, colour))
+        else:  # it ends far from the edge
+            axes.annotate(label, found[-1], (6, 2), textcoords="offset points", fontsize=7)
     ends.sort(key=lambda end: end[0][1])
     heights = [to_axes(end[0])[1] for end in ends]
     for i in range(1, len(heights)):  # push up what is too close to the one below
