@@ -477,6 +477,13 @@ def lab(copy, tmp_path):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, f"JupyterLab is not up: {log.read_text()}"
             time.sleep(0.1)
+        while True:  # it prints its address before it listens
+            with socket.socket() as visitor:
+                if visitor.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, f"JupyterLab does not listen: {log.read_text()}"
+            time.sleep(0.1)
         yield address, found[1], log
     finally:
         os.killpg(process.pid, 15)
