@@ -34,14 +34,13 @@ import torch
 from sweep_pruning_bench import MIDDLE, SPARSITIES, Table, by_method, quiet_row, seeds_at
 from sweep_pruning_structures import depth, healing, smollm2, speed, structured
 from sweep_pruning_training import lottery, recovery, training
-from sweeping import SEEDS, Bench, calibration, held_out_novel, timed, windows_of
+from sweeping import SEEDS, Bench, calibration, domain_windows, timed
 from torch import nn
 
 from effnb.core.outliers import inject_outliers
 from effnb.evaluation.quality import token_losses
 from effnb.inference import pruning, quantization
 from effnb.inference.quantization import dequantized
-from effnb.lab import corpora
 
 
 def methods() -> None:
@@ -169,25 +168,10 @@ def outliers() -> None:
                 )  # fmt: skip
 
 
-def domain_windows(bench: Bench) -> dict[str, torch.Tensor]:
-    """24 windows of 256 tokens of each kind of text."""
-    bible = [c.text for c in corpora.novels("test") if c.work != "Persuasion"]
-    texts = {
-        "novel": held_out_novel(),
-        "Bible": bible,
-        "packages": corpora.documents("packages", "test"),
-        **{
-            f"packages in {name}": [t.text for t in corpora.translations(code, "test")]
-            for name, code in (("German", "de"), ("French", "fr"), ("Japanese", "ja"))
-        },
-    }
-    return {name: windows_of(bench.loaded, of, 24, 256) for name, of in texts.items()}
-
-
 def domains() -> None:
     """The same loss for everyone? Each domain's windows under each setting."""
     bench = Bench(questions=0)
-    windows = domain_windows(bench)
+    windows = domain_windows(bench.loaded, 24, 256)
     table = Table("domains", model="mini-5m", window=256)
 
     def losses(model: nn.Module) -> dict[str, Any]:

@@ -31,7 +31,16 @@ from statistics import median
 
 import sweeping
 import torch
-from sweeping import CALIBRATION, CONTEXT, SEEDS, calibration, held_out_novel, timed, windows_of
+from sweeping import (
+    CALIBRATION,
+    CONTEXT,
+    SEEDS,
+    calibration,
+    domain_windows,
+    held_out_novel,
+    timed,
+    windows_of,
+)
 from torch import nn
 from transformers import DynamicCache
 
@@ -139,17 +148,7 @@ def outliers() -> dict:
 def domains() -> dict:
     """The same loss for everyone? Each domain's windows under each setting."""
     bench = Bench()
-    bible = [c.text for c in corpora.novels("test") if c.work != "Persuasion"]
-    texts = {
-        "novel": held_out_novel(),
-        "Bible": bible,
-        "packages": corpora.documents("packages", "test"),
-        **{
-            f"packages in {name}": [t.text for t in corpora.translations(code, "test")]
-            for name, code in (("German", "de"), ("French", "fr"), ("Japanese", "ja"))
-        },
-    }
-    windows = {name: windows_of(bench.loaded, of, 48, 256) for name, of in texts.items()}
+    windows = domain_windows(bench.loaded, 48, 256)
     given = calibration(bench.loaded, 0)
     models = {"original": bench.model}
     for bits, group_size in ((4, 64), (3, "row"), (2, 64)):

@@ -70,6 +70,20 @@ def held_out_novel() -> list[str]:
     return [c.text for c in corpora.novels("test") if c.work == "Persuasion"]
 
 
+def domain_windows(loaded: Any, count: int, length: int) -> dict[str, torch.Tensor]:
+    """Windows of each kind of held-out text: known domains, and languages nobody learned."""
+    texts = {
+        "novel": held_out_novel(),
+        "Bible": [c.text for c in corpora.novels("test") if c.work != "Persuasion"],
+        "packages": corpora.documents("packages", "test"),
+        **{
+            f"packages in {name}": [t.text for t in corpora.translations(code, "test")]
+            for name, code in (("German", "de"), ("French", "fr"), ("Japanese", "ja"))
+        },
+    }
+    return {name: windows_of(loaded, of, count, length) for name, of in texts.items()}
+
+
 class Bench:
     """The fixed texts and questions that every setting of one model is asked."""
 

@@ -1,20 +1,9 @@
-"""Speed of pruning, as ratios in one run (`make bench`).
-
-Every measurement runs in a process of its own, without the shape checks that tests add to each
-call, and on one thread. Times are that process's processor time, so that other work on the machine
-disturbs them little; what is compared runs in turn, and medians are taken.
-"""
+"""Speed of pruning, as ratios in one run (`make bench`); tests/shared/timing.py says how."""
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import subprocess
-import sys
-import time
-
 import pytest
+import timing
 import torch
 
 from effnb.inference import pruning
@@ -28,7 +17,7 @@ PROMISED = {"SparseGPT": 4, "SparseGPT, 2:4": 5, "Wanda": 3}
 method makes: one to see the inputs, one through what was pruned."""
 
 
-def measure():
+def measure_methods():
     """Median seconds of the methods and of reading their tokens once, all of them in turn."""
     loaded = load("mini-5m", device="cpu")
     model = loaded.model.eval()
@@ -47,25 +36,11 @@ def measure():
         "SparseGPT, 2:4": lambda: pruning.sparsegpt(model, ids, pattern="2:4"),
         "Wanda": lambda: pruning.wanda(model, ids, 0.5),
     }
-    seconds = {key: [] for key in functions}
-    forward()
-    for _ in range(7):
-        for key, function in functions.items():
-            start = time.process_time()
-            function()
-            seconds[key].append(time.process_time() - start)
-    return {key: statistics.median(times) for key, times in seconds.items()}
+    return timing.in_turn(functions, 7)
 
 
 def test_sparsegpt_beside_the_forward_passes_it_needs():
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    seconds = json.loads(done.stdout.splitlines()[-1])
+    seconds = timing.measured(__file__, "methods")
     print(f"\nmini-5m, all layers, in forward passes over {COUNT} x {LENGTH} tokens:")
     passes = {key: value / seconds["forward pass"] for key, value in seconds.items()}
     for key, value in passes.items():
@@ -75,5 +50,4 @@ def test_sparsegpt_beside_the_forward_passes_it_needs():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(measure()))
+    timing.answer(globals())

@@ -1,30 +1,19 @@
-"""Speed of quantization, as ratios in one run (`make bench`).
-
-Every measurement runs in a process of its own, without the shape checks that tests add to each
-call, and on one thread. Times are that process's processor time, so that other work on the machine
-disturbs them little; what is compared runs in turn, and medians are taken.
-"""
+"""Speed of quantization, as ratios in one run (`make bench`); tests/shared/timing.py says how."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-import json
-import os
-import statistics
-import subprocess
-import sys
 import time
-from types import SimpleNamespace
 
 import pytest
+import timing
 import torch
 from torch import nn
+from torchao_gptq import torchao_gptq
 
 from effnb.core.calibration import Hessian, layerwise
 from effnb.core.modules import clone, map_linears
 from effnb.inference.quantization import accelerate, fast, gptq, rtn
-from effnb.inference.quantization.clipping import choose_grid
 from effnb.inference.quantization.packed import machine
 from effnb.lab import corpora, load
 
@@ -39,18 +28,6 @@ def smollm2(tokens):
     text = "\n\n".join(corpora.documents("novels", "train")[:40])
     ids = encode(text[: 12 * tokens + 100], verbose=False)[:tokens]
     return loaded.model.eval(), torch.tensor([encode(PROMPT)]), torch.tensor([ids])
-
-
-def in_turn(functions, rounds):
-    """Median seconds of each function, all of them called again and again in turn."""
-    seconds = {name: [] for name in functions}
-    for number in range(rounds + 1):
-        for name, function in functions.items():
-            start = time.process_time()
-            function()
-            if number:  # the first round warms up
-                seconds[name].append(time.process_time() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def decoding(model, prompt, tokens):
@@ -89,8 +66,10 @@ def measure_packed():
         return run
 
     return {
-        "decoding": in_turn({name: decoding(m, prompt, 8) for name, m in models.items()}, 9),
-        "a prompt of 512 tokens": in_turn({name: reading(m) for name, m in models.items()}, 3),
+        "decoding": timing.in_turn({name: decoding(m, prompt, 8) for name, m in models.items()}, 9),
+        "a prompt of 512 tokens": timing.in_turn(
+            {name: reading(m) for name, m in models.items()}, 3
+        ),
     }
 
 
@@ -125,7 +104,7 @@ def measure_torchao():
             "torchao int4": theirs(PrototypeInt4WeightOnlyConfig(group_size=64)),
         }
         runs = {name: decoding(m, prompt, 4) for name, m in models.items()}
-        seconds[str(dtype).removeprefix("torch.")] = in_turn(runs, 5)
+        seconds[str(dtype).removeprefix("torch.")] = timing.in_turn(runs, 5)
     return seconds
 
 
@@ -134,7 +113,7 @@ def measure_stored():
     model, prompt, _ = smollm2(1)
     slow = rtn(model, 4, group_size=64)
     models = {"as stored": slow, "accelerated": accelerate(slow)}
-    return {"decoding": in_turn({n: decoding(m, prompt, 1) for n, m in models.items()}, 3)}
+    return {"decoding": timing.in_turn({n: decoding(m, prompt, 1) for n, m in models.items()}, 3)}
 
 
 def measure_gptq():
@@ -165,7 +144,7 @@ def measure_gptq():
         "forward pass": forward,
         "gptq": ours,
         "plain": lambda: by(plain_gptq),
-        "torchao": lambda: by(torchao_gptq()),
+        "torchao": lambda: by(torchao_columns()),
     }
     seconds = {}
     for name, function in functions.items():
@@ -200,44 +179,15 @@ def plain_gptq(weight, hessian, bits=4, group_size=64, damping=0.01, block=128):
     return rounded
 
 
-ASKS_FOR_CUDA = (
-    'assert device.type == "cuda", "GPTQ only supports CUDA currently"',
-    "torch.cuda.synchronize()",
-)
+def torchao_columns():
+    """torchao's GPTQ of one layer, as a function of the weight and the Hessian to new weights."""
+    from torchao.prototype.gptq.api import _int4_row_dequantize_zp as read_back
 
-
-def torchao_gptq():
-    """torchao's own GPTQ of one layer, as a function of the weight and the Hessian.
-
-    It asks for CUDA and takes its grid from a library of CUDA kernels. Nothing else in its source
-    needs either: without the two lines that ask, and with a grid handed to it, it runs here.
-    """
-    from torchao.prototype.gptq import api
-    from torchao.quantization import Int4WeightOnlyConfig
-
-    source = inspect.getsource(api.gptq_quantize)
-    for line in ASKS_FOR_CUDA:
-        assert source.count(line) == 1, "torchao has changed; look at its source again"
-        source = source.replace(line, "pass")
-    kept = {}
-
-    def grid(values, group_size):
-        scale, zero = choose_grid(values, 4, symmetric=False)
-        return None, scale[None], ((8 - zero) * scale)[None]
-
-    names = dict(vars(api))
-    names |= {"int4_row_quantize_zp": grid, "pack_int4": lambda q: kept.setdefault("codes", q)}
-    exec(source, names)
-    setting = SimpleNamespace(
-        gptq_quantize_block_size=128,
-        percdamp=0.01,
-        base_config=Int4WeightOnlyConfig(group_size=64),
-    )
+    quantize, kept = torchao_gptq(group_size=64)
 
     def core(weight, hessian):
-        kept.clear()
-        found = names["gptq_quantize"](hessian.clone(), weight.clone(), setting)
-        return api._int4_row_dequantize_zp(kept["codes"], found.scale, found.zero_point, 64)
+        found = quantize(weight, hessian)
+        return read_back(kept["codes"], found.scale, found.zero_point, 64)
 
     return core
 
@@ -247,14 +197,7 @@ def torchao_gptq():
 
 def measured(name):
     """The result of a function above, from a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, name],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    return timing.measured(__file__, name)
 
 
 def speeds(title, seconds, of):
@@ -315,5 +258,4 @@ def test_gptq_beside_the_forward_passes_it_needs_and_beside_torchao():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(globals()[f"measure_{sys.argv[1]}"]()))
+    timing.answer(globals())

@@ -171,13 +171,18 @@ def goals_of(sparsity: Sparsity, pattern: Pattern, names: list[str]) -> dict[str
     return dict(sparsity)
 
 
+def check_finite(name: str, values: Tensor) -> None:
+    """Refuse numbers that are NaN or infinite: their scores mean nothing."""
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(f"{name} has {bad} entries that are NaN or infinite; pruning needs none.")
+
+
 def check_layer(name: str, values: Tensor, sparsity: float, pattern: Pattern) -> None:
     """Refuse what cannot be pruned, before any work starts."""
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"{name} has shape {tuple(values.shape)}; only matrices are pruned.")
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
-        raise ValueError(f"{name} has {bad} entries that are NaN or infinite; pruning needs none.")
+    check_finite(name, values)
     if pattern.scope == "group" and values.shape[1] % pattern.group:
         raise ValueError(
             f"{name} has {values.shape[1]} inputs, which the groups of {pattern.group} of the "

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnb.core.modules import Model, find_blocks, share
-from effnb.inference.pruning.masks import refuse
+from effnb.inference.pruning.masks import check_finite, refuse
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `config.model_type` whose blocks are Llama's: RMSNorm, rotary attention, gated MLP."""
@@ -177,11 +177,7 @@ def check_weights(model: nn.Module) -> None:
         ValueError: When a parameter holds NaN or an infinity.
     """
     for name, parameter in model.named_parameters():
-        bad = int((~torch.isfinite(parameter.detach())).sum())
-        if bad:
-            raise ValueError(
-                f"{name} has {bad} entries that are NaN or infinite; pruning needs none."
-            )
+        check_finite(name, parameter.detach())
 
 
 def anatomy(model: nn.Module) -> Anatomy:
