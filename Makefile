@@ -32,11 +32,11 @@ test-full: ## prove everything, real models and long runs included
 
 notebooks: ## build each chapter's .ipynb from its .py by executing it (CHAPTERS="00_start_here")
 	@$(SETUP) install test
-	$(RUN) -m effnb.lab.build $(CHAPTERS)
+	$(RUN) -m effnb.book.build $(CHAPTERS)
 
 site: ## make the book's web pages, in build/site, from the chapters as they were executed; runs none
 	@$(SETUP) install docs
-	$(RUN) -m effnb.lab.site
+	$(RUN) -m effnb.book.site
 
 data: ## rebuild the corpora from Debian's archive; only on Debian or Ubuntu, needs the network
 	@$(SETUP) install data
@@ -70,7 +70,7 @@ check: ## lint, format, docstrings, spelling, and whether each chapter agrees wi
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m codespell_lib
-	$(RUN) -m effnb.lab.build --check
+	$(RUN) -m effnb.book.build --check
 
 clean: ## remove the environment and the caches; data, checkpoints and everything in git stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -2,7 +2,7 @@
 
 Nothing here runs when the workbook is used: the results are in the repository. The script
 
-1. fetches three small binary packages and the archive's index and translation files with apt,
+1. fetches a few binary packages and the archive's index and translation files with apt,
    into a private folder, without installing anything and without root;
 2. reads the texts out of them and cleans them (rewrapping of hard line breaks, nothing else);
 3. splits them, and writes `corpora/*.json.xz` and `corpora/MANIFEST.json` with their checksums.
@@ -25,6 +25,8 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
+
+import build_manuals
 
 HERE = Path(__file__).resolve().parent
 CORPORA = HERE / "corpora"
@@ -137,7 +139,10 @@ def fetch(folder: Path) -> Path:
     environment = os.environ | {"APT_CONFIG": str(folder / "apt.conf")}
     run(["apt-get", "--quiet", "update"], env=environment)
     run(
-        ["apt-get", "download", "r-cran-janeaustenr", "bible-kjv-text", "bible-kjv"],
+        [
+            *["apt-get", "download", "r-cran-janeaustenr", "bible-kjv-text", "bible-kjv"],
+            *sorted(build_manuals.PACKAGES),
+        ],
         env=environment,
         cwd=folder / "debs",
     )
@@ -402,6 +407,7 @@ def main() -> None:
         manifest = {"from": release(folder), "files": {}}
         manifest["files"]["novels"] = write("novels", works)
         manifest["files"]["packages"] = write("packages", descriptions)
+        manifest["files"]["manuals"] = write("manuals", build_manuals.manuals(folder / "unpacked"))
         for language, records in translations.items():
             manifest["files"][f"translations/{language}"] = write(
                 f"translations.{language}", records

@@ -1,12 +1,15 @@
 """Train the workbook's language models from scratch (`make models`).
 
-    python data/train_models.py mini-1m              # on whatever is here: CPU, CUDA or MPS
-    python data/train_models.py mini-5m --threads 1  # goes on from its checkpoint if there is one
+    python data/train_models.py mini-1m                   # on whatever is here: CPU, CUDA or MPS
+    python data/train_models.py mini-5m --threads 1       # goes on from its checkpoint
+    python data/train_models.py mini-5m --steps 4000      # decays earlier: ends after 4,000 steps
 
-Each model reads whole sequences of 512 tokens drawn from three sources: novels and the Bible,
-package descriptions, and synthetic key-value recall (records `[ key value]` that come back later).
-A step's batch depends on the seed and the step's number only, so a run that was cut off goes on
-as if it had not been. Steps are chosen for a CPU; `--steps` takes more on a GPU.
+Each model reads whole sequences of 512 tokens drawn from six sources: novels and the Bible,
+package descriptions, prose of manuals, and three kinds of recall (a span of words repeated, records
+`[ key value]` that come back, records planted in text). Muon trains the matrices, AdamW the
+embedding and the norms. A step's batch depends on the seed and the step's number only, and the
+rate is constant until the last quarter: a run that was cut off goes on as if it had not been, and
+may be given another length until it decays.
 """
 
 from __future__ import annotations
@@ -25,35 +28,42 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from effnb.core.losses import linear_cross_entropy
+from effnb.core.muon import Muon, hidden_matrices
 from effnb.core.training import TrainingSettings, train
 from effnb.lab import corpora
 
 HERE = Path(__file__).resolve().parent
 MODELS = HERE / "models"
 CONTEXT = 512
-BATCH = 8
-SOURCES = ("novels", "packages", "dense recall", "planted recall")
-MIX = {0: (0.43, 0.37, 0.10, 0.10), 800: (0.60, 0.30, 0.05, 0.05)}
-"""From a step on, the probability that a sequence of the batch comes from each source.
-
-Recall did not emerge in 800 steps; text gets its share from there on. Another 360 steps with one
-sequence in four made of repeated spans, which teach copying directly, left recall at chance and
-cost a quarter of a nat on the novels.
-"""
+BATCH = 16
+PART = 4
+"""Sequences whose activations exist at once; on a CPU, small parts stay in its caches."""
+TEXTS = ("novels", "packages", "manuals")
+MIX = {
+    "novels": 0.36,
+    "packages": 0.27,
+    "manuals": 0.23,
+    "repeated span": 0.07,
+    "dense recall": 0.05,
+    "planted recall": 0.02,
+}
+"""The probability that a sequence of the batch comes from each source, in the whole run."""
 ANSWER_WEIGHT = 4.0
 """How much the answer of a recall counts beside a token of text. Much more would be noise: the
 gradient of one answer is as long as that of hundreds of tokens of text together."""
 
-SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads; peak rate; steps
-    "mini-300k": ((64, 128, 2, 4, 2), 4e-3, 2000),
-    "mini-1m": ((128, 344, 4, 4, 2), 3e-3, 2000),
-    "mini-5m": ((256, 688, 6, 8, 4), 2e-3, 2000),
+SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads; steps of 8,192 tokens
+    "mini-300k": ((64, 128, 2, 4, 2), 2_500),
+    "mini-1m": ((128, 344, 4, 4, 2), 5_000),
+    "mini-5m": ((256, 688, 6, 8, 4), 12_200),
 }
+MUON_RATE, ADAMW_RATE = 0.02, 4e-3
 
 
 def build(name: str) -> LlamaForCausalLM:
     """An untrained Llama-architecture decoder of the given size, its seed fixed."""
-    (hidden, feed_forward, layers, heads, kv_heads), *_ = SHAPES[name]
+    (hidden, feed_forward, layers, heads, kv_heads), _ = SHAPES[name]
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -110,36 +120,35 @@ class Mixture:
         self.tokenizer, self.seed, self.device = tokenizer, seed, device
         self.windows = {
             name: Windows(stream(tokenizer, corpora.documents(name, "train")), CONTEXT, seed)
-            for name in ("novels", "packages")
+            for name in TEXTS
         }
         # Which source each sequence has, and so which window of it: known for all steps at once.
         drawn = np.random.default_rng([seed, 1]).random(steps * BATCH)
-        self.source = np.zeros(len(drawn), dtype=int)
-        for begin, shares in sorted(MIX.items()):
-            bounds = np.cumsum(shares) / sum(shares)
-            later = slice(begin * BATCH, None)
-            self.source[later] = bounds.searchsorted(drawn[later], side="right")
+        bounds = np.cumsum(list(MIX.values())) / sum(MIX.values())
+        self.source = bounds.searchsorted(drawn, side="right")
         self.number = np.zeros_like(self.source)
-        for i in range(len(SOURCES)):
+        for i in range(len(MIX)):
             mine = self.source == i
             self.number[mine] = np.arange(mine.sum())
 
-    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids, and the weight of each token in the loss; both (8, 512)."""
+    def __call__(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Parts of the batch: ids, and the weight of each token in the loss; both (4, 512)."""
         ids, weights = [], []
         for row in range(BATCH):
             at = step * BATCH + row
-            name = SOURCES[self.source[at]]
+            name = tuple(MIX)[self.source[at]]
             number = int(self.number[at])
             rng = random.Random(self.seed * 1_000_003 + at)
             if name in self.windows:
                 tokens, weight = self.windows[name][number], np.ones(CONTEXT)
+            elif name == "repeated span":
+                tokens, weight = repeated_span(rng)
             else:
                 if name == "dense recall":
                     pairs = round(4 * 16 ** rng.random())
                     recall = corpora.dense_recall(self.tokenizer, rng, CONTEXT, pairs)
                 else:
-                    other = self.windows[rng.choice(["novels", "packages"])]
+                    other = self.windows[rng.choice(TEXTS)]
                     filler = other[rng.randrange(other.count)].tolist()
                     pairs = rng.randint(1, 6)
                     recall = corpora.planted_recall(self.tokenizer, rng, filler, CONTEXT, pairs)
@@ -148,25 +157,52 @@ class Mixture:
                 weight[recall.answers] = ANSWER_WEIGHT
             ids.append(tokens.astype(np.int64))
             weights.append(weight.astype(np.float32))
-        return tuple(torch.from_numpy(np.stack(x)).to(self.device) for x in (ids, weights))
+        both = [torch.from_numpy(np.stack(x)).to(self.device) for x in (ids, weights)]
+        return list(zip(*(x.split(PART) for x in both)))
+
+
+def repeated_span(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens, repeated until the sequence is full; only the repetitions count."""
+    span = round(8 * 25 ** rng.random())  # 8 to 200 tokens, short ones as often as long ones
+    tokens = [rng.randrange(1, 4096) for _ in range(span)]
+    ids = (tokens * (CONTEXT // span + 1))[:CONTEXT]
+    weight = np.ones(CONTEXT)
+    weight[: span + 1] = 0  # the first copy cannot be foreseen, nor where it ends
+    return np.array(ids), weight
 
 
 def mixture_loss(model, batch) -> torch.Tensor:
     r"""Weighted next-token cross-entropy, $\sum_t w_t \ell_t / \sum_t w_t$ over the batch."""
     ids, weights = batch
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return (each * weights[:, 1:]).sum() / weights[:, 1:].sum()
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    return linear_cross_entropy(
+        hidden.flatten(0, 1),
+        model.lm_head.weight,
+        ids[:, 1:].flatten(),
+        weights[:, 1:].flatten(),
+    )
+
+
+def muon_and_adamw(model, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for the embedding and the norms."""
+    matrices = hidden_matrices(model)
+    mine = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in mine]
+    return [
+        Muon(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+        torch.optim.AdamW(others, lr=ADAMW_RATE, betas=settings.betas, weight_decay=0.0),
+    ]
 
 
 def evaluator(tokenizer, device: torch.device, sequences: int = 24):
     """Held-out loss on both corpora (fixed windows) and recall accuracy near and far."""
     held = {}
-    for name in ("novels", "packages"):
+    for name in TEXTS:
         tokens = stream(tokenizer, corpora.documents(name, "validation"))
         starts = np.linspace(0, len(tokens) - CONTEXT, sequences).astype(int)
         held[name] = torch.from_numpy(np.stack([tokens[s : s + CONTEXT] for s in starts])).long()
     rng = random.Random(7)
+    dense = [corpora.dense_recall(tokenizer, rng, CONTEXT, pairs=12) for _ in range(8)]
     filler = stream(tokenizer, corpora.documents("novels", "validation")).tolist()
     planted = []
     for _ in range(64):
@@ -196,6 +232,11 @@ def evaluator(tokenizer, device: torch.device, sequences: int = 24):
                 int(best[i, r.answers[0] - 1]) == r.ids[r.answers[0]] for i, r in enumerate(part)
             )
         found["recall"] = hits / len(planted)
+        best = model(
+            input_ids=torch.tensor([r.ids for r in dense], device=device), use_cache=False
+        ).logits.argmax(-1)
+        right = [int(best[i, a - 1]) == r.ids[a] for i, r in enumerate(dense) for a in r.answers]
+        found["dense recall"] = sum(right) / len(right)
         return found
 
     return evaluate
@@ -205,7 +246,7 @@ def main() -> None:
     """Train one model and save it as a Hugging Face folder in bfloat16."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(SHAPES))
-    parser.add_argument("--steps", type=int, help="optimiser steps of 4,096 tokens")
+    parser.add_argument("--steps", type=int, help="optimizer steps of 8,192 tokens")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "training")
     parser.add_argument("--log", action="store_true", help="print a line now and then, no bar")
@@ -213,11 +254,10 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _, rate, steps = SHAPES[arguments.name]
-    steps = arguments.steps or steps
+    steps = arguments.steps or SHAPES[arguments.name][1]
     settings = TrainingSettings(
-        steps=steps, learning_rate=rate, warmup_steps=100, schedule="wsd", decay_fraction=0.35,
-        weight_decay=0.1, betas=(0.9, 0.95), clip_norm=1.0, evaluate_every=100, seed=0,
+        steps=steps, learning_rate=MUON_RATE, warmup_steps=50, schedule="wsd", decay_fraction=0.25,
+        weight_decay=0.05, betas=(0.9, 0.95), clip_norm=1.0, evaluate_every=100, seed=0,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "tokenizer")
     model = build(arguments.name).to(device)
@@ -243,6 +283,7 @@ def main() -> None:
         evaluate=assess_and_print,
         checkpoint=arguments.work / f"{arguments.name}.safetensors",
         progress=log if arguments.log else True,
+        optimizers=muon_and_adamw,
     )
     folder = MODELS / arguments.name
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -256,7 +297,7 @@ def main() -> None:
         "tokens": result.steps * BATCH * CONTEXT,
         "seconds": round(result.seconds),
         "settings": settings.__dict__,
-        "mix": {f"from step {b}": dict(zip(SOURCES, shares)) for b, shares in MIX.items()},
+        "mix": MIX,
         "training loss, mean of 20 steps": [
             round(math.fsum(result.losses[i : i + 20]) / len(result.losses[i : i + 20]), 4)
             for i in range(0, len(result.losses), 20)

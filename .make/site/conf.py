@@ -1,4 +1,4 @@
-"""How Sphinx makes the pages. `python -m effnb.lab.site` writes what it reads, and calls it."""
+"""How Sphinx makes the pages. `python -m effnb.book.site` writes what it reads, and calls it."""
 
 project = "effnb"
 author = "the authors of effnb"
@@ -6,7 +6,7 @@ html_title = "effnb: efficient methods for language models"
 html_short_title = "effnb"
 language = "en"
 
-extensions = ["myst_nb", "effnb.lab.site.extension"]
+extensions = ["myst_nb", "effnb.book.site.extension"]
 html_math_renderer = "katex"
 
 # The chapters were executed when they were built; here nothing runs.

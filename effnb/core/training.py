@@ -1,10 +1,10 @@
 """One small trainer for every chapter that trains.
 
 The loop is the ordinary one: AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
-2019, arXiv 1711.05101), a learning rate that warms up, stays and decays, gradients clipped by
-their global norm, an optional early stop, and a checkpoint from which a run goes on as if it had
-never stopped. What it trains is up to the caller: a model, a function from step to batch, and a
-function from (model, batch) to a loss.
+2019, arXiv 1711.05101) or the optimizers given in its place, a learning rate that warms up, stays
+and decays, gradients clipped by their global norm, an optional early stop, and a checkpoint from
+which a run goes on as if it had never stopped. What it trains is up to the caller: a model, a
+function from step to batch, and a function from (model, batch) to a loss.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 Batches = Callable[[int], Any]
+Optimizers = list[torch.optim.Optimizer]
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -177,6 +178,7 @@ def train(
     checkpoint: str | os.PathLike | None = None,
     checkpoint_seconds: float = 180.0,
     progress: bool | Callable[[int, int, float], None] = False,
+    optimizers: Callable[[nn.Module, TrainingSettings], Optimizers] | None = None,
 ) -> TrainingResult:
     """Train the parameters of `model` that require gradients, in place.
 
@@ -185,7 +187,7 @@ def train(
     Args:
         model: The model; it is left in evaluation mode.
         batches: From the step's number to its batch. A pure function, so that a resumed run sees
-            the same batches.
+            the same batches. A list is a batch in parts: their gradients are averaged.
         settings: Steps, rates, seeds.
         loss: From (model, batch) to a scalar.
         evaluate: From the model to named numbers; "loss" among them decides early stopping, and
@@ -194,14 +196,18 @@ def train(
             it exists. Written atomically, as safetensors.
         checkpoint_seconds: Least time between two saves.
         progress: True for a progress bar; or a function of (steps done, steps, loss).
+        optimizers: From (model, settings) to the optimizers, each over parameters of its own;
+            AdamW over all of them where None. A group's rate follows the schedule in proportion.
 
     Raises:
         TrainingDiverged: When the loss or the gradient is not finite; says at which step.
-        ValueError: When nothing requires a gradient, or the checkpoint is of other settings.
+        ValueError: When nothing requires a gradient, or the checkpoint is of other settings. Only
+            `steps` may differ, as long as the schedule gives every step done the same rate.
     """
     if settings.patience and evaluate is None:
         raise ValueError("patience needs `evaluate`, which was not given.")
-    run = _Run(model, adamw(model, settings), settings)
+    chosen = optimizers(model, settings) if optimizers else [adamw(model, settings)]
+    run = _Run(model, chosen, settings)
     path = Path(checkpoint) if checkpoint else None
     if path and path.exists():
         run.resume(path)
@@ -247,10 +253,24 @@ class _Run:
     """The state of a run: all that a checkpoint has to hold."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings
+        self, model: nn.Module, optimizers: Optimizers, settings: TrainingSettings
     ) -> None:
-        self.model, self.optimizer, self.settings = model, optimizer, settings
+        self.model, self.optimizers, self.settings = model, optimizers, settings
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.shares = [(group, group["lr"] / settings.learning_rate) for group in groups]
+        self.owner = {
+            id(parameter): optimizer
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         self.trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        left_out = [name for name, p in self.trainable if id(p) not in self.owner]
+        if left_out:
+            raise ValueError(
+                f"no optimizer has {left_out[0]} ({len(left_out)} parameters in all); freeze it or "
+                "give it to one."
+            )
         self.losses: list[float] = []
         self.evaluations: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] | None = None
@@ -261,21 +281,26 @@ class _Run:
         number = len(self.losses)
         rate = self.settings.rate(number)
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        value = loss(self.model, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        for group, share in self.shares:
+            group["lr"] = rate * share
+        for _, parameter in self.trainable:
+            parameter.grad = None
+        parts = batch if isinstance(batch, list) else [batch]
+        found = 0.0
+        for part in parts:
+            value = loss(self.model, part) / len(parts)
+            value.backward()
+            found += float(value.detach())
         norm = float(
             nn.utils.clip_grad_norm_([p for _, p in self.trainable], self.settings.clip_norm)
         )
-        found = float(value.detach())
         if not (math.isfinite(found) and math.isfinite(norm)):
             raise TrainingDiverged(
                 f"training diverged at step {number}: the loss is {found} and the gradient's norm "
                 f"{norm} at learning rate {rate:.3g}; try a lower rate."
             )
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return found
 
     def assess(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> None:
@@ -306,7 +331,8 @@ class _Run:
         tensors = {}
         for name, parameter in self.trainable:
             tensors[f"model.{name}"] = parameter.detach().contiguous()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            state = self.owner[id(parameter)].state.get(parameter, {})
+            for key, value in state.items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).contiguous()
             if self.best is not None:
                 tensors[f"best.{name}"] = self.best[name].contiguous()
@@ -321,6 +347,16 @@ class _Run:
         save_file(tensors, temporary, metadata={"effnb": json.dumps(about)})
         os.replace(temporary, path)
 
+    def _same_so_far(self, found: dict[str, Any], done: int) -> bool:
+        """Whether a run of another length would have done the same steps until now."""
+        try:
+            earlier = TrainingSettings(**{**found, "betas": tuple(found["betas"])})
+        except (TypeError, ValueError):
+            return False
+        return done <= self.settings.steps and all(
+            earlier.rate(step) == self.settings.rate(step) for step in range(done)
+        )
+
     def resume(self, path: Path) -> None:
         """Go back to the state of a checkpoint.
 
@@ -331,6 +367,8 @@ class _Run:
             about = json.loads(file.metadata()["effnb"])
             wanted, found = json.loads(json.dumps(asdict(self.settings))), about["settings"]
             changed = sorted(key for key in wanted if wanted[key] != found.get(key))
+            if changed == ["steps"] and self._same_so_far(found, len(about["losses"])):
+                changed = []
             if changed:
                 raise ValueError(
                     f"the checkpoint {path.name} was made with another {', '.join(changed)}; "
@@ -340,12 +378,12 @@ class _Run:
             with torch.no_grad():
                 for name, parameter in self.trainable:
                     parameter.copy_(file.get_tensor(f"model.{name}"))
-                    self.optimizer.state[parameter] = {
+                    self.owner[id(parameter)].state[parameter] = {
                         # AdamW keeps its counter on the CPU, its moments beside the parameter.
                         key: file.get_tensor(f"optimizer.{key}.{name}").to(
                             "cpu" if key == "step" else parameter.device
                         )
-                        for key in ("step", "exp_avg", "exp_avg_sq")
+                        for key in ("step", "exp_avg", "exp_avg_sq", "momentum")
                         if f"optimizer.{key}.{name}" in names
                     }
             if any(name.startswith("best.") for name in names):

@@ -2,7 +2,7 @@
 
 The table below is the one list of chapters. Everything else is read from the built notebooks: the
 minutes from the metadata that the author wrote into the header of the `.py` file, the running time
-and memory from what `effnb.lab.build` measured when it executed the chapter. The README's map and
+and memory from what `effnb.book.build` measured when it executed the chapter. The README's map and
 the one in `00_start_here` are generated from here, and `make notebooks` renews them.
 """
 

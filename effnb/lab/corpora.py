@@ -20,7 +20,7 @@ from effnb.lab._files import checked_bytes, data_folder, read_manifest
 Split = Literal["train", "validation", "test"]
 SPLITS = ("train", "validation", "test")
 LANGUAGES = ("da", "de", "es", "fr", "it", "ja", "ko", "pl", "pt_BR", "ru", "zh_CN")
-NAMES = ("novels", "packages")
+NAMES = ("novels", "packages", "manuals")
 REMEDY = "git checkout -- data/corpora"
 
 
@@ -41,6 +41,25 @@ class Chapter:
     year: int
     chapter: int
     kind: str
+    split: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manual:
+    """One document of packaged prose: a page of a manual, a book, a chapter, forty entries.
+
+    Attributes:
+        work: Title of the manual, the book or the dictionary.
+        licence: Licence of the work, as an SPDX identifier where there is one.
+        document: Name of the page, book, chapter or group of entries.
+        split: "train", "validation" or "test"; whole documents are held out.
+        text: Paragraphs separated by blank lines; verses and entries one a line.
+    """
+
+    work: str
+    licence: str
+    document: str
     split: str
     text: str
 
@@ -115,6 +134,8 @@ def _all(entry: str) -> tuple:
         return _rows(Chapter, entry)
     if entry == "packages":
         return _rows(Package, entry)
+    if entry == "manuals":
+        return _rows(Manual, entry)
     return _rows(Translation, entry, language=entry.partition("/")[2])
 
 
@@ -139,6 +160,11 @@ def packages(split: Split | None = None) -> list[Package]:
     return _chosen(_all("packages"), split)
 
 
+def manuals(split: Split | None = None) -> list[Manual]:
+    """Documentation, another Bible, Moby-Dick and a dictionary's entries, document by document."""
+    return _chosen(_all("manuals"), split)
+
+
 def translations(language: str, split: Split | None = None) -> list[Translation]:
     """Descriptions in another language; `split` is the one of the English original."""
     if language not in LANGUAGES:
@@ -158,6 +184,8 @@ def documents(name: str, split: Split | None = None) -> list[str]:
         return [chapter.text for chapter in novels(split)]
     if name == "packages":
         return [package.document for package in packages(split)]
+    if name == "manuals":
+        return [manual.text for manual in manuals(split)]
     raise ValueError(f"there is no corpus {name!r}; choose one of {', '.join(NAMES)}.")
 
 

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page
 
-from effnb.lab.site.__main__ import build
+from effnb.book.site.__main__ import build
 
 PATIENCE = 60_000
 PHONE, SCREEN = {"width": 390, "height": 844}, {"width": 1280, "height": 900}

@@ -15,10 +15,11 @@ import matplotlib.figure
 import pytest
 import torch
 
+from effnb.book import build
 from effnb.hardware.codesign import gshard, roofline
 from effnb.kernels import bench
 from effnb.kernels._launch import jit, tl
-from effnb.lab import Evidence, build, results, verdict
+from effnb.lab import Evidence, results, verdict
 from effnb.lab._files import DamagedFile
 
 ROOT = Path(__file__).resolve().parents[2]

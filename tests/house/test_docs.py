@@ -47,7 +47,7 @@ def test_make_check_finds_nothing(tool):
 
 def test_make_check_runs_these_tools():
     recipe = (ROOT / "Makefile").read_text().partition("\ncheck:")[2].partition("\n\n")[0]
-    for tool in ("ruff check", "ruff format --check", "codespell_lib", "effnb.lab.build --check"):
+    for tool in ("ruff check", "ruff format --check", "codespell_lib", "effnb.book.build --check"):
         assert f"-m {tool}\n" in recipe + "\n"
 
 

@@ -35,7 +35,7 @@ METHODS = {
     "pretraining",
     "selection",
 }
-ROOMS = METHODS | {"core", "kernels", "lab"}
+ROOMS = METHODS | {"book", "chapters", "core", "kernels", "lab"}
 # Who may import whom, beside itself. `evaluation` is a section like the others, and the one that
 # the lab may use: its panels measure.
 ARROWS = {
@@ -43,6 +43,8 @@ ARROWS = {
     "core": {"kernels"},
     "kernels": set(),
     "lab": {"evaluation", "core", "kernels"},
+    "chapters": METHODS | {"lab", "core", "kernels"},
+    "book": {"lab"},
     "": set(),  # effnb/__init__.py
 }
 FURNITURE = {"IPython", "bokeh", "ipywidgets", "jupyterlab", "matplotlib", "plotly", "pygments"}
@@ -106,7 +108,7 @@ def wrong_arrows(graph):
             continue
         for other in imported:
             first = other.split(".")[0]
-            if first in FURNITURE and here != "lab":
+            if first in FURNITURE and here not in {"lab", "chapters", "book"}:
                 found.append(f"{name} imports {other}: only the lab has widgets and pictures")
             if first in {"notebooks", "tests", "kernels"}:
                 found.append(f"{name} imports {other}")

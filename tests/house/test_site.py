@@ -15,19 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from effnb.lab import chapters
-from effnb.lab.claims import MIME, Evidence, ledger, verdict
-from effnb.lab.site import __main__ as command
-from effnb.lab.site.api import module_page
-from effnb.lab.site.book import SiteError, formulas, read_book, resolve, slug, up
-from effnb.lab.site.docstrings import first_sentence, markdown
-from effnb.lab.site.katex import SCRIPT, render
-from effnb.lab.site.pages import supported
-from effnb.lab.site.panels import VIEW, NoPanel, panel_html, stored_panel
-from effnb.lab.site.reference import Reference, read_reference
-from effnb.lab.site.sources import write
-from effnb.lab.site.web import Web
-from effnb.lab.site.words import (
+from effnb.book.site import __main__ as command
+from effnb.book.site.api import module_page
+from effnb.book.site.book import SiteError, formulas, read_book, resolve, slug, up
+from effnb.book.site.docstrings import first_sentence, markdown
+from effnb.book.site.katex import SCRIPT, render
+from effnb.book.site.pages import supported
+from effnb.book.site.panels import VIEW, NoPanel, panel_html, stored_panel
+from effnb.book.site.reference import Reference, read_reference
+from effnb.book.site.sources import write
+from effnb.book.site.web import Web
+from effnb.book.site.words import (
     Symbol,
     clashes,
     key,
@@ -36,6 +34,8 @@ from effnb.lab.site.words import (
     symbols_in,
     unexplained,
 )
+from effnb.lab import chapters
+from effnb.lab.claims import MIME, Evidence, ledger, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / ".make" / "site"

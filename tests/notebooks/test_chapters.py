@@ -7,7 +7,8 @@ the way. Here each chapter gets a class of its own, so that several can be teste
 import nbformat
 import pytest
 
-from effnb.lab import build, chapters
+from effnb.book import build
+from effnb.lab import chapters
 
 
 def verdicts(notebook):

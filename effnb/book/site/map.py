@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 
+from effnb.book.site.book import Book, link
 from effnb.lab.chapters import SECTIONS
-from effnb.lab.site.book import Book, link
 
 MAP_HEAD = ("Chapter", "About", "Read", "Run", "Memory", "Claims")
 UNWRITTEN = '<span class="unwritten">not written yet</span>'

@@ -20,13 +20,13 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from effnb.book.site.book import REPOSITORY, Book, SiteError, Written, resolve, source, up
+from effnb.book.site.map import map_html
+from effnb.book.site.panels import VIEW, NoPanel, panel_html, stored_panel
+from effnb.book.site.reference import Reference
+from effnb.book.site.verdicts import claim_html
 from effnb.lab.chapters import chapter_map, run_time_sentence
 from effnb.lab.claims import MIME as CLAIMS
-from effnb.lab.site.book import REPOSITORY, Book, SiteError, Written, resolve, source, up
-from effnb.lab.site.map import map_html
-from effnb.lab.site.panels import VIEW, NoPanel, panel_html, stored_panel
-from effnb.lab.site.reference import Reference
-from effnb.lab.site.verdicts import claim_html
 
 _DATA_URI = re.compile(r'src="data:image/(png|jpeg|svg\+xml|gif|webp);base64,([^"]+)"')
 _LISTING = re.compile(

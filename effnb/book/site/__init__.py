@@ -1,6 +1,6 @@
 """The book on the web: static pages from the executed chapters.
 
-    python -m effnb.lab.site            # what `make site` runs: build/site, ready to be published
+    python -m effnb.book.site            # what `make site` runs: build/site, ready to be published
 
 Nothing is executed: what a page shows is what `make notebooks` stored. First the sources of all
 pages are written into a folder of their own (`sources.write`): the chapters, in a form that fits a

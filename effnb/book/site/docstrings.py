@@ -10,10 +10,10 @@ import re
 import textwrap
 from typing import TYPE_CHECKING
 
-from effnb.lab.site.katex import render
+from effnb.book.site.katex import render
 
 if TYPE_CHECKING:
-    from effnb.lab.site.reference import Module, Reference
+    from effnb.book.site.reference import Module, Reference
 
 _FIELDS = {
     "args": "param",

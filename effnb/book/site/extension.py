@@ -1,6 +1,6 @@
 """What the pages need beyond Sphinx itself: mathematics, links of types, contents.
 
-As an extension this module is called `effnb.lab.site.extension`.
+As an extension this module is called `effnb.book.site.extension`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from docutils import nodes
 from sphinx import addnodes
 from sphinx.util import logging
 
-from effnb.lab.site.book import REPOSITORY
-from effnb.lab.site.katex import render
-from effnb.lab.site.reference import read_reference
+from effnb.book.site.book import REPOSITORY
+from effnb.book.site.katex import render
+from effnb.book.site.reference import read_reference
 
 CONTENTS = "contents.json"
-"""The file in which `effnb.lab.site.sources` leaves the contents of the book."""
+"""The file in which `effnb.book.site.sources` leaves the contents of the book."""
 
 LOGGER = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from effnb.lab.site.docstrings import formulas_of, sections
-from effnb.lab.site.katex import render
+from effnb.book.site.docstrings import formulas_of, sections
+from effnb.book.site.katex import render
 
 PACKAGES = {"effnb": "effnb", "kernels": "effnb.kernels"}
 """Folders of the repository, and the packages that they are imported as."""
 
-LEFT_OUT = "effnb.lab.site."
+LEFT_OUT = "effnb.book.site."
 """The modules that make these pages: nobody imports them."""
 
 

@@ -1,9 +1,9 @@
 """Build the chapters: the `.py` file is what a person edits, the `.ipynb` is what a reader opens.
 
-    python -m effnb.lab.build                          # execute and write every chapter
-    python -m effnb.lab.build 05_inference/1_pruning   # only this one
-    python -m effnb.lab.build --check                  # do the pairs agree? nothing is executed
-    python -m effnb.lab.build --learners FOLDER        # the same chapters without their solutions
+    python -m effnb.book.build                          # execute and write every chapter
+    python -m effnb.book.build 05_inference/1_pruning   # only this one
+    python -m effnb.book.build --check                  # do the pairs agree? nothing is executed
+    python -m effnb.book.build --learners FOLDER        # the same chapters without their solutions
 
 Building executes a chapter in a clean kernel of this environment, started in the chapter's folder,
 offline and with EFFNB_BUILD=1 (panels then store the frames that move without a kernel). What is
@@ -598,9 +598,9 @@ def write_learners(folder: Path, out: Path, paths: list[Path]) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None, folder: Path = NOTEBOOKS) -> int:
-    """The command `python -m effnb.lab.build`; returns its exit status."""
+    """The command `python -m effnb.book.build`; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m effnb.lab.build", description="Build the chapters, or check that they are."
+        prog="python -m effnb.book.build", description="Build the chapters, or check that they are."
     )
     parser.add_argument("chapters", nargs="*", help="such as 05_inference/1_pruning; default all")
     parser.add_argument("--check", action="store_true", help="only say what is out of step")

@@ -6,8 +6,8 @@ import html
 from dataclasses import fields
 from typing import Any
 
+from effnb.book.site.book import SiteError, up
 from effnb.lab.claims import Evidence, ledger
-from effnb.lab.site.book import SiteError, up
 
 MARKS = {
     "holds": ("holds", "✓"),

@@ -1,4 +1,4 @@
-"""The command `python -m effnb.lab.site`."""
+"""The command `python -m effnb.book.site`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from effnb.book.site.book import REPOSITORY, SiteError, read_book
+from effnb.book.site.sources import write
 from effnb.lab.chapters import NOTEBOOKS
-from effnb.lab.site.book import REPOSITORY, SiteError, read_book
-from effnb.lab.site.sources import write
 
 CONFIGURATION = REPOSITORY / ".make" / "site"
 OUT = REPOSITORY / "build" / "site"
@@ -60,7 +60,7 @@ def build(out: Path = OUT, notebooks: Path = NOTEBOOKS) -> tuple[int, list[str]]
 def main(arguments: list[str] | None = None) -> int:
     """Make the site; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m effnb.lab.site", description="Make the book's pages from its chapters."
+        prog="python -m effnb.book.site", description="Make the book's pages from its chapters."
     )
     parser.add_argument("--out", type=Path, default=OUT, help="the folder to publish")
     options = parser.parse_args(arguments)

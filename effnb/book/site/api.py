@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from effnb.lab.site.docstrings import markdown
-from effnb.lab.site.reference import Module, Reference, Thing
+from effnb.book.site.docstrings import markdown
+from effnb.book.site.reference import Module, Reference, Thing
 
 
 def module_page(

@@ -13,14 +13,12 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from effnb.lab.chapters import SECTIONS
-from effnb.lab.claims import ledger
-from effnb.lab.site.api import module_page
-from effnb.lab.site.book import REPOSITORY, Book, SiteError, link, read_book, up
-from effnb.lab.site.docstrings import first_sentence
-from effnb.lab.site.extension import CONTENTS
-from effnb.lab.site.map import map_html
-from effnb.lab.site.pages import (
+from effnb.book.site.api import module_page
+from effnb.book.site.book import REPOSITORY, Book, SiteError, link, read_book, up
+from effnb.book.site.docstrings import first_sentence
+from effnb.book.site.extension import CONTENTS
+from effnb.book.site.map import map_html
+from effnb.book.site.pages import (
     advice_part,
     claims_part,
     raw,
@@ -29,9 +27,11 @@ from effnb.lab.site.pages import (
     terms_part,
     verdicts_on,
 )
-from effnb.lab.site.reference import Reference, page_of, read_reference
-from effnb.lab.site.web import Web
-from effnb.lab.site.words import clashes
+from effnb.book.site.reference import Reference, page_of, read_reference
+from effnb.book.site.web import Web
+from effnb.book.site.words import clashes
+from effnb.lab.chapters import SECTIONS
+from effnb.lab.claims import ledger
 
 PAGES = REPOSITORY / ".make" / "site" / "pages"
 """The prose of the pages beside the chapters; `<!-- … -->` marks where generated parts go."""

@@ -2,7 +2,7 @@
 
 Beside a chapter may lie a file of the same name that ends in `.toml`. It lists what the chapter
 adds to the pages that collect from all chapters: the symbols that it introduces, the terms that it
-explains, and the advice that its measurements support (see `effnb.lab.site.words`).
+explains, and the advice that its measurements support (see `effnb.book.site.words`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from effnb.book.site.words import Words, read_words
 from effnb.lab.chapters import NOTEBOOKS, Chapter, chapters
 from effnb.lab.claims import verdicts_in
-from effnb.lab.site.words import Words, read_words
 
 REPOSITORY = NOTEBOOKS.parent
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from effnb.lab import build
+from effnb.book import build
 
 HEADER = """\
 # ---
@@ -290,7 +290,7 @@ def test_no_chapters_is_nothing_wrong(tmp_path):
 
 def test_the_module_runs_as_a_command():
     done = subprocess.run(
-        [sys.executable, "-m", "effnb.lab.build", "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "effnb.book.build", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
     assert "--learners FOLDER" in done.stdout

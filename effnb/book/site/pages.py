@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from effnb.book.site.book import Book, SiteError, Written, link
+from effnb.book.site.verdicts import badge, certainty, evidence_html, piece
+from effnb.book.site.words import Advice
 from effnb.lab.claims import ledger
-from effnb.lab.site.book import Book, SiteError, Written, link
-from effnb.lab.site.verdicts import badge, certainty, evidence_html, piece
-from effnb.lab.site.words import Advice
 
 OPEN = "not yet measured"
 
