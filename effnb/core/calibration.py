@@ -9,102 +9,47 @@ time.
 
 from __future__ import annotations
 
+import glob
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.modules import HEADS, Model, find_blocks, matches, replace_modules, share
+from effnb.core.modules import (
+    HEADS,
+    Model,
+    exchange,
+    find_stacks,
+    matches,
+    replace_modules,
+    report_left_out,
+    resolved,
+    share,
+)
+from effnb.core.observers import Hessian, InputNorm, InputSample, Observer
+from effnb.core.padding import gaps, masked_rows, without_padding
+from effnb.core.passage import Arguments, Passage, without_caches
+
+__all__ = [
+    "Calibration",
+    "Call",
+    "Hessian",
+    "InputNorm",
+    "InputSample",
+    "Observer",
+    "batches_of",
+    "block_linears",
+    "layerwise",
+    "main_output",
+    "unpadded_batches",
+    "visit_blocks",
+    "watch",
+]
 
 Calibration = Tensor | Sequence[Mapping[str, Tensor]]
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """Something that gathers a statistic of a layer's inputs."""
-
-    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
-        """Take in the inputs of one batch, tokens in rows."""
-
-
-class Hessian:
-    r"""Running $H = \frac{2}{N} \sum_x x x^\top$ of a layer's inputs, N the number of tokens.
-
-    It is the Hessian of the layer-wise squared output error $\frac1N \lVert \Delta W X \rVert_F^2$
-    with respect to each row of the weight (Frantar et al., 2022, arXiv 2210.17323). Accumulated in
-    float32 at least, whatever the model computes in.
-    """
-
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        """Start from zero for a layer with `features` inputs."""
-        self._upper = torch.zeros(features, features, device=device)
-        self.tokens = 0
-
-    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
-        """Take in the inputs of one batch."""
-        if not len(inputs):
-            return
-        x = inputs.to(self._upper.dtype)
-        total = self.tokens + len(x)
-        self._upper.mul_(self.tokens / total)
-        # H is symmetric: panels from the diagonal to the right edge are little over half the work.
-        features = len(self._upper)
-        width = max(64, -(-features // 4))
-        for start in range(0, features, width):
-            panel = x[:, start : start + width]
-            self._upper[start : start + width, start:].addmm_(
-                panel.T, x[:, start:], alpha=2 / total
-            )
-        self.tokens = total
-
-    @property
-    def value(self) -> Float[Tensor, "in in"]:
-        """$H$ so far, both triangles."""
-        return self._upper.triu() + self._upper.triu(1).T
-
-
-class InputNorm:
-    r"""Running $\lVert X_j \rVert_2$, the norm of each input feature over all tokens."""
-
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        """Start from zero for a layer with `features` inputs."""
-        self._squares = torch.zeros(features, dtype=torch.float64, device=device)
-        self.tokens = 0
-
-    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
-        """Take in the inputs of one batch."""
-        self._squares += inputs.double().square().sum(0)
-        self.tokens += len(inputs)
-
-    @property
-    def value(self) -> Float[Tensor, "in"]:
-        """The norms so far."""
-        return self._squares.sqrt().float()
-
-
-class InputSample:
-    """The inputs themselves, at most `tokens` of them (for small layers and for tests)."""
-
-    def __init__(self, tokens: int = 4096) -> None:
-        """Keep the first `tokens` inputs."""
-        self.limit = tokens
-        self._parts: list[Tensor] = []
-        self.tokens = 0
-
-    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
-        """Take in the inputs of one batch, up to the limit."""
-        part = inputs[: self.limit - self.tokens]
-        if len(part):
-            self._parts.append(part.clone())
-            self.tokens += len(part)
-
-    @property
-    def value(self) -> Float[Tensor, "tokens in"]:
-        """The inputs so far."""
-        return torch.cat(self._parts)
 
 
 def batches_of(
@@ -140,10 +85,6 @@ def batches_of(
     return given
 
 
-class _Stop(Exception):
-    """Ends a forward pass once the input of the first block is known."""
-
-
 @dataclass
 class Call:
     """The arguments of a block for one batch of calibration data.
@@ -151,7 +92,8 @@ class Call:
     Attributes:
         hidden: Hidden states, what the block before gave.
         rest: Further positional arguments.
-        keywords: Keyword arguments, such as position embeddings and the attention mask.
+        keywords: Keyword arguments, such as position embeddings and the attention mask: what the
+            model gives this block, and no other.
         mask: Which tokens are not padding, (batch, time); None when all are text.
     """
 
@@ -160,39 +102,32 @@ class Call:
     keywords: dict[str, Any]
     mask: Tensor | None
 
+    def outputs(self, block: nn.Module) -> Any:
+        """All that the block gives for this batch, as the model's own forward needs it."""
+        # Containers are copied: a block may leave something in them for those behind it.
+        return block(self.hidden, *without_caches(self.rest), **without_caches(self.keywords))
+
     def run(self, block: nn.Module) -> Tensor:
         """The block's output for this batch."""
-        return main_output(block(self.hidden, *self.rest, **self.keywords))
+        return main_output(self.outputs(block))
 
     def text(self, activations: Tensor) -> Tensor:
         """Activations as one token a row, padding left out: it says nothing about the text."""
-        if self.mask is not None and activations.shape[:2] == self.mask.shape:
-            return activations[self.mask]
-        return activations.flatten(0, -2)
+        return masked_rows(activations, self.mask)
 
 
-def _first_inputs(model: nn.Module, blocks: nn.ModuleList, batches: list[dict]) -> list[Call]:
-    calls: list[Call] = []
-
-    def catch(module, arguments, keywords):
-        keywords = {k: v for k, v in keywords.items() if k not in ("past_key_values", "use_cache")}
-        hidden, rest = (
-            (arguments[0], arguments[1:]) if arguments else (keywords.pop("hidden_states"), ())
+def _call(block: nn.Module, given: Arguments, mask: Tensor | None) -> Call:
+    """A block's arguments with its hidden states first."""
+    if given.positional:
+        return Call(given.positional[0], given.positional[1:], dict(given.keywords), mask)
+    keywords = dict(given.keywords)
+    first = next(iter(inspect.signature(block.forward).parameters), "")
+    if first not in keywords:
+        raise ValueError(
+            f"a {type(block).__name__} is called without its first argument, {first!r}; blocks "
+            "must be given hidden states first."
         )
-        calls.append(Call(hidden, rest, keywords, None))
-        raise _Stop
-
-    hook = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        for batch in batches:
-            try:
-                model(**batch)
-            except _Stop:
-                mask = batch.get("attention_mask")
-                calls[-1].mask = None if mask is None or mask.ndim != 2 else mask.bool()
-    finally:
-        hook.remove()
-    return calls
+    return Call(keywords.pop(first), (), keywords, mask)
 
 
 def main_output(output: Any) -> Tensor:
@@ -213,7 +148,8 @@ def visit_blocks(
     Args:
         model: A transformer whose blocks `effnb.core.modules.find_blocks` finds. Not changed.
         calibration: See `batches_of`.
-        visit: Called with a block's name, the block, and its inputs. It may replace modules and
+        visit: Called with a block's name, the block, and its inputs, once for each block that the
+            data reaches, in the order of the model's own forward pass. It may replace modules and
             parameters inside the block, which belongs to the new model, but must not write into
             tensors: they are the original's.
         batch_size: Sequences at a time.
@@ -225,25 +161,93 @@ def visit_blocks(
     Raises:
         ValueError: No calibration data, or sequences beyond the context.
     """
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    device = next(model.parameters()).device
-    batches = [
-        {k: v.to(device) for k, v in batch.items()}
-        for batch in batches_of(calibration, batch_size, context)
-    ]
+    batches = unpadded_batches(model, calibration, batch_size)
     result = share(model).eval()
-    prefix, blocks = find_blocks(result)
+    names: dict[nn.Module, str] = {}  # a block that is used twice goes by its first place
+    for prefix, stack in find_stacks(result).items():
+        for index, block in enumerate(stack):
+            names.setdefault(block, f"{prefix}.{index}")
+    passages = [Passage(result, names, batch) for batch in batches]
+    visited: set[nn.Module] = set()
     # Not inference mode: what is computed here becomes part of a model that may be trained later.
     with torch.no_grad():
-        calls = _first_inputs(result, blocks, batches)
-        for index, block in enumerate(blocks):
-            visit(f"{prefix}.{index}", block, calls)
-            if index + 1 < len(blocks):  # what follows sees the changed block's outputs
-                for call in calls:
-                    call.hidden = call.run(block)
-            if progress:
-                progress(index + 1, len(blocks))
+        try:
+            for passage in passages:
+                passage.advance()
+            while len(visited) < len(names):
+                block = next((p.block for p in passages if p.block is not None), None)
+                if block is None:
+                    break  # the data reaches no further block
+                here = [
+                    (p, _call(block, p.arguments, gaps(batch)))
+                    for p, batch in zip(passages, batches, strict=True)
+                    if p.block is block
+                ]
+                if block not in visited:
+                    visited.add(block)
+                    visit(names[block], block, [call for _, call in here])
+                    if progress:
+                        progress(len(visited), len(names))
+                if len(visited) == len(names):
+                    break
+                for passage, call in here:  # what follows sees the changed block's outputs
+                    passage.advance(call.outputs(block))
+        finally:
+            for passage in passages:
+                passage.cancel()
     return result
+
+
+def unpadded_batches(
+    model: nn.Module, calibration: Calibration, batch_size: int = 8
+) -> list[dict[str, Tensor]]:
+    """Calibration data where the model is, without padding.
+
+    Args:
+        model: The model that will read it.
+        calibration: See `batches_of`.
+        batch_size: Sequences at a time, for token ids.
+
+    Raises:
+        ValueError: No calibration data, sequences beyond the context, or an encoder-decoder that is
+            given nothing for its decoder and cannot make it up.
+    """
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    device = next(model.parameters()).device
+    pair = _is_encoder_decoder(model)
+    batches = []
+    for batch in batches_of(calibration, batch_size, context):
+        here = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batches += without_padding(here, pair)
+    if not batches:
+        raise ValueError("the calibration data is nothing but padding; give at least one sequence.")
+    if pair and not all(DECODER_INPUTS & batch.keys() for batch in batches):
+        _check_decoder(model, batches)
+    return batches
+
+
+DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds", "labels"}
+"""What can tell an encoder-decoder what its decoder reads."""
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return (
+        bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        and "decoder_input_ids" in inspect.signature(model.forward).parameters
+    )
+
+
+def _check_decoder(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+    """Refuse an encoder-decoder that would stop after its encoder; some make up decoder inputs."""
+    batch = next(batch for batch in batches if not DECODER_INPUTS & batch.keys())
+    try:
+        with torch.no_grad():
+            share(model).eval()(**batch)
+    except ValueError:
+        raise ValueError(
+            "this encoder-decoder does not know what its decoder should read; give calibration "
+            "batches with input_ids and decoder_input_ids (or labels)."
+        ) from None
 
 
 def block_linears(
@@ -254,17 +258,22 @@ def block_linears(
     Raises:
         ValueError: When none fits the patterns.
     """
-    prefix, blocks = find_blocks(model)
+    stacks = find_stacks(model)
+    include, exclude = resolved(model, include), resolved(model, exclude)
     wanted = {
-        f"{prefix}.{i}.{name}": m
-        for i, block in enumerate(blocks)
-        for name, m in block.named_modules()
+        name: m
+        for name, m in model.named_modules()
         if isinstance(m, nn.Linear)
-        and matches(f"{prefix}.{i}.{name}", include)
-        and not matches(f"{prefix}.{i}.{name}", exclude)
+        and name.startswith(tuple(f"{prefix}." for prefix in stacks))
+        and matches(name, include)
+        and not matches(name, exclude)
     }
     if not wanted:
-        raise ValueError(f"no linear layer inside the blocks {prefix}.* fits {include!r}.")
+        where = ", ".join(f"{prefix}.*" for prefix in stacks)
+        raise ValueError(f"no linear layer inside the blocks {where} fits {', '.join(include)}.")
+    report_left_out(
+        model, wanted.values(), include, exclude, "only linear layers inside blocks are compressed"
+    )
     return wanted
 
 
@@ -310,6 +319,7 @@ def layerwise(
     """
     wanted = block_linears(model, include, exclude)
     reached: set[str] = set()
+    changed: dict[nn.Module, nn.Module] = {}  # a layer may be used in a later block again
 
     def named(name: str, layer: nn.Linear, observer: Any) -> nn.Module | None:
         reached.add(name)
@@ -319,6 +329,7 @@ def layerwise(
             raise ValueError(f"{name}: {problem}") from None
 
     def visit(prefix: str, block: nn.Module, calls: list[Call]) -> None:
+        exchange(block, changed)
         names = [
             name
             for name, m in block.named_modules()
@@ -335,18 +346,17 @@ def layerwise(
                 layer = block.get_submodule(name)
                 new = named(f"{prefix}.{name}", layer, observer)
                 if new is not None and new is not layer:
-                    parent, _, leaf = name.rpartition(".")
-                    setattr(block.get_submodule(parent), leaf, new)
+                    changed[layer] = new
+            exchange(block, changed)
 
     result = visit_blocks(model, calibration, visit, batch_size=batch_size, progress=progress)
+    exchange(result, changed)
+    missed = {name: layer for name, layer in wanted.items() if name not in reached}
     if not unreached:
+        names = [glob.escape(name) for name in missed]
+        report_left_out(result, (), names, (), "the calibration data did not reach them")
         return result
-    seen = {id(wanted[name]) for name in reached}  # a block may stand in the list a second time
-    missed = {
-        name: named(name, layer, observe(name, layer))
-        for name, layer in wanted.items()
-        if id(layer) not in seen
-    }
+    missed = {name: named(name, layer, observe(name, layer)) for name, layer in missed.items()}
     return replace_modules(result, {name: new for name, new in missed.items() if new is not None})
 
 

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as hooks
 
-from effnb.core.modules import HEADS, Model, matches
+from effnb.core.linear_form import restore
+from effnb.core.modules import HEADS, Model, exchange, matches, resolved, settle_tying
 
 KINDS: dict[str, type[Delta]] = {}
 """The classes that have a kind; importing a method's module adds its own."""
@@ -231,7 +232,7 @@ def linear_layers(
     Raises:
         ValueError: When none fits the patterns; the sentence names some that exist.
     """
-    patterns = [include] if isinstance(include, str) else list(include)
+    patterns, exclude = resolved(model, include), resolved(model, exclude)
     inside: set[int] = set()
     everything: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
@@ -388,12 +389,10 @@ def attach_deltas(model: Model, name: str, deltas: Mapping[str, Delta]) -> Model
         raise ValueError(f"the model has no module named {unknown[0]!r} to attach a delta to.")
     result = freeze(model)
     for path, delta in deltas.items():
-        parent, _, leaf = path.rpartition(".")
-        place = result.get_submodule(parent)
-        host = getattr(place, leaf)
+        host = result.get_submodule(path)
         if not isinstance(host, WithDeltas):
             host = WithDeltas(host).train(host.training)
-            setattr(place, leaf, host)
+            exchange(result, {host.base: host})  # wherever the layer is used
         host.deltas[name] = delta.train(host.training)
         host.active = (*host.active, name)
     return result
@@ -484,9 +483,8 @@ def _without(model: Model, name: str, bases: Mapping[str, nn.Module]) -> Model:
         del host.deltas[name]
         host.active = tuple(n for n in host.active if n != name)
         if not host.deltas:
-            parent, _, leaf = path.rpartition(".")
-            setattr(result.get_submodule(parent), leaf, host.base)
-    return thaw(result) if last else result
+            exchange(result, {host: host.base})  # wherever the layer is used
+    return settle_tying(restore(thaw(result) if last else result))
 
 
 # --- the tensors of a delta -----------------------------------------------------------------------

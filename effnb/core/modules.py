@@ -8,16 +8,22 @@ of a slider do not need fifty copies of the weights.
 from __future__ import annotations
 
 import copy
+import glob
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from effnb.core.coverage import Coverage, coverage, report
 
 Model = TypeVar("Model", bound=nn.Module)
 
-HEADS = ("lm_head", "*.lm_head", "embed_out", "*.classifier", "classifier", "score")
-"""Output heads by their usual names; compression methods leave them alone unless told otherwise."""
+OUTPUTS = "@output heads"
+"""A pattern for the output heads of a model, whatever their names; see `output_heads`."""
+
+HEADS = (OUTPUTS, "*.classifier", "classifier", "score")
+"""Output heads and classifiers; compression methods leave them alone unless told otherwise."""
 
 
 def share(model: Model) -> Model:
@@ -41,6 +47,54 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def own_weight(module: nn.Module | None) -> nn.Parameter | None:
+    """The parameter `weight` that a module itself holds, if any; properties are not asked."""
+    return None if module is None else module._parameters.get("weight")
+
+
+def _asked(model: nn.Module, method: str) -> nn.Module | None:
+    """What a Hugging Face model answers when it is asked for its embedding or head."""
+    find = getattr(model, method, None)
+    try:
+        found = find() if callable(find) else None
+    except (NotImplementedError, AttributeError):  # a model of another kind
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def output_heads(model: nn.Module) -> list[str]:
+    """Names of the modules that turn hidden states into scores of tokens.
+
+    They are what the model gives as `get_output_embeddings`, and every linear layer whose weight is
+    an embedding's own table. Only a model that says nothing of its head is searched for `lm_head`.
+    """
+    head = _asked(model, "get_output_embeddings")
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    tables = {id(own_weight(m)) for m in embeddings} - {id(None)}
+    found = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module is head
+        or (not isinstance(module, nn.Embedding) and id(own_weight(module)) in tables)
+    ]
+    if not callable(getattr(model, "get_output_embeddings", None)):
+        found += [name for name, _ in model.named_modules() if matches(name, HEAD_NAMES)]
+    return list(dict.fromkeys(found))
+
+
+HEAD_NAMES = ("lm_head", "*.lm_head", "embed_out")
+"""What output heads are called in models that do not say which module is theirs."""
+
+
+def resolved(model: nn.Module, patterns: str | Iterable[str]) -> list[str]:
+    """Name patterns for one model: `OUTPUTS` becomes the names of its output heads."""
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if OUTPUTS not in patterns:
+        return patterns
+    heads = [glob.escape(name) for name in output_heads(model)]
+    return [pattern for pattern in patterns if pattern != OUTPUTS] + heads
+
+
 def named_modules_of(
     model: nn.Module,
     kind: type | tuple[type, ...],
@@ -52,7 +106,7 @@ def named_modules_of(
     Raises:
         ValueError: When none fits; the sentence names some that exist.
     """
-    include = [include] if isinstance(include, str) else list(include)
+    include, exclude = resolved(model, include), resolved(model, exclude)
     everything = {name: m for name, m in model.named_modules() if isinstance(m, kind)}
     found = {
         name: module
@@ -65,6 +119,7 @@ def named_modules_of(
         raise ValueError(
             f"no {' or '.join(k.__name__ for k in kinds)} fits the pattern {', '.join(include)}; "
             f"the model has {known}{', …' if len(everything) > 3 else ''}."
+            f"{_otherwise(model, include, exclude)}"
         )
     return found
 
@@ -72,25 +127,106 @@ def named_modules_of(
 def linears(
     model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = HEADS
 ) -> dict[str, nn.Linear]:
-    """The linear layers of a model by name; output heads are left out by default."""
-    return named_modules_of(model, nn.Linear, include, exclude)
+    """The linear layers of a model by name; output heads are left out by default.
+
+    Weights of other modules that were asked for are reported; see `report_left_out`.
+    """
+    found = named_modules_of(model, nn.Linear, include, exclude)
+    report_left_out(model, found.values(), include, exclude)
+    return found
+
+
+def left_out(
+    model: nn.Module,
+    covered: Iterable[nn.Module],
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+) -> Coverage:
+    """Which weights a method leaves as they are that was asked for all that fits the patterns."""
+    include, exclude = resolved(model, include), resolved(model, exclude)
+    return coverage(
+        model, covered, lambda name: matches(name, include) and not matches(name, exclude)
+    )
+
+
+def report_left_out(
+    model: nn.Module,
+    covered: Iterable[nn.Module],
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = HEADS,
+    why: str = "only linear layers are compressed",
+) -> None:
+    """Warn with `LeftOut` when weights that fit the patterns are in none of the covered modules."""
+    report(left_out(model, covered, include, exclude), why)
+
+
+def _otherwise(model: nn.Module, include: str | Iterable[str], exclude: str | Iterable[str]) -> str:
+    """A sentence on weights that fit the patterns, but are in no linear layer."""
+    found = left_out(model, (), include, exclude)
+    return f" {str(found)[:1].upper()}{str(found)[1:]}." if found.left_out else ""
 
 
 def replace_modules(model: Model, new: Mapping[str, nn.Module]) -> Model:
     """A model with the named modules replaced; everything else is shared with the original.
 
+    A module that is used in several places is replaced in all of them, whichever is named; the
+    places may be named one by one with different modules, too. An output head that no longer has
+    the embedding's tensor is no longer called tied; see `settle_tying`.
+
     Raises:
         KeyError: When a name is not a module of the model.
     """
-    known = dict(model.named_modules())
+    known = dict(model.named_modules(remove_duplicate=False))
     unknown = [name for name in new if name not in known or name == ""]
     if unknown:
         raise KeyError(f"the model has no module named {unknown[0]!r}.")
     result = share(model)
+    put_modules(result, new)
+    return settle_tying(result)
+
+
+def put_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Put modules in the place of others, everywhere these are used; the model itself changes."""
+    exchange(model, {model.get_submodule(name): module for name, module in new.items()})
     for name, module in new.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(result.get_submodule(parent), leaf, module)
-    return result
+        setattr(model.get_submodule(parent), leaf, module)
+
+
+def exchange(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each module of `new` wherever the model uses the one it replaces; the model changes."""
+    places = [
+        (parent, leaf, new[child])
+        for parent in model.modules()
+        for leaf, child in parent._modules.items()
+        if child in new
+    ]
+    for parent, leaf, module in places:
+        setattr(parent, leaf, module)
+
+
+def settle_tying(model: Model) -> Model:
+    """Make the configuration of a model say whether head and embedding are tied, and return it.
+
+    A Hugging Face model whose configuration says `tie_word_embeddings` has its head overwritten by
+    the embedding when it is loaded or its vocabulary changes. So the flag is cleared, in place,
+    when the head holds a weight other than the embedding's. It is never set.
+    """
+    head = _asked(model, "get_output_embeddings")
+    table = own_weight(_asked(model, "get_input_embeddings"))
+    if head is None or own_weight(head) is table:
+        return model
+    own: list[Tensor] = [t for name, t in head.named_parameters() if name != "bias"]
+    if not own + list(head.buffers()):  # it reads the embedding's tensors in another form
+        return model
+    if table is not None and any(tensor is table for tensor in own):  # tied inside a wrapper
+        return model
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    for part in (config, text() if callable(text) else None):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+    return model
 
 
 def map_linears(
@@ -103,6 +239,34 @@ def map_linears(
     return replace_modules(
         model, {name: function(name, m) for name, m in linears(model, include, exclude).items()}
     )
+
+
+def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """All stacks of blocks of a model by dotted name: one in a decoder, two in an encoder-decoder.
+
+    A stack is an outermost `nn.ModuleList` whose entries have modules inside. When there is none,
+    the list that `find_blocks` finds is the only stack.
+
+    Raises:
+        ValueError: As `find_blocks`.
+    """
+    found: dict[str, nn.ModuleList] = {}
+
+    def search(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            path = f"{prefix}.{name}" if prefix else name
+            blocks = isinstance(child, nn.ModuleList) and len(child) and all(
+                any(True for _ in entry.children())
+                and not isinstance(entry, nn.ModuleList | nn.ModuleDict)
+                for entry in child
+            )  # fmt: skip
+            if blocks:
+                found[path] = child
+            else:
+                search(child, path)
+
+    search(model, "")
+    return found or dict([find_blocks(model)])
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

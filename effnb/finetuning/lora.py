@@ -50,6 +50,7 @@ from effnb.core.deltas import (
     set_active,
     set_trainable,
 )
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, share
 from effnb.kernels.gathered_lora import lora_update
 from effnb.kernels.lora import in_one_pass
@@ -218,6 +219,7 @@ def check_settings(rank: int, alpha: float, dropout: float) -> None:
         raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
 
 
+@in_linear_form
 def attach(
     model: Model,
     name: str = "default",

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model
 from effnb.inference.low_rank.calibrated import Progress, calibrated, decompose_calibrated
 from effnb.inference.low_rank.factors import Factors, exact
@@ -79,6 +80,7 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha is {alpha}; it must lie between 0 (plain SVD) and 1.")
 
 
+@in_linear_form
 def asvd(
     model: Model,
     calibration: Calibration,
@@ -135,6 +137,7 @@ def asvd(
     )
 
 
+@in_linear_form
 def decompose_asvd(
     model: nn.Module,
     calibration: Calibration,

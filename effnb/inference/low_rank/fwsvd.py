@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, batches_of
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, share
 from effnb.core.training import next_token_loss
 from effnb.inference.low_rank.factors import (
@@ -45,6 +46,7 @@ FLOOR = 1e-6
 """Least importance, in parts of the largest one: a row that is not needed must not divide by 0."""
 
 
+@in_linear_form
 def fisher(
     model: nn.Module,
     calibration: Calibration,
@@ -161,6 +163,7 @@ def fwsvd_weight(
     return Factors(turned.right.T, turned.left.T, turned.singular_values)
 
 
+@in_linear_form
 def decompose_fwsvd(
     model: nn.Module,
     calibration: Calibration,
@@ -193,6 +196,7 @@ def decompose_fwsvd(
     return {n: keep(fwsvd_weight(m.weight, found[n], axis=axis)) for n, m in layers.items()}
 
 
+@in_linear_form
 def fwsvd(
     model: Model,
     calibration: Calibration,

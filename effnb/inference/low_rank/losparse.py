@@ -32,6 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from effnb.core.deltas import freeze
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, replace_modules, share
 from effnb.core.training import Loss, TrainingResult, TrainingSettings, causal_lm_loss, train
 from effnb.inference.low_rank.factors import (
@@ -161,6 +162,7 @@ def split_budget(
     return rank, min(rows, out_features)
 
 
+@in_linear_form
 def low_rank_plus_sparse(
     model: Model,
     kept: float,

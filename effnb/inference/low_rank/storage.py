@@ -13,19 +13,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from effnb.core.linear_form import linear_form, restore
 from effnb.core.modules import Model, replace_modules
 from effnb.inference.low_rank.factors import Factorized, linear_of
 from effnb.inference.low_rank.tensor_train import TensorTrainHead
 
 KEY = "effnb_low_rank"
+AGAIN = "again"
+"""The kind of a place where a module is used that another place names."""
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Kind, sizes and ranks of each factorised module by name: all that `skeleton` needs."""
     names = {id(module): name for name, module in model.named_modules()}
     found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, TensorTrainHead):
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Factorized) and names[id(module)] != name:
+            found[name] = {"kind": AGAIN, "module": names[id(module)]}
+        elif isinstance(module, TensorTrainHead):
             found[name] = {"kind": module.kind, "embedding": names[id(module._tied[0])]}
         elif isinstance(module, Factorized):
             found[name] = {"kind": module.kind, **module.describe()}
@@ -42,20 +47,24 @@ def skeleton(model: Model, descriptions: Mapping[str, Mapping[str, Any]]) -> Mod
     Raises:
         ValueError: When a module is missing in the model, or is of another size.
     """
-    old = dict(model.named_modules())
+    model, made = linear_form(model, descriptions)
+    old = dict(model.named_modules(remove_duplicate=False))
     new: dict[str, nn.Module] = {}
     try:
         for name, about in descriptions.items():
-            if about["kind"] != TensorTrainHead.kind:
+            if about["kind"] not in (TensorTrainHead.kind, AGAIN):
                 new[name] = Factorized.KINDS[about["kind"]].empty(about, old[name])
         for name, about in descriptions.items():
             if about["kind"] == TensorTrainHead.kind:
                 new[name] = TensorTrainHead(new[about["embedding"]], old[name].bias)
+        for name, about in descriptions.items():
+            if about["kind"] == AGAIN:
+                new[name] = new[about["module"]]
     except KeyError as missing:
         raise ValueError(f"this model has no {missing}; it is another architecture.") from None
     except ValueError as problem:
         raise ValueError(f"{name}: {problem}") from None
-    return replace_modules(model, new)
+    return restore(replace_modules(model, new), made)
 
 
 def dense(model: Model) -> Model:
@@ -72,14 +81,14 @@ def dense(model: Model) -> Model:
     new = {
         name: model.get_submodule(name).dense()
         for name, words in about.items()
-        if words["kind"] != TensorTrainHead.kind
+        if words["kind"] not in (TensorTrainHead.kind, AGAIN)
     }
     for name, words in about.items():
         if words["kind"] == TensorTrainHead.kind:  # tied again
             head = model.get_submodule(name)
             new[name] = linear_of(new[words["embedding"]].weight, head.bias)
             new[name].weight = new[words["embedding"]].weight
-    return replace_modules(model, new)
+    return restore(replace_modules(model, new))
 
 
 def save_factorized(model: nn.Module, path: str | os.PathLike) -> int:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, share
 from effnb.inference.low_rank.factors import (
     Factors,
@@ -92,6 +93,7 @@ def truncated_svd(weight: Float[Tensor, "*matrix"], rank: int | None = None) -> 
     return scaled_svd(weight, None, rank)
 
 
+@in_linear_form
 def decompose(
     model: torch.nn.Module,
     *,
@@ -120,6 +122,7 @@ def keep(factors: Factors) -> Factors:
     return Factors(factors.left.float(), factors.right.float(), factors.singular_values)
 
 
+@in_linear_form
 def truncate(
     model: Model,
     decomposition: Mapping[str, Factors],
@@ -145,6 +148,7 @@ def truncate(
     return put_factors(model, {name: decomposition[name].truncated(r) for name, r in ranks.items()})
 
 
+@in_linear_form
 def svd(
     model: Model,
     kept: float | None = None,

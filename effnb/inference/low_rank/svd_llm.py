@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration
 from effnb.core.deltas import attach_deltas
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model
 from effnb.core.training import Loss, TrainingResult, TrainingSettings, causal_lm_loss, train
 from effnb.finetuning import lora
@@ -123,6 +124,7 @@ def svd_llm_weight(
     return scaled_svd(weight, whitening(gram), rank)
 
 
+@in_linear_form
 def svd_llm(
     model: Model,
     calibration: Calibration,
@@ -177,6 +179,7 @@ def svd_llm(
     )
 
 
+@in_linear_form
 def decompose_svd_llm(
     model: nn.Module,
     calibration: Calibration,

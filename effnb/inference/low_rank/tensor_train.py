@@ -349,4 +349,7 @@ def tensor_train(
         new[name] = TensorTrainEmbedding(cores, train.features, module.padding_idx)
         for head, layer in tied_heads(model, module).items():
             new[head] = TensorTrainHead(new[name], layer.bias)
+        for other, embedding in model.named_modules():  # T5 has three on one table
+            if type(embedding) is nn.Embedding and embedding.weight is table:
+                new[other] = new[name]
     return replace_modules(model, new) if new else share(model)

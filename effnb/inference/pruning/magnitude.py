@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, linears
 from effnb.core.training import Batches, Loss, TrainingSettings, causal_lm_loss
 from effnb.inference.pruning.masked_training import MaskedLinear, PruningRun, train_masked
@@ -54,6 +55,7 @@ def magnitude_scores(
     return {n: m.weight.detach().abs() for n, m in linears(model, include, exclude).items()}
 
 
+@in_linear_form
 def magnitude(
     model: Model,
     sparsity: Sparsity = None,

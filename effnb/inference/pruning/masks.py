@@ -26,7 +26,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from effnb.core.calibration import block_linears
-from effnb.core.modules import HEADS, Model, linears, matches, replace_modules, share
+from effnb.core.linear_form import in_linear_form
+from effnb.core.modules import HEADS, Model, linears, matches, replace_modules, resolved, share
 from effnb.inference.quantization.linear import refuse_quantized
 
 Sparsity = float | Mapping[str, float] | None
@@ -288,6 +289,7 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, weight.detach(), 0)
 
 
+@in_linear_form
 def apply_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
     """A model whose named layers have exact zeros where their mask is False.
 
@@ -315,6 +317,7 @@ def layers_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Lin
     return {name: modules[name] for name in masks}
 
 
+@in_linear_form
 def masks_of(
     model: nn.Module,
     include: str | Iterable[str] = "*",
@@ -327,6 +330,7 @@ def masks_of(
     Raises:
         ValueError: When no layer fits.
     """
+    include, exclude = resolved(model, include), resolved(model, exclude)
     found = {
         name: module.weight.detach() != 0
         for name, module in model.named_modules()

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, Hessian, layerwise
 from effnb.core.hessian import check_damping, inverse_cholesky
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model
 from effnb.inference.pruning.masks import (
     Pattern,
@@ -246,6 +247,7 @@ class _Curvature(Hessian):
         return self._factor
 
 
+@in_linear_form
 def sparsegpt(
     model: Model,
     calibration: Calibration,

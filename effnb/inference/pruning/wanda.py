@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, InputNorm, block_linears, layerwise
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model
 from effnb.inference.pruning.masks import (
     Sparsity,
@@ -97,7 +98,9 @@ def wanda_scores(
 ) -> dict[str, Tensor]:
     """Wanda scores of the dense model's layers, by name; nothing is pruned.
 
-    A layer that no token reaches (an expert that the router never chose) has its magnitudes.
+    A layer that no token reaches (an expert that the router never chose) has its magnitudes. Only
+    modules of the model itself are scored: of fused experts, score their
+    `effnb.core.linear_form.linear_form`.
 
     Args:
         model: A transformer; it is not changed.
@@ -129,6 +132,7 @@ def _norms(seen: InputNorm) -> Float[Tensor, "in"]:
     return seen.value if seen.tokens else torch.ones_like(seen.value)
 
 
+@in_linear_form
 def wanda(
     model: Model,
     calibration: Calibration,

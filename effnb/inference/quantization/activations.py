@@ -26,8 +26,10 @@ import torch
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, batches_of
+from effnb.core.calibration import Calibration, unpadded_batches
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, named_modules_of, replace_modules, share
+from effnb.core.padding import gaps, masked_rows
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_bits
 from effnb.inference.quantization.linear import QuantizedLinear
 from effnb.inference.quantization.rtn import rtn
@@ -237,19 +239,16 @@ def input_maxima(
         ValueError: No calibration data, sequences beyond the context, a layer that the data never
             reaches, or inputs that are not finite.
     """
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    batches = batches_of(calibration, batch_size, context)
-    device = next(model.parameters()).device
+    batches = unpadded_batches(model, calibration, batch_size)
     watched = share(model).eval()  # a copy of the modules, so that no hook is left on the model
     found: dict[str, Tensor] = {}
     mask: list[Tensor | None] = [None]
 
     def hook_for(name: str):
         def hook(module, arguments):
-            inputs = arguments[0]
-            if mask[0] is not None and inputs.shape[:2] == mask[0].shape:
-                inputs = inputs[mask[0]]
-            top = inputs.abs().flatten(0, -2).amax(0)
+            if not arguments[0].numel():
+                return  # an expert that no token was sent to
+            top = masked_rows(arguments[0], mask[0]).abs().amax(0)
             found[name] = torch.maximum(found[name], top) if name in found else top
 
         return hook
@@ -259,9 +258,8 @@ def input_maxima(
         watched.get_submodule(name).register_forward_pre_hook(hook_for(name))
     with torch.no_grad():
         for done, batch in enumerate(batches, start=1):
-            given = batch.get("attention_mask")
-            mask[0] = None if given is None or given.ndim != 2 else given.bool().to(device)
-            watched(**{key: tensor.to(device) for key, tensor in batch.items()})
+            mask[0] = gaps(batch)
+            watched(**batch)
             if progress:
                 progress(done, len(batches))
     for name in names:
@@ -272,6 +270,7 @@ def input_maxima(
     return found
 
 
+@in_linear_form
 def quantize_inputs(
     model: Model,
     bits: int = 8,

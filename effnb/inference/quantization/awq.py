@@ -38,6 +38,7 @@ from effnb.core.calibration import (
     watch,
 )
 from effnb.core.folding import Fold, find_folds, scaled, set_parameters
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, matches
 from effnb.inference.quantization.formats import (
     Granularity,
@@ -190,6 +191,7 @@ def awq_clip(
     return result
 
 
+@in_linear_form
 def awq(
     model: Model,
     calibration: Calibration,

@@ -30,7 +30,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from effnb.core.modules import Model, matches, named_modules_of, replace_modules
+from effnb.core.modules import Model, named_modules_of, output_heads, replace_modules
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, quantize
 from effnb.inference.quantization.linear import QuantizedLinear
 from effnb.inference.quantization.packed import PANEL, PackedTensor, machine, why_not
@@ -41,8 +41,6 @@ from effnb.kernels.int4_matmul import SPANS, Int4Weight, int4_matmul, pack_int4
 
 CHUNK = 1 << 20
 """Weights that are read back at a time, so that they are still in the cache when multiplied."""
-
-LANGUAGE_HEADS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out")
 
 
 def packed_linear(
@@ -353,9 +351,10 @@ def fast(
         return {"group_size": 64} if number <= 4 else {"group_size": "row", "symmetric": True}
 
     result = source(model, bits, **how(bits))
+    known = output_heads(result)
     heads = {
         name: QuantizedLinear(quantize(layer.weight, head_bits, **how(head_bits)), layer.bias)
         for name, layer in result.named_modules()
-        if head_bits and isinstance(layer, nn.Linear) and matches(name, LANGUAGE_HEADS)
+        if head_bits and isinstance(layer, nn.Linear) and name in known
     }
     return accelerate(replace_modules(result, heads))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, Hessian, block_linears, layerwise
 from effnb.core.hessian import check_damping, inverse_cholesky
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model
 from effnb.inference.quantization.clipping import check_clip, choose_grid
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_granularity
@@ -267,6 +268,7 @@ class _Curvature(Hessian):
         return self._inverse
 
 
+@in_linear_form
 def gptq(
     model: Model,
     calibration: Calibration,

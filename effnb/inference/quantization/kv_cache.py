@@ -102,6 +102,11 @@ class KiviCache:
         if config is None:
             super().__init__(layer_class_to_replicate=make)
             return
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                "an encoder-decoder keeps keys of two attentions in its cache; KIVI is for models "
+                "that are one decoder."
+            )
         config = config.get_text_config(decoder=True)
         if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
             raise ValueError("only models whose layers all attend to everything can use KIVI.")

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor, nn
 
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, named_modules_of, replace_modules, share
 from effnb.inference.quantization.activations import activation_codes, quantized_matmul
 from effnb.inference.quantization.formats import QuantizedTensor, quantize
@@ -173,6 +174,7 @@ def llm_int8(
     )
 
 
+@in_linear_form
 def outlier_fractions(
     model: nn.Module, ids: Int[Tensor, "batch time"], threshold: float = 6.0
 ) -> dict[str, float]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from effnb.core.calibration import Calibration
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, linears, replace_modules, share
 from effnb.core.training import next_token_loss
 from effnb.inference.quantization.allocation import (
@@ -75,6 +76,7 @@ class Additivity:
         return self.measured / self.predicted if self.predicted else math.nan
 
 
+@in_linear_form
 def layer_bytes(
     model: nn.Module,
     bits: Iterable[int],
@@ -103,6 +105,7 @@ def layer_bytes(
     }
 
 
+@in_linear_form
 def mixed_precision(
     model: Model,
     allocation: Mapping[str, int],

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, batches_of
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import (
     HEADS,
     Model,
@@ -112,6 +113,7 @@ class SurroundedLinear(nn.Module):
         return y if self.outputs is None else self.outputs(y)
 
 
+@in_linear_form
 def prepare_qat(
     model: Model,
     bits: int | None = None,

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from jaxtyping import Float
 from torch import Tensor
 
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model
 from effnb.finetuning import lora
 from effnb.inference.quantization.formats import Granularity, quantize
@@ -29,6 +30,7 @@ from effnb.inference.quantization.stored import Stored
 from effnb.inference.quantization.tables import quantize_table
 
 
+@in_linear_form
 def qlora(
     model: Model,
     name: str = "default",

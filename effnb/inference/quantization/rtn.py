@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from effnb.core.linear_form import in_linear_form, restore
 from effnb.core.modules import HEADS, Model, map_linears, named_modules_of, replace_modules
 from effnb.inference.quantization.clipping import check_clip
 from effnb.inference.quantization.formats import (
@@ -26,6 +27,7 @@ from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantize
 from effnb.inference.quantization.stored import Stored
 
 
+@in_linear_form
 def quantize_linears(
     model: Model,
     function: Callable[[Tensor], Stored],
@@ -127,4 +129,4 @@ def dequantized(model: Model, dtype: torch.dtype | None = None) -> Model:
     if dtype is None:
         kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
         dtype = kinds[0] if kinds else torch.float32
-    return replace_modules(model, {name: m.dequantized(dtype) for name, m in layers.items()})
+    return restore(replace_modules(model, {n: m.dequantized(dtype) for n, m in layers.items()}))

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from effnb.core.modules import Model, replace_modules
+from effnb.core.linear_form import linear_form, restore
+from effnb.core.modules import Model, replace_modules, settle_tying
 from effnb.inference.quantization.extreme import BinaryTensor, TernaryTensor
 from effnb.inference.quantization.formats import QuantizedTensor
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
@@ -87,6 +88,7 @@ def load_quantized(model: Model, path: str | Path) -> Model:
     """
     refuse_quantized(model)
     description, tensors = _read(Path(path))
+    model, made = linear_form(model, description["layers"])
     own = model.state_dict(keep_vars=True)
     device = next(iter(own.values()), torch.zeros(0)).device
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -117,7 +119,7 @@ def load_quantized(model: Model, path: str | Path) -> Model:
         layers[name] = QuantizedLinear(stored, layer.bias)
     result = replace_modules(model, layers)
     _assign(result, tensors, set(layers), path)
-    return result
+    return settle_tying(restore(result, made))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
