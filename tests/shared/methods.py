@@ -13,6 +13,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 
+from effnb.core.deltas import delta_parameters, delta_state_dict, merge
 from effnb.core.linear_form import linear_form
 from effnb.core.modules import find_blocks, linears
 from effnb.core.training import TrainingSettings
@@ -187,6 +188,29 @@ def smaller(model: nn.Module, result: nn.Module, batch: Batch) -> None:
     assert size < sum(p.numel() for p in model.parameters())
 
 
+def tuned(model: nn.Module) -> nn.Module:
+    """A model with a LoRA that is not zero, as after training."""
+    result = lora.attach(model, rank=4, alpha=8.0)
+    for i, (_, parameter) in enumerate(delta_parameters(result, "default").items()):
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+        parameter.data = 0.1 * noise
+    return result
+
+
+def added(model: nn.Module, result: nn.Module, batch: Batch) -> None:
+    """An oracle for LoRA: $W + \\frac{\\alpha}{r} B A$ in every layer, in float64."""
+    state = delta_state_dict(tuned(model), "default")
+    twin, _ = linear_form(model.double())
+    layers = linears(twin)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            A, B = (next(v for k, v in state.items() if k == f"{name}.{end}")
+                    for end in ("A", "B"))  # fmt: skip
+            layer.weight.copy_(layer.weight + (8.0 / 4) * B.double() @ A.double())
+        want, found = twin(**batch).logits, result(**batch).logits
+    assert (found - want).norm() <= 1e-3 * want.norm()
+
+
 # ---------------------------------------------------------------------- methods
 
 
@@ -198,13 +222,17 @@ class Method:
         run: From (model, batch) to a new model.
         oracle: Asserts that (model, result, batch) fit together.
         data: Whether calibration or training data decides anything.
-        keeps: Whether the result is an ordinary model that saves and loads as its class does.
+        file: How the result is stored: as the "model" of its class, "quantized", "factorized", as a
+            "delta", or "none" where it is made of a stored model again.
+        cache_bound: How much a cache may move the output, relative to its norm: float32's rounding,
+            or that of a method that rounds what is in the cache, or single tokens, otherwise.
     """
 
     run: Callable[[nn.Module, Batch], nn.Module]
     oracle: Callable[[nn.Module, nn.Module, Batch], None]
     data: bool = False
-    keeps: bool = True
+    file: str = "model"
+    cache_bound: float = 2e-3
 
 
 def _steps(batch: Batch):
@@ -268,7 +296,7 @@ METHODS: dict[str, Method] = {
     "SVD": Method(
         lambda m, b: low_rank.svd(m, rank=8),
         each_weight(lambda w: low_rank.truncated_svd(w, 8).product()),
-        keeps=False,
+        file="factorized",
     ),
     "ASVD": Method(
         lambda m, b: low_rank.asvd(m, [b], rank=8),
@@ -276,25 +304,25 @@ METHODS: dict[str, Method] = {
             lambda w, x: low_rank.asvd_weight(w, x.abs().mean(0), 8).product(), 0.05
         ),
         data=True,
-        keeps=False,
+        file="factorized",
     ),
     "SVD-LLM": Method(
         lambda m, b: low_rank.svd_llm(m, [b], rank=8),
         layer_by_layer(lambda w, x: low_rank.svd_llm_weight(w, x.T @ x, 8).product(), 0.05),
         data=True,
-        keeps=False,
+        file="factorized",
     ),
     "FWSVD": Method(
         lambda m, b: low_rank.fwsvd(m, [b], rank=8, loss=loss),
         close_function(10.0),
         data=True,
-        keeps=False,
+        file="factorized",
     ),
     # quantization
     "RTN": Method(
         lambda m, b: quantization.rtn(m, 4),
         each_weight(lambda w: quantization.quantize(w, 4).dequantize()),
-        keeps=False,
+        file="quantized",
     ),
     "GPTQ": Method(
         lambda m, b: quantization.gptq(m, [b], 4),
@@ -302,40 +330,43 @@ METHODS: dict[str, Method] = {
             lambda w, x: quantization.gptq_weight(w, hessian(x), 4).dequantize(), 0.1
         ),
         data=True,
-        keeps=False,
+        file="quantized",
     ),
     "AWQ": Method(
-        lambda m, b: quantization.awq(m, [b], 8), close_function(0.1), data=True, keeps=False
+        lambda m, b: quantization.awq(m, [b], 8), close_function(0.1), data=True, file="quantized"
     ),
     "W8A8": Method(
-        lambda m, b: quantization.quantize_activations(m), close_function(0.2), keeps=False
+        lambda m, b: quantization.quantize_activations(m), close_function(0.2), file="none"
     ),
     "SmoothQuant": Method(
         lambda m, b: quantization.smooth(m, [b]), same_function, data=True
     ),
     "LLM.int8()": Method(
-        lambda m, b: quantization.llm_int8(m), close_function(0.2), keeps=False
+        lambda m, b: quantization.llm_int8(m), close_function(0.2), file="none"
     ),
     "rotation": Method(lambda m, b: quantization.rotate(m), same_function),
     "KIVI": Method(
         lambda m, b: quantization.kivi(m, 8, residual=8, group_size=8),
         close_function(0.1),
-        keeps=False,
+        file="none",
+        cache_bound=0.1,
     ),
     "QAT": Method(
         lambda m, b: quantization.convert(quantization.prepare_qat(m, 8)),
         close_function(0.2),
-        keeps=False,
+        file="quantized",
     ),
-    "PEQA": Method(lambda m, b: quantization.peqa(m, 8), close_function(0.2), keeps=False),
+    "PEQA": Method(lambda m, b: quantization.peqa(m, 8), close_function(0.2), file="none"),
     "packed": Method(
-        lambda m, b: quantization.fast(m, 8, head=False), close_function(0.2), keeps=False
+        lambda m, b: quantization.fast(m, 8, head=False), close_function(0.2), file="none",
+        cache_bound=0.02
     ),
     # fine-tuning
-    "LoRA": Method(lambda m, b: lora.attach(m, rank=4), same_function, keeps=False),
+    "LoRA": Method(lambda m, b: tuned(m), added, file="delta"),
+    "LoRA, merged": Method(lambda m, b: merge(tuned(m), "default"), added),
     "QLoRA": Method(
         lambda m, b: quantization.qlora(m, rank=4, block_size=16),
         close_function(0.5),
-        keeps=False,
+        file="none",
     ),
 }
