@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import zoo
 from torch import Tensor, nn
 
 from effnb.core.deltas import delta_parameters, delta_state_dict, merge
@@ -33,7 +32,9 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
         )
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     if not model.config.is_encoder_decoder and "ForMaskedLM" in type(model).__name__:
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100
+        )
     visible = batch["attention_mask"][:, :-1] == 1  # nothing is scored from a position of padding
     labels = labels[:, 1:].masked_fill(~visible, -100)
     return nn.functional.cross_entropy(
@@ -222,6 +223,7 @@ class Method:
         run: From (model, batch) to a new model.
         oracle: Asserts that (model, result, batch) fit together.
         data: Whether calibration or training data decides anything.
+        trains: Whether an optimizer's steps decide.
         file: How the result is stored: as the "model" of its class, "quantized", "factorized", as a
             "delta", or "none" where it is made of a stored model again.
         cache_bound: How much a cache may move the output, relative to its norm: float32's rounding,
@@ -231,6 +233,7 @@ class Method:
     run: Callable[[nn.Module, Batch], nn.Module]
     oracle: Callable[[nn.Module, nn.Module, Batch], None]
     data: bool = False
+    trains: bool = False
     file: str = "model"
     cache_bound: float = 2e-3
 
@@ -275,11 +278,13 @@ METHODS: dict[str, Method] = {
         lambda m, b: pruning.gradual(m, _steps(b), STEPS, SCHEDULE, loss=loss).model,
         close_function(10.0),
         data=True,
+        trains=True,
     ),
     "movement": Method(
         lambda m, b: pruning.movement(m, _steps(b), STEPS, SCHEDULE, loss=loss).model,
         close_function(10.0),
         data=True,
+        trains=True,
     ),
     # pruning, structures
     "head pruning": Method(
@@ -289,9 +294,7 @@ METHODS: dict[str, Method] = {
         lambda m, b: pruning.llm_pruner(m, [b], 0.5, loss=loss).model, smaller, data=True
     ),
     "ShortGPT": Method(lambda m, b: pruning.shortgpt(m, [b], 1).model, smaller, data=True),
-    "width": Method(
-        lambda m, b: pruning.width(m, [b], neurons=0.5).model, smaller, data=True
-    ),
+    "width": Method(lambda m, b: pruning.width(m, [b], neurons=0.5).model, smaller, data=True),
     # low rank
     "SVD": Method(
         lambda m, b: low_rank.svd(m, rank=8),
@@ -300,9 +303,7 @@ METHODS: dict[str, Method] = {
     ),
     "ASVD": Method(
         lambda m, b: low_rank.asvd(m, [b], rank=8),
-        layer_by_layer(
-            lambda w, x: low_rank.asvd_weight(w, x.abs().mean(0), 8).product(), 0.05
-        ),
+        layer_by_layer(lambda w, x: low_rank.asvd_weight(w, x.abs().mean(0), 8).product(), 0.05),
         data=True,
         file="factorized",
     ),
@@ -326,9 +327,7 @@ METHODS: dict[str, Method] = {
     ),
     "GPTQ": Method(
         lambda m, b: quantization.gptq(m, [b], 4),
-        layer_by_layer(
-            lambda w, x: quantization.gptq_weight(w, hessian(x), 4).dequantize(), 0.1
-        ),
+        layer_by_layer(lambda w, x: quantization.gptq_weight(w, hessian(x), 4).dequantize(), 0.1),
         data=True,
         file="quantized",
     ),
@@ -338,12 +337,8 @@ METHODS: dict[str, Method] = {
     "W8A8": Method(
         lambda m, b: quantization.quantize_activations(m), close_function(0.2), file="none"
     ),
-    "SmoothQuant": Method(
-        lambda m, b: quantization.smooth(m, [b]), same_function, data=True
-    ),
-    "LLM.int8()": Method(
-        lambda m, b: quantization.llm_int8(m), close_function(0.2), file="none"
-    ),
+    "SmoothQuant": Method(lambda m, b: quantization.smooth(m, [b]), same_function, data=True),
+    "LLM.int8()": Method(lambda m, b: quantization.llm_int8(m), close_function(0.2), file="none"),
     "rotation": Method(lambda m, b: quantization.rotate(m), same_function),
     "KIVI": Method(
         lambda m, b: quantization.kivi(m, 8, residual=8, group_size=8),
@@ -358,8 +353,10 @@ METHODS: dict[str, Method] = {
     ),
     "PEQA": Method(lambda m, b: quantization.peqa(m, 8), close_function(0.2), file="none"),
     "packed": Method(
-        lambda m, b: quantization.fast(m, 8, head=False), close_function(0.2), file="none",
-        cache_bound=0.02
+        lambda m, b: quantization.fast(m, 8, head=False),
+        close_function(0.2),
+        file="none",
+        cache_bound=0.02,
     ),
     # fine-tuning
     "LoRA": Method(lambda m, b: tuned(m), added, file="delta"),

@@ -126,9 +126,7 @@ def _config(name: str):
             decoder_start_token_id=0,
         )  # fmt: skip
     if name == "BERT":
-        return T.BertConfig(
-            **COMMON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-        )
+        return T.BertConfig(**COMMON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     if name == "ModernBERT":
         return T.ModernBertConfig(
             **COMMON, local_attention=8, global_attn_every_n_layers=2,
@@ -180,7 +178,9 @@ def batch(name: str, padding: str = "none") -> dict[str, torch.Tensor]:
         pad = torch.full((len(tokens), 4), 7)  # a token like any other: only the mask hides it
         mask = torch.ones_like(tokens)
         parts = [pad, tokens] if padding == "left" else [tokens, pad]
-        hidden = [torch.zeros_like(pad), mask] if padding == "left" else [mask, torch.zeros_like(pad)]
+        hidden = (
+            [torch.zeros_like(pad), mask] if padding == "left" else [mask, torch.zeros_like(pad)]
+        )
         found = {"input_ids": torch.cat(parts, 1), "attention_mask": torch.cat(hidden, 1)}
     else:
         found = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
