@@ -7,7 +7,7 @@ forgets one is seen. `TRAITS` says what is special about each.
 from __future__ import annotations
 
 import torch
-import transformers as T
+import transformers as T  # noqa: N812
 from torch import nn
 
 VOCABULARY = 96
