@@ -14,6 +14,7 @@ import math
 import operator
 import os
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -109,10 +110,9 @@ def check_number(name: str, value: float) -> float:
     """
     if isinstance(value, Tensor):
         raise TypeError(f"{name} is a tensor; it must be a number, to which no gradient leads.")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r}; it must be a number.") from None
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; it must be a number.")
+    return float(value)
 
 
 def check_whole(name: str, value: int) -> int:

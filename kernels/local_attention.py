@@ -35,7 +35,7 @@ One kernel takes tiles of queries and computes $dQ$; another takes tiles of keys
 and $dV$. Each result has one owner, so none is added to by two programs, and runs are repeatable.
 What is not seen has no part in a sum, not even as an infinite number: see `_masked` for the second
 launch of each kernel that this takes, of programs that read a byte and end. Score gradients of
-float16, which may be beyond its range, are multiplied in TF32.
+float16, which may be beyond its range, are brought into it row by row before they are multiplied.
 
 **Bytes and operations.** With $n$ visible pairs a head (causal: $Tw - w(w-1)/2$), $h$ heads of
 dimension $d$ do $4\,d\,n\,h$ operations forward and, computing the scores anew in both kernels,
@@ -364,9 +364,11 @@ def _score_gradients(q, k, v, g, seen, log, delta, scale, PRECISION: tl.constexp
 
 @jit
 def _dot_gradients(ds, x, PRECISION: tl.constexpr):
-    """Score gradients times keys or queries; they may be beyond float16's range: then in TF32."""
+    """Score gradients times keys or queries; in float16, with each row brought into its range."""
     if x.dtype == tl.float16:
-        return tl.dot(ds, x.to(tl.float32), input_precision="tf32")
+        most = tl.max(tl.abs(ds), axis=1)
+        most = tl.where(most > 1e-30, most, 1.0)[:, None]
+        return tl.dot((ds / most).to(x.dtype), x, input_precision=PRECISION) * most
     return tl.dot(ds.to(x.dtype), x, input_precision=PRECISION)
 
 
@@ -516,9 +518,8 @@ def _keys_backward_kernel(
 # ---------------------------------------------------------------- the kernels, launched
 
 
-def _settings(dim: int, dtype: torch.dtype, causal: bool, *, backward: bool = False) -> dict:
+def _settings(dim: int, dtype: torch.dtype, causal: bool) -> dict:
     """Constants of the three kernels: as many rows a tile as shared memory and registers hold."""
-    wide = backward and dtype == torch.float16  # whose score gradients are float32
     block_d = max(16, next_power_of_2(dim))  # 16 is the least that a tensor core takes
     rows = min(64, max(16, 16384 // (block_d * dtype.itemsize)))
     return dict(
@@ -528,7 +529,7 @@ def _settings(dim: int, dtype: torch.dtype, causal: bool, *, backward: bool = Fa
         BLOCK_K=rows,
         CAUSAL=causal,
         PRECISION=precision(dtype),
-        num_warps=8 if block_d >= 128 or wide else 4,
+        num_warps=8 if block_d >= 128 else 4,
         num_stages=2,
     )
 
@@ -584,7 +585,6 @@ class _LocalAttention(torch.autograd.Function):
         key_heads, group = k.shape[1], heads // k.shape[1]
         d_out = d_out.contiguous()
         dq, dk, dv = (empty(x.shape, x.dtype, x.device) for x in (q, k, v))
-        settings = _settings(q.shape[3], q.dtype, ctx.settings["CAUSAL"], backward=True)
         delta = empty(log_sum.shape, torch.float32, q.device)
         counts, visits = _list_visits(schedule)
         launch_again(
@@ -593,7 +593,7 @@ class _LocalAttention(torch.autograd.Function):
             *(q, k, v, kinds, counts, visits, out, log_sum, d_out, dq, delta),
             *(heads, group, tokens, visits.shape[2], ctx.scale, *ctx.window),
             *(_batch_stride(counts), *ctx.strides),
-            **settings,
+            **ctx.settings,
         )
         counts, visits = _list_visits(schedule.mT)  # for each tile of keys, who comes by
         launch_again(
@@ -602,7 +602,7 @@ class _LocalAttention(torch.autograd.Function):
             *(q, k, v, kinds, counts, visits, log_sum, d_out, delta, dk, dv),
             *(key_heads, group, tokens, visits.shape[2], ctx.scale, *ctx.window),
             *(_batch_stride(counts), *ctx.strides),
-            **settings,
+            **ctx.settings,
         )
         return dq, dk, dv, None, None, None, None, None
 
@@ -711,14 +711,13 @@ def compile_cases() -> list[CompileCase]:
         numbers = "heads key_heads group tokens key_tiles query_tiles left right"
         types |= dict.fromkeys(numbers.split(), "i32")
         types |= {"kinds_batch": "i32", "counts_batch": "i32"}
+        settings = _settings(dim, kinds[kind], causal)
+        warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
         for name, kernel in (
             ("forward", _forward_kernel),
             ("queries backward", _queries_backward_kernel),
             ("keys backward", _keys_backward_kernel),
         ):
-            how = dict(backward=kernel is not _forward_kernel)
-            settings = _settings(dim, kinds[kind], causal, **how)
-            warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
             for again in (False, True) if dim == 64 else (False,):
                 case = CompileCase(
                     f"local_attention: {name} {kind} {dim}" + again * " again", kernel, types,

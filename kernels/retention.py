@@ -144,7 +144,7 @@ def retention_chunkwise(q, k, v, gamma, *, scale=None, initial_state=None, chunk
     *inputs, state = _prepare(q, k, v, gamma, scale, initial_state)
     queries, keys, values, log2_gamma, scale = inputs
     chunk_size, outputs = check_whole("chunk_size", chunk_size), [values[:, :, :0]]
-    for start in range(0, q.shape[2], chunk_size):
+    for start in range(0, max(q.shape[2], 1), chunk_size):  # of no tokens, one chunk of none
         part = slice(start, start + chunk_size)
         chunk = queries[:, :, part], keys[:, :, part], values[:, :, part]
         out, state = _one_chunk(*chunk, log2_gamma, scale, state)
