@@ -117,15 +117,16 @@ def test_who_does_not_see_what_is_infinite_is_not_spoilt(proof, place, causal):
 
     Both backends agree on every number, infinite ones included.
     """
-    inputs = [proof.tensor(1, h, 70, 5, seed=i) for i, h in enumerate((2, 1, 1, 2))]
+    tokens = 70 if place == 2 and causal else 40  # two tiles, or one
+    inputs = [proof.tensor(1, h, tokens, 5, seed=i) for i, h in enumerate((2, 1, 1, 2))]
     spoilt = [x.clone() for x in inputs]
     spoilt[place][0, 0, 20, 3] = torch.inf
-    visible = visible_pairs(70, window=6, causal=causal)[0].to(proof.device)
-    row = torch.arange(70, device=proof.device) == 20
+    visible = visible_pairs(tokens, window=6, causal=causal)[0].to(proof.device)
+    row = torch.arange(tokens, device=proof.device) == 20
     bad_scores = visible[:, 20] if place in (1, 2) else row  # queries, by their score gradients
     bad_rows = bad_scores if place < 3 else torch.zeros_like(row)
     reached = (visible & bad_scores[:, None]).any(0)  # keys that such a query sees
-    assert not bool(reached[40:].any())  # though the first tile of 64 goes on
+    assert not bool(reached[30:].any())  # though its tile goes on
     results, clean = [], None
     for backend in reversed(BACKENDS):
 
