@@ -286,3 +286,14 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if best is None:
         raise ValueError("the model has no list of equal blocks (an nn.ModuleList of one class).")
     return best
+
+
+def in_several_blocks(model: nn.Module) -> list[str]:
+    """Names of the modules that more than one block of a model uses, by their first places."""
+    names = {module: name for name, module in reversed(list(model.named_modules()))}
+    users: dict[nn.Module, set[nn.Module]] = {}
+    for blocks in find_stacks(model).values():
+        for block in blocks:
+            for module in block.modules():
+                users.setdefault(module, set()).add(block)
+    return [names[module] for module, blocks in users.items() if len(blocks) > 1]
