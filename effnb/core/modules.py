@@ -223,17 +223,14 @@ def settle_tying(model: Model) -> Model:
         return model
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", None)
-    tied = [
-        part
-        for part in (config, text() if callable(text) else None)
-        if getattr(part, "tie_word_embeddings", False)
-    ]
-    for part in tied:
-        part.tie_word_embeddings = False
+    for part in (config, text() if callable(text) else None):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
     bias = head._parameters.get("bias")
     inside = {id(module) for module in head.modules()}
     others = (m for m in model.modules() if id(m) not in inside)
-    if tied and bias is not None and any(bias is p for m in others for p in m._parameters.values()):
+    shared = any(bias is p for m in others for p in m._parameters.values())
+    if config is not None and bias is not None and shared:
         # BERT ties the bias by the same flag: untied, it is saved and loaded by itself.
         own_head = share(head)
         own_head.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
