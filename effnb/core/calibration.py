@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from effnb.core.modules import (
     share,
 )
 from effnb.core.observers import Hessian, InputNorm, InputSample, Observer
-from effnb.core.padding import gaps, masked_rows, without_padding
+from effnb.core.padding import gaps, is_per_row, masked_rows, without_padding
 from effnb.core.passage import Arguments, Passage, without_caches
 
 __all__ = [
@@ -145,6 +146,9 @@ def visit_blocks(
 ) -> Model:
     """Visit the blocks in order, each with the inputs that the changed blocks before it produce.
 
+    A block that the model uses several times in one forward pass (ALBERT's) is visited once, with
+    all its inputs in the unchanged model.
+
     Args:
         model: A transformer whose blocks `effnb.core.modules.find_blocks` finds. Not changed.
         calibration: See `batches_of`.
@@ -174,6 +178,7 @@ def visit_blocks(
         try:
             for passage in passages:
                 passage.advance()
+            again = _used_again(result, names, batches)
             while len(visited) < len(names):
                 block = next((p.block for p in passages if p.block is not None), None)
                 if block is None:
@@ -185,7 +190,7 @@ def visit_blocks(
                 ]
                 if block not in visited:
                     visited.add(block)
-                    visit(names[block], block, [call for _, call in here])
+                    visit(names[block], block, again.get(block) or [call for _, call in here])
                     if progress:
                         progress(len(visited), len(names))
                 if len(visited) == len(names):
@@ -195,6 +200,37 @@ def visit_blocks(
         finally:
             for passage in passages:
                 passage.cancel()
+    return result
+
+
+def _used_again(
+    model: nn.Module, blocks: Iterable[nn.Module], batches: list[dict[str, Tensor]]
+) -> dict[nn.Module, list[Call]]:
+    """All calls of each block that one forward pass uses more than once (ALBERT's), if any is."""
+
+    def calls_of(batch: dict[str, Tensor], only: set[nn.Module] | None) -> list:
+        passage, found = Passage(model, blocks, batch), []
+        try:
+            passage.advance()
+            while passage.block is not None:
+                block = passage.block
+                call = _call(block, passage.arguments, gaps(batch))
+                found.append((block, call if only and block in only else None))
+                passage.advance(call.outputs(block))
+        finally:
+            passage.cancel()
+        return found
+
+    first = min(batches, key=lambda batch: batch["input_ids"].shape[1])
+    rows = len(first["input_ids"])
+    first = {k: v[:1] if is_per_row(v, rows) else v for k, v in first.items()}
+    uses = Counter(block for block, _ in calls_of(first, None))
+    often = {block for block, number in uses.items() if number > 1}
+    result: dict[nn.Module, list[Call]] = {}
+    for batch in batches if often else []:
+        for block, call in calls_of(batch, often):
+            if call is not None:
+                result.setdefault(block, []).append(call)
     return result
 
 
@@ -292,6 +328,9 @@ def layerwise(
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Visit the blocks in order; observe, compress and replace their linear layers.
+
+    A layer that several blocks use is compressed on what the first of them reads, and replaced in
+    all of them.
 
     Args:
         model: A transformer whose blocks `effnb.core.modules.find_blocks` finds. Not changed.

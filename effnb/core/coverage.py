@@ -56,15 +56,22 @@ def coverage(
         covered: The modules that the method compresses, with all that is inside them.
         asked: Whether a module's or tensor's name was asked for; output heads usually are not.
     """
-    inside = {id(p) for module in covered for p in module.parameters()}
+    done = {id(p) for module in covered for p in module.parameters()}
+    done |= {
+        id(p)
+        for module in model.modules()
+        if type(module).__module__.startswith("effnb.")
+        for part in module.modules()
+        if not isinstance(part, nn.Linear)
+        for p in part.parameters(recurse=False)
+    }
     left: dict[str, int] = {}
     for path, module in model.named_modules():
-        own = type(module).__module__.startswith("effnb.") and not hasattr(module, "fused")
-        if isinstance(module, nn.Embedding) or own:
+        if isinstance(module, nn.Embedding):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{key}" if path else key
-            if parameter.ndim >= 2 and id(parameter) not in inside and asked(path) and asked(name):
+            if parameter.ndim >= 2 and id(parameter) not in done and asked(path) and asked(name):
                 left[name] = parameter.numel()
     ordered = dict(sorted(left.items(), key=lambda item: -item[1]))
     return Coverage(sum(p.numel() for p in model.parameters()), ordered)

@@ -226,6 +226,15 @@ def settle_tying(model: Model) -> Model:
     for part in (config, text() if callable(text) else None):
         if getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
+    bias = head._parameters.get("bias")
+    inside = {id(module) for module in head.modules()}
+    others = (m for m in model.modules() if id(m) not in inside)
+    shared = any(bias is p for m in others for p in m._parameters.values())
+    if config is not None and bias is not None and shared:
+        # BERT ties the bias by the same flag: untied, it is saved and loaded by itself.
+        own_head = share(head)
+        own_head.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        exchange(model, {head: own_head})
     return model
 
 
@@ -286,3 +295,14 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if best is None:
         raise ValueError("the model has no list of equal blocks (an nn.ModuleList of one class).")
     return best
+
+
+def in_several_blocks(model: nn.Module) -> list[str]:
+    """Names of the modules that more than one block of a model uses, by their first places."""
+    names = {module: name for name, module in reversed(list(model.named_modules()))}
+    users: dict[nn.Module, set[nn.Module]] = {}
+    for blocks in find_stacks(model).values():
+        for block in blocks:
+            for module in block.modules():
+                users.setdefault(module, set()).add(block)
+    return [names[module] for module, blocks in users.items() if len(blocks) > 1]

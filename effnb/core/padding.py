@@ -50,7 +50,7 @@ def without_padding(
         cuts = {}
         for key, value in spread.items():
             table, span = (own, spans[1]) if key in decoder else (mask, spans[0])
-            if _is_per_row(value, rows):
+            if is_per_row(value, rows):
                 timed = table is not None and value.shape[1:2] == table.shape[1:]
                 cuts[key] = value[row : row + 1, span] if timed else value[row : row + 1]
         length = tuple(None if span is None else span.stop - span.start for span in spans)
@@ -61,7 +61,8 @@ def without_padding(
     ]
 
 
-def _is_per_row(value: Any, rows: int) -> bool:
+def is_per_row(value: Any, rows: int) -> bool:
+    """Whether a model's argument is a tensor with an entry for each sequence of a batch."""
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
 
 

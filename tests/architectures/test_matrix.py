@@ -16,7 +16,7 @@ import methods
 import pytest
 import torch
 import transformers
-import zoo
+import architectures
 
 from effnb.core.coverage import LeftOut
 from effnb.core.deltas import delta_state_dict, load_delta
@@ -29,7 +29,7 @@ transformers.logging.set_verbosity_error()
 
 def cell(name, method):
     """What a method does on an architecture: "works", or the sentence it refuses with."""
-    model, batch = zoo.build(name), zoo.batch(name)
+    model, batch = architectures.build(name), architectures.batch(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     config = model.config.to_dict()
     with warnings.catch_warnings(record=True) as caught:
@@ -45,10 +45,10 @@ def cell(name, method):
     if result is None:
         assert one_sentence(refusal), refusal
         return {"refused": refusal}
-    method.oracle(zoo.build(name), result, batch)
+    method.oracle(architectures.build(name), result, batch)
     if method.data:
         padded(name, method, result, batch)
-    if name not in (*zoo.ENCODERS, *zoo.ENCODER_DECODERS):
+    if name not in (*architectures.ENCODERS, *architectures.ENCODER_DECODERS):
         cached(result, method.cache_bound)
     found = {"works": True}
     left = [str(w.message) for w in caught if issubclass(w.category, LeftOut)]
@@ -70,7 +70,7 @@ def padded(name, method, result, batch):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.enable_grad():
-                again = method.run(zoo.build(name), zoo.batch(name, side))
+                again = method.run(architectures.build(name), architectures.batch(name, side))
         found = again(**batch).logits
         if method.trains and (found - want).norm() > 2e-3 * want.norm():
             # Steps of an optimizer enlarge rounding; which weights stay is what must agree.
@@ -85,7 +85,7 @@ def padded(name, method, result, batch):
 @torch.no_grad()
 def cached(result, bound):
     """Token by token with a cache gives what one pass over all tokens gives."""
-    ids = zoo.ids(batch=2, time=9, seed=9)
+    ids = architectures.ids(batch=2, time=9, seed=9)
     whole = result(input_ids=ids, use_cache=False).logits
     output = result(input_ids=ids[:, :5], use_cache=True)
     parts = [output.logits]
@@ -111,21 +111,21 @@ def saved(name, method, result, batch):
         again.config._experts_implementation = "eager"
     elif method.file == "quantized":
         quantization.save_quantized(result, path / "weights.safetensors")
-        again = quantization.load_quantized(zoo.build(name), path / "weights.safetensors")
+        again = quantization.load_quantized(architectures.build(name), path / "weights.safetensors")
     elif method.file == "factorized":
         low_rank.save_factorized(result, path / "weights.safetensors")
-        again = low_rank.load_factorized(zoo.build(name), path / "weights.safetensors")
+        again = low_rank.load_factorized(architectures.build(name), path / "weights.safetensors")
     else:
         state = delta_state_dict(result, "default")
         again = load_delta(
-            lora.attach(zoo.build(name), rank=4, alpha=8.0, seed=3), "default", state
+            lora.attach(architectures.build(name), rank=4, alpha=8.0, seed=3), "default", state
         )
     want, found = result(**batch).logits, again(**batch).logits
     assert (found - want).norm() <= 1e-3 * want.norm(), "a saved model is another one"
     return {"file": method.file}
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", architectures.NAMES)
 def test_every_method_is_right_or_says_what_does_not_fit(name, tmp_path, monkeypatch):
     monkeypatch.setenv("EFFNB_TEST_FOLDER", str(tmp_path))
     found, wrong = {}, {}
@@ -139,28 +139,28 @@ def test_every_method_is_right_or_says_what_does_not_fit(name, tmp_path, monkeyp
     assert wrong == {}
     if os.environ.get("EFFNB_WRITE"):
         table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-        table[name] = {"traits": zoo.TRAITS[name], "methods": found}
-        ordered = {key: table[key] for key in zoo.NAMES if key in table}
+        table[name] = {"traits": architectures.TRAITS[name], "methods": found}
+        ordered = {key: table[key] for key in architectures.NAMES if key in table}
         TABLE.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
     stored = json.loads(TABLE.read_text())[name]
-    assert stored == {"traits": zoo.TRAITS[name], "methods": found}
+    assert stored == {"traits": architectures.TRAITS[name], "methods": found}
 
 
 def test_the_table_has_every_architecture_and_method():
     table = json.loads(TABLE.read_text())
-    assert tuple(table) == zoo.NAMES
+    assert tuple(table) == architectures.NAMES
     for row in table.values():
         assert tuple(row["methods"]) == tuple(methods.METHODS)
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", architectures.NAMES)
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_the_zoo_itself_does_not_see_padding(name, side):
     """The table's premise: these models compute the same with padding that a mask hides."""
-    model = zoo.build(name)
-    plain, padded_batch = zoo.batch(name), zoo.batch(name, side)
+    model = architectures.build(name)
+    plain, padded_batch = architectures.batch(name), architectures.batch(name, side)
     want, found = model(**plain).logits, model(**padded_batch).logits
-    if name not in zoo.ENCODER_DECODERS:
+    if name not in architectures.ENCODER_DECODERS:
         found = found[:, 4:] if side == "left" else found[:, : want.shape[1]]
     torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)

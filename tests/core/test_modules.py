@@ -3,14 +3,20 @@
 import pytest
 import torch
 from torch import nn
+from zoo import make
 
+from effnb.core.linear_form import linear_form
 from effnb.core.modules import (
     clone,
     find_blocks,
+    find_stacks,
+    in_several_blocks,
     linears,
     map_linears,
     matches,
+    output_heads,
     replace_modules,
+    settle_tying,
     share,
 )
 
@@ -85,3 +91,91 @@ def test_find_blocks(llama):
 
 def test_patterns():
     assert matches("a.b.c", "a.*") and matches("a.b.c", ["x", "*.c"]) and not matches("a.b", "b")
+
+
+# --- other architectures --------------------------------------------------------------------------
+
+HEAD_OF = {
+    "llama": "lm_head",
+    "gpt2": "lm_head",
+    "gpt-neox": "lm_head",
+    "t5": "lm_head",
+    "bert": "cls.predictions.decoder",
+    "roberta": "lm_head.decoder",
+    "distilbert": "vocab_projector",
+    "electra": "generator_lm_head",
+    "modernbert": "decoder",
+    "albert": "predictions.decoder",
+}
+
+
+@pytest.mark.parametrize("name", HEAD_OF)
+def test_output_heads_are_known_by_what_they_are(name):
+    model = make(name)
+    assert HEAD_OF[name] in output_heads(model)
+    found = linears(linear_form(model)[0])
+    assert HEAD_OF[name] not in found and len(found) >= 6
+    assert HEAD_OF[name] in linears(model, HEAD_OF[name], exclude=())
+
+
+def test_heads_of_models_that_say_nothing():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.inner = nn.Embedding(5, 3), nn.Linear(3, 3)
+            self.scores, self.lm_head = nn.Linear(3, 5, bias=False), nn.Linear(3, 5)
+            self.scores.weight = self.table.weight
+
+    assert set(output_heads(Plain())) == {"scores", "lm_head"}
+    assert set(linears(Plain())) == {"inner"}
+
+
+def test_a_module_in_two_places_is_replaced_in_both(llama):
+    layers = llama.model.layers
+    layers[2].mlp.up_proj = layers[0].mlp.up_proj
+    assert len(linears(llama)) == 3 * 7 - 1
+    new = map_linears(llama, lambda name, layer: nn.Linear(32, 48) if "up_proj" in name else layer)
+    first, last = (new.model.layers[i].mlp.up_proj for i in (0, 2))
+    assert first is last and first is not layers[0].mlp.up_proj
+    # Named by either place, or each with a module of its own.
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"):
+        other = replace_modules(llama, {name: nn.Identity()})
+        assert all(type(other.model.layers[i].mlp.up_proj) is nn.Identity for i in (0, 2))
+    each = {f"model.layers.{i}.mlp.up_proj": nn.Linear(32, 48) for i in (0, 2)}
+    parted = replace_modules(llama, each)
+    assert all(parted.get_submodule(name) is module for name, module in each.items())
+    assert set(in_several_blocks(llama)) == {"model.layers.0.mlp.up_proj"}
+    assert in_several_blocks(make("gemma3")) == []
+
+
+def test_a_head_with_a_weight_of_its_own_is_not_called_tied(llama):
+    assert llama.config.tie_word_embeddings
+    same = replace_modules(llama, {"model.layers.0.mlp.up_proj": nn.Linear(32, 48)})
+    assert same.config.tie_word_embeddings
+    for name, module in {
+        "lm_head": nn.Linear(32, 128, bias=False),
+        "model.embed_tokens": nn.Embedding(128, 32),
+    }.items():
+        new = replace_modules(llama, {name: module})
+        assert not new.config.tie_word_embeddings
+        assert llama.config.tie_word_embeddings and output_heads(llama) == ["lm_head"]
+    untied = make("mixtral")
+    assert settle_tying(untied) is untied
+    assert isinstance(settle_tying(nn.Linear(2, 2)), nn.Linear)
+
+
+def test_stacks_of_blocks():
+    names = {
+        "llama": ["model.layers"],
+        "t5": ["encoder.block", "decoder.block"],
+        "bart": ["model.encoder.layers", "model.decoder.layers"],
+        "mixtral": ["model.layers"],
+        "jamba": ["model.layers"],  # blocks of two classes
+        "albert": ["albert.encoder.albert_layer_groups"],
+    }
+    for name, stacks in names.items():
+        assert sorted(find_stacks(make(name))) == sorted(stacks)
+    leaves = nn.ModuleDict({"only": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
+    assert list(find_stacks(leaves)) == ["only"]
+    with pytest.raises(ValueError, match="no list of equal blocks"):
+        find_stacks(nn.Linear(2, 2))

@@ -1,191 +1,140 @@
-"""Tiny random models of many architectures, each with the traits that break methods.
-
-Two blocks, 32 hidden units, 96 tokens; norms' gains and biases are random, so that a method that
-forgets one is seen. `TRAITS` says what is special about each.
-"""
+"""Tiny random models of many architectures, made in milliseconds, with nothing to download."""
 
 from __future__ import annotations
 
 import torch
-import transformers as T  # noqa: N812
-from torch import nn
+import transformers as hf
+from torch import Tensor, nn
 
-VOCABULARY = 96
-COMMON = dict(
-    vocab_size=VOCABULARY,
+_DECODER = dict(
+    vocab_size=96,
     hidden_size=32,
-    intermediate_size=48,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+_ENCODER = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
     num_hidden_layers=2,
     num_attention_heads=4,
-    max_position_embeddings=64,
-    bos_token_id=1,
-    eos_token_id=None,
-    pad_token_id=0,
+    max_position_embeddings=128,
 )
-GROUPED = dict(COMMON, num_key_value_heads=2)
+_GPT = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=128)
+_EXPERTS = dict(num_experts_per_tok=2)
+_T5 = dict(
+    vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+)
+_WINDOW = dict(head_dim=8, sliding_window=6)
 
-TRAITS = {
-    "Llama": "RMSNorm, rotary positions, grouped keys and values, SwiGLU",
-    "Mistral": "sliding windows",
-    "Qwen2": "biases on queries, keys and values; tied head",
-    "Qwen3": "norms of queries and keys",
-    "Gemma": "gain 1 + w, scaled embedding, tied head",
-    "Gemma2": "norms after blocks, soft-capped logits, windows in every other layer",
-    "Gemma3": "rotary tables and masks that differ by layer, norms of queries and keys",
-    "Phi": "parallel blocks, LayerNorm, partial rotary positions, biases",
-    "Phi3": "fused query-key-value and gate-up matrices",
-    "GPT2": "Conv1D, learned positions, tied head",
-    "OPT": "flattened tokens, learned positions with an offset, ReLU",
-    "BLOOM": "ALiBi, one fused matrix, a norm after the embedding",
-    "GPT-NeoX": "parallel residual, partial rotary positions, fused matrix",
-    "GPT-J": "interleaved rotary pairs, parallel residual, biased head",
-    "Falcon": "multi-query attention, parallel blocks",
-    "Cohere2": "parallel blocks, interleaved rotary pairs, windows without positions",
-    "GPT-OSS": "experts in one tensor with biases, attention sinks, windows",
-    "Mixtral": "experts in one tensor",
-    "Qwen3-MoE": "experts in one tensor, norms of queries and keys",
-    "T5": "encoder and decoder, position biases passed between blocks, tied head",
-    "BERT": "encoder, norms after the residual, head with a name of its own, tied",
-    "ModernBERT": "encoder, rotary tables that differ by layer, fused matrices",
-}
-ENCODERS = ("BERT", "ModernBERT")
-ENCODER_DECODERS = ("T5",)
-POSITIONS_BY_PLACE = ("GPT2", "BERT")
-"""Absolute positions that do not follow the mask: padding on the left needs `position_ids`."""
-NAMES = tuple(TRAITS)
-
-
-def _config(name: str):
-    small = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=None, pad_token_id=0)
-    if name == "Llama":
-        return T.LlamaConfig(**GROUPED)
-    if name == "Mistral":
-        return T.MistralConfig(**GROUPED, sliding_window=8)
-    if name == "Qwen2":
-        return T.Qwen2Config(**GROUPED, tie_word_embeddings=True)
-    if name == "Qwen3":
-        return T.Qwen3Config(**GROUPED, head_dim=8)
-    if name == "Gemma":
-        return T.GemmaConfig(**GROUPED, head_dim=8)
-    if name == "Gemma2":
-        return T.Gemma2Config(**GROUPED, head_dim=8, sliding_window=8, query_pre_attn_scalar=8)
-    if name == "Gemma3":
-        return T.Gemma3TextConfig(
-            **GROUPED, head_dim=8, sliding_window=8, query_pre_attn_scalar=8,
-            layer_types=["sliding_attention", "full_attention"],
-        )  # fmt: skip
-    if name == "Phi":
-        return T.PhiConfig(**COMMON, partial_rotary_factor=0.5)
-    if name == "Phi3":
-        return T.Phi3Config(**GROUPED)
-    if name == "GPT2":
-        return T.GPT2Config(
-            **small, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=48,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        )  # fmt: skip
-    if name == "OPT":
-        return T.OPTConfig(
-            **small, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0,
-        )  # fmt: skip
-    if name == "BLOOM":
-        return T.BloomConfig(**small, hidden_size=32, n_layer=2, n_head=4)
-    if name == "GPT-NeoX":
-        return T.GPTNeoXConfig(**COMMON, rotary_pct=0.5)
-    if name == "GPT-J":
-        return T.GPTJConfig(
-            **small, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=48, rotary_dim=4,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
-        )  # fmt: skip
-    if name == "Falcon":
-        return T.FalconConfig(
-            **small, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, multi_query=True,
-            parallel_attn=True, bias=False, hidden_dropout=0.0, attention_dropout=0.0,
-            ffn_hidden_size=48, max_position_embeddings=64,
-        )  # fmt: skip
-    if name == "Cohere2":
-        return T.Cohere2Config(
-            **GROUPED, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+ZOO = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER)),
+    "qwen2 window": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**_DECODER, use_sliding_window=True, sliding_window=6, max_window_layers=1)
+    ),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_DECODER, head_dim=8)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_DECODER, **_WINDOW)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(**(_DECODER | dict(num_hidden_layers=6)), **_WINDOW)
+    ),
+    "cohere2": lambda: hf.Cohere2ForCausalLM(
+        hf.Cohere2Config(**(_DECODER | dict(num_hidden_layers=4)), sliding_window=6)
+    ),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT)),
+    "gptj": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**_GPT, rotary_dim=4)),
+    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_ENCODER)),
+    "falcon": lambda: hf.FalconForCausalLM(
+        hf.FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    ),
+    "bloom": lambda: hf.BloomForCausalLM(
+        hf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)
+    ),
+    "opt": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(
+            vocab_size=96, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=128, word_embed_proj_dim=32,
         )
-    if name == "GPT-OSS":
-        return T.GptOssConfig(
-            **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
-            layer_types=["sliding_attention", "full_attention"],
-        )  # fmt: skip
-    if name == "Mixtral":
-        return T.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
-    if name == "Qwen3-MoE":
-        return T.Qwen3MoeConfig(
-            **GROUPED, head_dim=8, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2,
-            decoder_sparse_step=1,
-        )  # fmt: skip
-    if name == "T5":
-        return T.T5Config(
-            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2,
-            num_heads=4, dropout_rate=0.0, pad_token_id=0, eos_token_id=None,
-            decoder_start_token_id=0,
-        )  # fmt: skip
-    if name == "BERT":
-        return T.BertConfig(**COMMON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    if name == "ModernBERT":
-        return T.ModernBertConfig(
-            **COMMON, local_attention=8, global_attn_every_n_layers=2,
-        )  # fmt: skip
-    raise ValueError(f"there is no architecture {name!r}; choose one of {', '.join(NAMES)}.")
+    ),
+    "gpt-oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(**_DECODER, **_WINDOW, num_local_experts=4, **_EXPERTS)
+    ),
+    "mixtral": lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(**_DECODER, num_local_experts=4, **_EXPERTS)
+    ),
+    "qwen3-moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(
+            **_DECODER, head_dim=8, num_experts=4, moe_intermediate_size=32, **_EXPERTS
+        )
+    ),
+    "jamba": lambda: hf.JambaForCausalLM(
+        hf.JambaConfig(
+            **_DECODER, num_experts=4, **_EXPERTS, attn_layer_period=2, attn_layer_offset=1,
+            expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False,
+            mamba_d_state=4, mamba_dt_rank=4,
+        )
+    ),
+    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**_ENCODER)),
+    "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**_ENCODER)),
+    "distilbert": lambda: hf.DistilBertForMaskedLM(
+        hf.DistilBertConfig(vocab_size=96, dim=32, hidden_dim=64, n_layers=2, n_heads=4)
+    ),
+    "electra": lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**_ENCODER, embedding_size=32)),
+    "modernbert": lambda: hf.ModernBertForMaskedLM(
+        hf.ModernBertConfig(
+            **(_ENCODER | dict(num_hidden_layers=4)), local_attention=6, pad_token_id=0,
+            cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2,
+        )
+    ),
+    "albert": lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**_ENCODER, embedding_size=16)),
+    "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
+    "t5 encoder": lambda: hf.T5EncoderModel(hf.T5Config(**_T5)),
+    "bart": lambda: hf.BartForConditionalGeneration(
+        hf.BartConfig(
+            vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+            decoder_ffn_dim=64, max_position_embeddings=128,
+        )
+    ),
+}  # fmt: skip
+"""From a name to a function that makes the model."""
 
 
-def _class(name: str):
-    if name in ENCODERS:
-        return T.AutoModelForMaskedLM
-    if name in ENCODER_DECODERS:
-        return T.AutoModelForSeq2SeqLM
-    return T.AutoModelForCausalLM
-
-
-def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """A model of one architecture in evaluation mode, every parameter random."""
+def make(name: str, seed: int = 0) -> nn.Module:
+    """A model of the zoo with weights large enough that every layer matters, in float64."""
     torch.manual_seed(seed)
-    config = _config(name)
-    config._experts_implementation = "eager"  # the fused products know no float64
-    model = _class(name).from_config(config, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(seed + 1)
+    model = ZOO[name]().eval()
+    model.config._experts_implementation = "eager"  # the grouped kernels know no float64
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:  # gains near what they were, biases near 0
-                parameter.add_(0.1 * noise)
-            elif "embed" in key or "wte" in key or "shared" in key:
-                parameter.copy_(0.5 * noise)
-            else:
-                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-    for module in model.modules():  # padding's embedding is a row like the others
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            module.padding_idx = None
-    return model.to(dtype).eval()
+            if parameter.ndim > 1 and "embed" not in key:
+                parameter.normal_(0, 0.2)
+            elif key.endswith("bias") or "sinks" in key:
+                parameter.normal_(0, 0.1)
+    return model.double()
 
 
-def ids(batch: int = 3, time: int = 12, seed: int = 5) -> torch.Tensor:
-    """Token ids without padding."""
-    return torch.randint(
-        2, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed)
-    )
+def words(sequences: int, time: int, seed: int = 1) -> Tensor:
+    """Token ids, none of which is a special one."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 96, (sequences, time), generator=generator)
 
 
-def batch(name: str, padding: str = "none") -> dict[str, torch.Tensor]:
-    """The same three sequences as keyword arguments: without padding, or with four tokens of it."""
-    tokens = ids()
-    if padding != "none":
-        pad = torch.full((len(tokens), 4), 7)  # a token like any other: only the mask hides it
-        mask = torch.ones_like(tokens)
-        parts = [pad, tokens] if padding == "left" else [tokens, pad]
-        hidden = (
-            [torch.zeros_like(pad), mask] if padding == "left" else [mask, torch.zeros_like(pad)]
-        )
-        found = {"input_ids": torch.cat(parts, 1), "attention_mask": torch.cat(hidden, 1)}
-    else:
-        found = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if padding == "left" and name in POSITIONS_BY_PLACE:
-        found["position_ids"] = (found["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    if name in ENCODER_DECODERS:
-        found["decoder_input_ids"] = ids(seed=6, time=8)
-    return found
+def texts(name: str, padding: str | None = None) -> list[dict[str, Tensor]]:
+    """Two texts of 14 and 9 tokens as batches: each alone, or padded "left" or "right"."""
+    long, short = words(1, 14, 1), words(1, 9, 2)
+    pair = name in ("t5", "bart")
+    answers = [words(1, 6, 3), words(1, 6, 4)]
+    if padding is None:
+        batches = [{"input_ids": long}, {"input_ids": short}]
+        for batch, answer in zip(batches, answers, strict=True):
+            batch |= {"decoder_input_ids": answer} if pair else {}
+        return batches
+    pad, one = torch.full((1, 5), 2), torch.ones(1, 9, dtype=torch.long)
+    order = (slice(None), slice(None, None, -1))[padding == "left"]
+    ids = torch.cat([long, torch.cat([short, pad][order], 1)])
+    mask = torch.cat([torch.ones(1, 14, dtype=torch.long), torch.cat([one, pad * 0][order], 1)])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    return [batch | {"decoder_input_ids": torch.cat(answers)} if pair else batch]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, Observer, layerwise
-from effnb.core.modules import Model, share
+from effnb.core.modules import Model, put_modules, share
 from effnb.inference.low_rank.factors import (
     Factors,
     LowRankLinear,
@@ -71,9 +71,7 @@ def calibrated(
     result = _pass(model, calibration, observe, compress, list(ranks), batch_size, progress)
     if sequential:
         return result
-    for name, layer in made.items():  # `result` is a copy of ours, so far with the old layers
-        parent, _, leaf = name.rpartition(".")
-        setattr(result.get_submodule(parent), leaf, layer)
+    put_modules(result, made)  # `result` is a copy of ours, so far with the old layers
     return result
 
 

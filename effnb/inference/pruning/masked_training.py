@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from effnb.core.linear_form import in_linear_form, restore
 from effnb.core.modules import Model, named_modules_of, replace_modules
 from effnb.core.training import (
     Batches,
@@ -75,6 +76,7 @@ def own(model: Model) -> Model:
     return copy.deepcopy(model, memo=frozen)
 
 
+@in_linear_form
 def hold(model: Model, masks: Mapping[str, Tensor]) -> Model:
     """A copy of a model, ready for training, whose named layers are under masks.
 
@@ -101,7 +103,7 @@ def release(model: Model) -> Model:
         )
         plain.weight, plain.bias = layer.weight, layer.bias
         new[name] = with_weight(plain, masked(layer.weight, layer.mask))
-    return replace_modules(model, new)
+    return restore(replace_modules(model, new))
 
 
 def train_masked(

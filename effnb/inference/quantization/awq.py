@@ -31,15 +31,15 @@ from effnb.core.calibration import (
     Calibration,
     Call,
     Hessian,
-    batches_of,
     block_linears,
     main_output,
+    unpadded_batches,
     visit_blocks,
     watch,
 )
 from effnb.core.folding import Fold, find_folds, scaled, set_parameters
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, matches
+from effnb.core.modules import HEADS, Model, in_several_blocks, matches, put_modules
 from effnb.inference.quantization.formats import (
     Granularity,
     check_granularity,
@@ -254,6 +254,12 @@ def awq(
             check_matrix(layer.weight)
         except ValueError as problem:
             raise ValueError(f"{name}: {problem}") from None
+    twice = set(in_several_blocks(model)) & set(wanted)
+    if twice:
+        raise ValueError(
+            f"{min(twice)} is used in several blocks; AWQ scales each layer for what one block "
+            "reads, so exclude it."
+        )
     folds = find_folds(model, [_short(model, calibration)])
     rounding = partial(_round, bits=bits, group_size=group_size, symmetric=symmetric)
 
@@ -293,8 +299,7 @@ def awq(
                     weight, hessians[name], bits, group_size=group_size, symmetric=symmetric
                 )
             stored = quantize(weight, bits, group_size=group_size, symmetric=symmetric)
-            parent, _, leaf = name.rpartition(".")
-            setattr(block.get_submodule(parent), leaf, QuantizedLinear(stored, layer.bias))
+            put_modules(block, {name: QuantizedLinear(stored, layer.bias)})
 
     return visit_blocks(model, calibration, visit, batch_size=batch_size, progress=progress)
 
@@ -412,12 +417,12 @@ def _inside(prefix: str, fold: Fold) -> Fold:
 
 def _short(model: nn.Module, calibration: Calibration) -> dict[str, Tensor]:
     """The first words of the calibration data, for finding folds."""
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    batch = batches_of(calibration, 1, context)[0]
-    ids = batch["input_ids"][:1]
-    if "attention_mask" in batch and batch["attention_mask"].ndim == 2:
-        ids = ids[batch["attention_mask"][:1].bool()].unsqueeze(0)
-    return {"input_ids": ids[:, :16]}
+    batch = unpadded_batches(model, calibration, 1)[0]
+    return {
+        key: value[:1, :16] if isinstance(value, Tensor) and value.ndim == 2 else value[:1]
+        for key, value in batch.items()
+        if isinstance(value, Tensor) and value.ndim > 0
+    }
 
 
 def _check(bits: int, group_size: Granularity, grid: int) -> None:
