@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as hooks
 
+from effnb.core.checks import check_loaded
 from effnb.core.modules import HEADS, Model, matches
 
 KINDS: dict[str, type[Delta]] = {}
@@ -229,8 +230,10 @@ def linear_layers(
     weights of its linear layer without calling it, so that one is left out.
 
     Raises:
-        ValueError: When none fits the patterns; the sentence names some that exist.
+        ValueError: When none fits the patterns; the sentence names some that exist. When weights
+            are on the meta device (offloaded, or never loaded).
     """
+    check_loaded(model)
     patterns = [include] if isinstance(include, str) else list(include)
     inside: set[int] = set()
     everything: dict[str, nn.Module] = {}

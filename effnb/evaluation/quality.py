@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from effnb.core.checks import check_loaded
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -72,6 +74,7 @@ def perplexity(
     Raises:
         ValueError: Fewer than two tokens, or a stride outside 1 … context.
     """
+    check_loaded(model)
     ids = torch.as_tensor(ids)
     if ids.ndim != 1 or len(ids) < 2:
         raise ValueError(
