@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from effnb.core.checks import check_loaded
+from effnb.core.context import check_context
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def perplexity(
         batch_size: Windows at a time.
 
     Raises:
-        ValueError: Fewer than two tokens, or a stride outside 1 … context.
+        ValueError: Fewer than two tokens, a stride outside 1 … context, a context longer than the
+            model has positions, or weights on the meta device.
     """
     check_loaded(model)
     ids = torch.as_tensor(ids)
@@ -83,13 +85,7 @@ def perplexity(
     stride = context if stride is None else stride
     if not 1 <= stride <= context or context < 2:
         raise ValueError(f"stride is {stride}; it must lie between 1 and the context ({context}).")
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if (
-        limit is not None
-        and context > limit
-        and getattr(model.config, "rope_parameters", 1) is None
-    ):
-        raise ValueError(f"context is {context}; this model has positions up to {limit} only.")
+    check_context(model, context)
     device = next(model.parameters()).device
     n = len(ids)
     width = min(context, n)

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int8, Int32
 from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, batches_of
+from effnb.core.context import context_limit
 from effnb.core.modules import HEADS, Model, named_modules_of, replace_modules, share
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_bits
 from effnb.inference.quantization.linear import QuantizedLinear
@@ -237,7 +238,7 @@ def input_maxima(
         ValueError: No calibration data, sequences beyond the context, a layer that the data never
             reaches, or inputs that are not finite.
     """
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    context = context_limit(model)
     batches = batches_of(calibration, batch_size, context)
     device = next(model.parameters()).device
     watched = share(model).eval()  # a copy of the modules, so that no hook is left on the model

@@ -38,6 +38,7 @@ from effnb.core.calibration import (
     watch,
 )
 from effnb.core.checks import check_finite
+from effnb.core.context import context_limit
 from effnb.core.folding import Fold, find_folds, scaled, set_parameters
 from effnb.core.modules import HEADS, Model, matches
 from effnb.inference.quantization.formats import (
@@ -411,7 +412,7 @@ def _inside(prefix: str, fold: Fold) -> Fold:
 
 def _short(model: nn.Module, calibration: Calibration) -> dict[str, Tensor]:
     """The first words of the calibration data, for finding folds."""
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    context = context_limit(model)
     batch = batches_of(calibration, 1, context)[0]
     ids = batch["input_ids"][:1]
     if "attention_mask" in batch and batch["attention_mask"].ndim == 2:

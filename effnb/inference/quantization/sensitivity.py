@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effnb.core.calibration import Calibration, Hessian, batches_of, layerwise
+from effnb.core.context import context_limit
 from effnb.core.modules import HEADS, linears, replace_modules, share
 from effnb.core.training import next_token_loss
 from effnb.inference.quantization.formats import quantize
@@ -349,7 +350,7 @@ def model_batches(
     model: nn.Module, calibration: Calibration, batch_size: int
 ) -> list[dict[str, Tensor]]:
     """Calibration data as keyword arguments, on the model's device."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = context_limit(model)
     device = next(model.parameters()).device
     return [
         {k: v.to(device) for k, v in batch.items()}
