@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -131,3 +132,30 @@ def check_context(model: nn.Module, tokens: int, what: str = "context") -> None:
     limit = position_limit(model)
     if limit is not None and tokens > limit:
         raise ValueError(f"{what} is {tokens}; this model has positions for {limit} tokens only.")
+
+
+def check_causal(model: nn.Module, ids: Int[Tensor, "batch time"]) -> None:
+    """Refuse a model whose outputs at a token depend on the tokens behind it.
+
+    Its likelihood of the next token is meaningless: it has seen that token (BERT and its kin).
+    Eight tokens are run twice, the last of them exchanged. Models that round their inputs are let
+    through: with one scale for all tokens, later ones change the rounding of earlier ones.
+
+    Raises:
+        ValueError: When earlier outputs change with the last token.
+    """
+    text = ids[:1, :8].to(next(model.parameters()).device)
+    if text.shape[1] < 2 or any(getattr(m, "rounds_inputs", False) for m in model.modules()):
+        return
+    other = text.clone()
+    other[:, -1] = torch.where(text[:, -1] > 0, text[:, -1] - 1, 1)
+    quiet = share(model).eval()
+    with torch.no_grad():
+        found = [quiet(input_ids=given) for given in (text, other)]
+    first, second = (getattr(out, "logits", out).float() for out in found)
+    change = (first - second).norm(dim=-1)[0]
+    if bool((change[:-1] > 1e-3 * change[-1]).any()):
+        raise ValueError(
+            f"{type(model).__name__} sees the tokens behind the one it foresees, so its next-token "
+            "loss says nothing; it needs a `loss` of its own."
+        )

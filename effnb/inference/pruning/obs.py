@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, Hessian, layerwise
+from effnb.core.gradients import Batches, fisher_diagonal
 from effnb.core.hessian import check_damping, damp_hessian
 from effnb.core.modules import HEADS, Model, linears
 from effnb.core.training import Loss
@@ -41,7 +42,6 @@ from effnb.inference.pruning.masks import (
     prunable,
     with_weight,
 )
-from effnb.inference.pruning.taylor import Batches, each_gradient, loss_batches
 
 CHUNK_BYTES = 8 * 2**20
 """Rows are pruned side by side, each with an inverse Hessian of its own: so many bytes at once.
@@ -315,44 +315,6 @@ def obs(
     )  # fmt: skip
 
 
-def fisher_diagonal(
-    model: nn.Module,
-    calibration: Batches,
-    *,
-    loss: Loss | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor]:
-    r"""$F_{qq} = \frac1N \sum_n g_{nq}^2$ over single sequences, an estimate of $H_{qq}$.
-
-    It is the diagonal of the empirical Fisher matrix, which stands for the Hessian of a
-    log-likelihood near a minimum. The gradients must be those of single samples: the square of a
-    batch's mean gradient is smaller.
-
-    Args:
-        model: The model; it is not changed.
-        calibration: Token ids (sequences, time); or, with a loss of one's own, single samples.
-        loss: From (model, sample) to a scalar; None for language modelling.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
-        progress: Called with (samples done, samples).
-
-    Raises:
-        ValueError: No data, no fitting layer, or a gradient that is not finite.
-    """
-    samples = loss_batches(calibration, loss, batch_size=1)
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, gradient: Tensor) -> None:
-        kind = torch.promote_types(gradient.dtype, torch.float32)
-        sums[name] = sums.get(name, 0) + gradient.to(kind).square()
-
-    report = (lambda done: progress(done, len(samples))) if progress else None
-    count = each_gradient(model, samples, loss, add, include, exclude, report)
-    return {name: total / count for name, total in sums.items()}
-
-
 def obd(
     model: Model,
     calibration: Batches,
@@ -368,7 +330,7 @@ def obd(
 
     Args:
         model: Any module with `nn.Linear` layers; it is not changed.
-        calibration: See `fisher_diagonal`.
+        calibration: See `effnb.core.gradients.fisher_diagonal`.
         sparsity: Part of the weights to remove, in [0, 1); or one per layer's name; None for "N:M".
         pattern: Where weights compete: "global", "layer", "row" or "N:M".
         loss: From (model, sample) to a scalar; None for language modelling.
