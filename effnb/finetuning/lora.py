@@ -365,6 +365,7 @@ _KNOWN: dict[str, tuple | None] = {
     "runtime_config": None,
     "ephemeral_gpu_offload": None,
     "megatron_core": None,
+    "qalora_group_size": None,  # of QALoRA, which `use_qalora` would say
 }
 
 
@@ -384,8 +385,8 @@ def _check_peft(about: Mapping[str, Any], where: str) -> None:
         elif value in (None, False, 0) or value in ("", [], {}):
             continue
         raise ValueError(
-            f"{where} says {key} = {json.dumps(value)}, which changes what its two matrices mean "
-            "and is not read here; only a plain LoRA is."
+            f"{where} uses {key} = {json.dumps(value)}, which changes what its matrices mean and "
+            "is not read here; only a plain LoRA is."
         )
 
 
@@ -404,6 +405,9 @@ def load_peft(model: Model, folder: str | os.PathLike, name: str = "default") ->
     folder = Path(folder)
     about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     _check_peft(about, folder.name)
+    missing = [key for key in ("r", "lora_alpha") if not isinstance(about.get(key), (int, float))]
+    if missing:
+        raise ValueError(f"{folder.name} does not say {missing[0]}, without which no LoRA is read.")
     settings = {
         "alpha": float(about["lora_alpha"]),
         "dropout": float(about.get("lora_dropout", 0)),

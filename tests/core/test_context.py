@@ -32,7 +32,7 @@ ENDING = {
             num_heads=4,
             attention_types=[[["global"], 2]],
             max_position_embeddings=64,
-        )  # fmt: skip
+        )
     ),
     "gpt-j": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**OLD, rotary_dim=4)),  # a table of angles
     "codegen": lambda: hf.CodeGenForCausalLM(hf.CodeGenConfig(**OLD, n_ctx=64, rotary_dim=4)),
@@ -55,7 +55,7 @@ ENDLESS = {
         hf.FalconConfig(
             vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
         )
-    ),  # fmt: skip
+    ),
 }
 
 
