@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effnb.core.context import context_limit
 from effnb.core.modules import HEADS, Model, find_blocks, matches, replace_modules, share
 
 Calibration = Tensor | Sequence[Mapping[str, Tensor]]
@@ -225,7 +226,7 @@ def visit_blocks(
     Raises:
         ValueError: No calibration data, or sequences beyond the context.
     """
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    context = context_limit(model)
     device = next(model.parameters()).device
     batches = [
         {k: v.to(device) for k, v in batch.items()}
