@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effnb.core.context import context_limit
 from effnb.core.modules import (
     HEADS,
     Model,
@@ -248,7 +249,7 @@ def unpadded_batches(
         ValueError: No calibration data, sequences beyond the context, or an encoder-decoder that is
             given nothing for its decoder and cannot make it up.
     """
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    context = context_limit(model)
     device = next(model.parameters()).device
     pair = _is_encoder_decoder(model)
     batches = []

@@ -97,6 +97,11 @@ def attach_state(
             deltas[path] = KINDS[kind].rebuild(base, settings, tensors)
         except ValueError as problem:
             raise ValueError(f"{path}: {problem}") from None
+        except TypeError:  # a setting of another release, or none where one is needed
+            raise ValueError(
+                f"the settings {', '.join(settings) or '(none)'} are not those of a delta of kind "
+                f"{kind!r} here."
+            ) from None
     return load_delta(attach_deltas(model, name, deltas), name, state)
 
 

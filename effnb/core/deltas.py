@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as hooks
 
+from effnb.core.checks import check_loaded
 from effnb.core.linear_form import restore
 from effnb.core.modules import HEADS, Model, exchange, matches, resolved, settle_tying
 
@@ -230,8 +231,10 @@ def linear_layers(
     weights of its linear layer without calling it, so that one is left out.
 
     Raises:
-        ValueError: When none fits the patterns; the sentence names some that exist.
+        ValueError: When none fits the patterns; the sentence names some that exist. When weights
+            are on the meta device (offloaded, or never loaded).
     """
+    check_loaded(model)
     patterns, exclude = resolved(model, include), resolved(model, exclude)
     inside: set[int] = set()
     everything: dict[str, nn.Module] = {}

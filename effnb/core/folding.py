@@ -6,8 +6,8 @@ channel can take it in: the gain of a norm, or the rows of another linear layer 
 that commute with scaling a channel lie between the two (a product with a gate, an average over
 tokens). AWQ and SmoothQuant live on this.
 
-Which pairs of layers allow it is found out by trying: scale a pair by powers of two, which is exact
-in floating point, and see whether the block's output stays. So there are no lists of architectures.
+Which pairs of layers allow it is found out by trying: scale a pair by powers of two in a float64
+copy of the block, and see whether its output stays. So there are no lists of architectures.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from effnb.core.calibration import Calibration, Call, main_output, visit_blocks
+from effnb.core.calibration import Calibration, Call, visit_blocks
 from effnb.core.modules import Model, share
+from effnb.core.proof import ROUNDED, Probe
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ def scaled(model: nn.Module, fold: Fold, scales: Float[Tensor, " channels"]) -> 
         model: The model, or the block that the fold's names start from.
         fold: The pair of layers.
         scales: Above 0, one for each channel.
+
+    Raises:
+        ValueError: When the new gains of a norm cannot be stored in its type.
     """
     source = model.get_submodule(fold.source)
     kind = torch.promote_types(scales.dtype, torch.float32)
@@ -54,12 +57,23 @@ def scaled(model: nn.Module, fold: Fold, scales: Float[Tensor, " channels"]) -> 
     if isinstance(source, nn.Linear):
         new[f"{fold.source}.weight"] = weight / s.unsqueeze(1)
     else:
-        new[f"{fold.source}.weight"] = (weight + fold.offset) / s - fold.offset
+        new[f"{fold.source}.weight"] = gain = (weight + fold.offset) / s - fold.offset
+        _check_gain(fold, (gain.to(source.weight.dtype) + fold.offset) * s, weight + fold.offset)
     if getattr(source, "bias", None) is not None:
         new[f"{fold.source}.bias"] = source.bias.detach().to(kind) / s
     for name in fold.readers:
         new[f"{name}.weight"] = model.get_submodule(name).weight.detach().to(kind) * s
     return {name: value.to(source.weight.dtype) for name, value in new.items()}
+
+
+def _check_gain(fold: Fold, found: Tensor, wanted: Tensor) -> None:
+    """Refuse gains that are lost in rounding, as small ones are when stored less 1."""
+    part = float((found - wanted).norm() / wanted.norm()) if bool(wanted.any()) else 0.0
+    if part > ROUNDED:
+        raise ValueError(
+            f"the gains of {fold.source} are stored less {fold.offset:g}, and rounding the new "
+            f"ones would change them by {part:.0%}; convert the model to float32 first."
+        )
 
 
 def set_parameters(model: nn.Module, new: dict[str, Tensor]) -> None:
@@ -123,7 +137,7 @@ def _folds_of(block: nn.Module, call: Call) -> list[Fold]:
     order, read, made = _trace(block, call, linears, norms)
     if set(order) != set(linears):
         return []
-    truth = call.run(block).float()
+    probe = Probe.of("", block, (call.hidden, *call.rest), call.keywords)
     found: list[Fold] = []
     grouped: list[str] = []
     for name in order:
@@ -138,7 +152,7 @@ def _folds_of(block: nn.Module, call: Call) -> list[Fold]:
             before = [s for s in order[: order.index(name)] if s not in readers]
             width = linears[name].in_features
             tried = [Fold(s, readers) for s in before[::-1] if linears[s].out_features == width]
-        found.extend([fold for fold in tried if _preserves(block, call, truth, fold)][:1])
+        found.extend([fold for fold in tried if _preserves(probe, fold)][:1])
     return found
 
 
@@ -171,20 +185,11 @@ def _trace(
     return order, read, made
 
 
-def _preserves(block: nn.Module, call: Call, truth: Tensor, fold: Fold) -> bool:
-    """Whether a block's output stays when a fold is scaled by powers of two.
-
-    Compared with the change when the readers alone are scaled, so that a block that hardly changes
-    its input passes for no wrong reason.
-    """
-    width = block.get_submodule(fold.readers[0]).in_features
+def _preserves(probe: Probe, fold: Fold) -> bool:
+    """Whether a block's output stays when a fold is scaled by powers of two, in float64."""
+    width = probe.block.get_submodule(fold.readers[0]).in_features
     powers = torch.randint(-2, 3, (width,), generator=torch.Generator().manual_seed(0))
-    new = scaled(block, fold, torch.pow(2.0, powers).to(truth.device))
+    scales = torch.pow(2.0, powers.double()).to(probe.arguments[0].device)
+    new = scaled(probe.block, fold, scales)
     half = {name: value for name, value in new.items() if not name.startswith(fold.source + ".")}
-
-    def change(parameters: dict[str, Tensor]) -> float:
-        output = functional_call(block, parameters, (call.hidden, *call.rest), call.keywords)
-        return float((main_output(output).float() - truth).norm())
-
-    one_sided = change(half)
-    return one_sided > 0 and change(new) <= 0.01 * one_sided
+    return probe.change(half) > 0 and probe.keeps(new, half)

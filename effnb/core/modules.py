@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from effnb.core.checks import check_loaded
 from effnb.core.coverage import Coverage, coverage, report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,7 +32,11 @@ def share(model: Model) -> Model:
 
     The copy costs kilobytes. Replacing one of its modules, or one of its parameters by another
     object, does not show in the original; writing into a shared tensor in place would.
+
+    Raises:
+        ValueError: When weights are on the meta device (offloaded, or never loaded).
     """
+    check_loaded(model)
     kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo=kept)
 
@@ -104,8 +109,10 @@ def named_modules_of(
     """All modules of a kind whose dotted name fits `include` and none of `exclude`.
 
     Raises:
-        ValueError: When none fits; the sentence names some that exist.
+        ValueError: When none fits; the sentence names some that exist. When weights are on the meta
+            device (offloaded, or never loaded).
     """
+    check_loaded(model)
     include, exclude = resolved(model, include), resolved(model, exclude)
     everything = {name: m for name, m in model.named_modules() if isinstance(m, kind)}
     found = {

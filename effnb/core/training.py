@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -127,26 +128,89 @@ class TrainingResult:
     stopped_early: bool = False
 
 
-def causal_lm_loss(model: nn.Module, batch: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+def causal_lm_loss(
+    model: nn.Module, batch: Tensor | tuple[Tensor, Tensor] | Mapping[str, Any]
+) -> Tensor:
     r"""Mean next-token cross-entropy, $-\frac1N \sum_t \log p(x_{t+1} \mid x_{\le t})$, in nats.
 
     `batch` holds token ids of shape (batch, time), or a pair (ids, labels) of that shape in which
-    a label of -100 is not counted. Labels are aligned with the ids; the shift happens here.
+    a label of -100 is not counted, or keyword arguments for the model as `next_token_loss` takes
+    them. Labels are aligned with the ids; the shift happens here.
     """
+    if isinstance(batch, Mapping):
+        return next_token_loss(model, batch)
     ids, labels = batch if isinstance(batch, tuple) else (batch, batch)
     return _next_token(model(input_ids=ids, use_cache=False).logits, labels)
 
 
-def next_token_loss(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
-    """`causal_lm_loss` of a batch of keyword arguments, padding left out.
+def next_token_loss(model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
+    """`causal_lm_loss` of a batch of keyword arguments, over the tokens that `targets` says.
 
-    `batch` holds `input_ids` of shape (batch, time) and whatever else the model takes; where its
-    `attention_mask` is 0, nothing is counted.
+    `batch` holds `input_ids` of shape (batch, time) and whatever else the model takes; all of it
+    but `labels` is passed on.
     """
-    labels = batch["input_ids"]
-    if batch.get("attention_mask") is not None:
-        labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
-    return _next_token(model(**batch).logits, labels)
+    losses, counted = target_losses(model, batch)
+    return losses.sum() / counted.sum()
+
+
+def target_losses(
+    model: Callable[..., Any], batch: Mapping[str, Any]
+) -> tuple[Float[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
+    r"""$-\log p$ of every target of a batch, 0 where there is none, and where there is one.
+
+    With `decoder_input_ids` in the batch (an encoder-decoder) position t of the logits foresees
+    label t, otherwise label t + 1.
+    """
+    labels = targets(batch)
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    if "decoder_input_ids" not in batch:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = nn.functional.cross_entropy(
+        logits.transpose(1, 2).float(), labels, ignore_index=-100, reduction="none"
+    )
+    return losses, labels != -100
+
+
+def targets(batch: Mapping[str, Any]) -> Int[Tensor, "batch time"]:
+    """The labels of a batch, aligned with its ids; -100 for what says nothing of the text.
+
+    A token is left out when it is padding, and when what stands before it is not its own text, from
+    which it could be foreseen: padding, or another document in the same row (there positions do not
+    go on by one, or a mask of four dimensions hides it). Where the batch has `labels`, these count,
+    and are thinned out in the same way; with `decoder_input_ids` they are of another text, and stay
+    as they are.
+
+    Raises:
+        ValueError: When there is not one label for each token.
+    """
+    decoder = batch.get("decoder_input_ids")
+    ids = batch["input_ids"] if decoder is None else decoder
+    labels = batch.get("labels", ids)
+    if labels.shape != ids.shape:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, the ids {tuple(ids.shape)}; a next-token "
+            "loss needs one label for each token, so give a `loss` for anything else."
+        )
+    if decoder is not None:
+        return labels
+    follows = torch.ones_like(labels[:, 1:], dtype=torch.bool)
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None and mask.ndim == 2:
+        follows = follows & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    elif mask is not None and mask.ndim == 4 and mask.shape[-1] == mask.shape[-2]:
+        # Of the heads any one; an additive mask is 0 where a token is seen.
+        seen = mask[:, 0] > -1 if mask.is_floating_point() else mask[:, 0] != 0
+        follows = follows & seen.diagonal(-1, 1, 2) & seen.diagonal(0, 1, 2)[:, 1:]
+    if positions is not None and positions.ndim == 2:
+        follows = follows & (positions[:, 1:] == positions[:, :-1] + 1)
+    first = labels[:, :1]  # nothing foresees it
+    return torch.cat([first, labels[:, 1:].masked_fill(~follows, -100)], 1)
+
+
+def target_count(batch: Mapping[str, Any]) -> int:
+    """How many tokens `next_token_loss` averages over."""
+    labels = targets(batch)
+    return int(((labels if "decoder_input_ids" in batch else labels[:, 1:]) != -100).sum())
 
 
 def _next_token(logits: Tensor, labels: Tensor) -> Tensor:

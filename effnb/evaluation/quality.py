@@ -15,6 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from effnb.core.checks import check_loaded
+from effnb.core.context import check_causal, check_context
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -70,8 +73,11 @@ def perplexity(
         batch_size: Windows at a time.
 
     Raises:
-        ValueError: Fewer than two tokens, or a stride outside 1 … context.
+        ValueError: Fewer than two tokens, a stride outside 1 … context, a context longer than the
+            model has positions, a model that sees the tokens it is to foresee (BERT and its kin),
+            or weights on the meta device.
     """
+    check_loaded(model)
     ids = torch.as_tensor(ids)
     if ids.ndim != 1 or len(ids) < 2:
         raise ValueError(
@@ -80,13 +86,8 @@ def perplexity(
     stride = context if stride is None else stride
     if not 1 <= stride <= context or context < 2:
         raise ValueError(f"stride is {stride}; it must lie between 1 and the context ({context}).")
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if (
-        limit is not None
-        and context > limit
-        and getattr(model.config, "rope_parameters", 1) is None
-    ):
-        raise ValueError(f"context is {context}; this model has positions up to {limit} only.")
+    check_context(model, context)
+    check_causal(model, ids[None])
     device = next(model.parameters()).device
     n = len(ids)
     width = min(context, n)
@@ -150,16 +151,19 @@ def ranked_choice(
     with $|c|$ its length in UTF-8 bytes, so that a longer one is not at a disadvantage.
 
     The context is read once for all its continuations: they are laid side by side behind it, with
-    the positions they would have alone and a mask that hides them from each other.
+    the positions they would have alone and a mask that hides them from each other. Models that take
+    positions and masks otherwise (ALiBi, windows that slide) read each continuation in a row of its
+    own; which ones do is tried on the longest question.
 
     Args:
-        model: A Hugging Face causal language model (four-dimensional masks are passed to it).
+        model: A Hugging Face causal language model.
         tokenizer: Its tokenizer.
         items: The questions; `effnb.lab.corpora.choice_items` makes some.
         batch_size: Questions at a time.
 
     Raises:
-        ValueError: When there are no questions, or one has an empty context or continuation.
+        ValueError: When there are no questions, one has an empty context or continuation or more
+            tokens than the model has positions; or a model that sees the tokens it is to foresee.
     """
     if not items:
         raise ValueError("there are no questions to rank choices for.")
@@ -170,12 +174,16 @@ def ranked_choice(
         if not context or not all(choices):
             raise ValueError("a question has an empty context or an empty continuation.")
         questions.append((context, choices))
+    longest = max(questions, key=_tokens_alone)
+    check_context(model, _tokens_alone(longest), "the length of the longest question")
+    check_causal(model, torch.tensor([longest[0] + longest[1][0]]))
     correct: list[bool] = []
     with torch.inference_mode():
+        likelihoods_of = _likelihoods if _side_by_side(model, longest) else _each_alone
         for at in range(0, len(questions), batch_size):
             part = questions[at : at + batch_size]
             for item, likelihoods in zip(
-                items[at : at + batch_size], _likelihoods(model, part), strict=True
+                items[at : at + batch_size], likelihoods_of(model, part), strict=True
             ):
                 scores = [
                     total / len(text.encode())
@@ -185,9 +193,54 @@ def ranked_choice(
     return RankedChoice(sum(correct) / len(correct), len(correct), tuple(correct))
 
 
-def _likelihoods(
-    model: nn.Module, questions: list[tuple[list[int], list[list[int]]]]
-) -> list[list[float]]:
+_Question = tuple[list[int], list[list[int]]]  # the context's tokens, and each continuation's
+
+
+def _tokens_alone(question: _Question) -> int:
+    """The tokens of a context and its longest continuation."""
+    return len(question[0]) + max(map(len, question[1]))
+
+
+def _side_by_side(model: nn.Module, question: _Question) -> bool:
+    """Whether continuations of one context may be laid side by side."""
+    config = getattr(model, "config", None)
+    windows = getattr(config, "sliding_window", None) or getattr(config, "layer_types", None)
+    if getattr(config, "rope_parameters", None) and not windows:
+        return True  # rotary positions, and one mask for all layers
+    try:
+        alone = _each_alone(model, [question])[0]
+    except TypeError:  # a model that must be told positions and mask takes them as they are
+        return True
+    try:
+        together = _likelihoods(model, [question])[0]
+    except (TypeError, ValueError, RuntimeError, LookupError):
+        return False
+    tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.05
+    return all(abs(a - b) <= tolerance * max(1.0, abs(b)) for a, b in zip(together, alone))
+
+
+def _each_alone(model: nn.Module, questions: list[_Question]) -> list[list[float]]:
+    """Log-likelihood of every continuation, each in a row of its own, padded on the right.
+
+    Nothing that counts stands behind padding, so that no mask is needed.
+    """
+    device = next(model.parameters()).device
+    results = []
+    for context, choices in questions:
+        rows = [torch.tensor(context + tokens) for tokens in choices]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        logs = model(input_ids=ids).logits.float().log_softmax(-1).cpu()
+        start = len(context) - 1
+        results.append(
+            [
+                float(logs[r, range(start, start + len(t)), torch.tensor(t)].double().sum())
+                for r, t in enumerate(choices)
+            ]
+        )
+    return results
+
+
+def _likelihoods(model: nn.Module, questions: list[_Question]) -> list[list[float]]:
     """Log-likelihood of every continuation, in nats, one forward pass for all of them."""
     parameter = next(model.parameters())
     device = parameter.device

@@ -338,27 +338,88 @@ def save_peft(model: nn.Module, name: str, folder: str | os.PathLike) -> None:
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
+# What a file may say, and which values leave two matrices on a linear layer what they are: None
+# allows every value. Files of later releases say more; what they say and is not here is refused,
+# unless it is empty.
+_KNOWN: dict[str, tuple | None] = {
+    "peft_type": ("LORA",),
+    "r": None,
+    "lora_alpha": None,
+    "lora_dropout": None,
+    "use_rslora": (True, False),
+    # Which layers, by patterns: the tensors' names say it.
+    "target_modules": None,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    # How training started. What changes the base weights, or is taken off them, is not in here.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "eva_config": None,
+    "bias": ("none",),
+    # What the files are for, and by what they were made.
+    "task_type": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "revision": None,
+    "inference_mode": None,
+    "peft_version": None,
+    # How matrices are held while they train, or where.
+    "runtime_config": None,
+    "ephemeral_gpu_offload": None,
+    "megatron_core": None,
+    "qalora_group_size": None,  # of QALoRA, which `use_qalora` would say
+}
+
+
+def _check_peft(about: Mapping[str, Any], where: str) -> None:
+    """Refuse settings that make more of a LoRA, or something else, than two matrices per layer.
+
+    Raises:
+        ValueError: The sentence names the first such setting.
+    """
+    if about.get("peft_type") != "LORA":
+        raise ValueError(f"{where} holds {about.get('peft_type')}, not a LoRA.")
+    for key, value in about.items():
+        if key in _KNOWN:
+            allowed = _KNOWN[key]
+            if allowed is None or any(value == a and type(value) is type(a) for a in allowed):
+                continue
+        elif value in (None, False, 0) or value in ("", [], {}):
+            continue
+        raise ValueError(
+            f"{where} uses {key} = {json.dumps(value)}, which changes what its matrices mean and "
+            "is not read here; only a plain LoRA is."
+        )
+
+
 def load_peft(model: Model, folder: str | os.PathLike, name: str = "default") -> Model:
     """Attach a LoRA that the library peft saved.
 
+    Its settings are read by an allow-list: what is not known to leave the two matrices of each
+    layer what they are is refused (DoRA; PiSSA, OLoRA, CorDA and LoftQ, which change the base
+    weights; patterns of ranks and alphas; trained biases and whole modules; activated LoRA; …).
+
     Raises:
-        ValueError: When the folder holds a variant of LoRA that is not implemented here, or
-            another method.
+        ValueError: When the folder holds a variant of LoRA that is not implemented here, another
+            method, or matrices that do not fit.
         FileNotFoundError: When a file is missing.
     """
     folder = Path(folder)
     about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if about.get("peft_type") != "LORA":
-        raise ValueError(f"{folder.name} holds {about.get('peft_type')}, not a LoRA.")
-    variants = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias",
-                "fan_in_fan_out", "layer_replication", "trainable_token_indices")  # fmt: skip
-    used = [key for key in variants if about.get(key)]
-    if used or about.get("bias", "none") != "none":
-        raise ValueError(f"{folder.name} uses {(used or ['bias'])[0]}, which is not read here.")
+    _check_peft(about, folder.name)
+    missing = [key for key in ("r", "lora_alpha") if not isinstance(about.get(key), (int, float))]
+    if missing:
+        raise ValueError(f"{folder.name} does not say {missing[0]}, without which no LoRA is read.")
     settings = {
         "alpha": float(about["lora_alpha"]),
         "dropout": float(about.get("lora_dropout", 0)),
         "rank_stabilized": bool(about.get("use_rslora", False)),
     }
     state = from_peft(load_file(folder / "adapter_model.safetensors"))
+    ranks = {len(tensor) for key, tensor in state.items() if key.endswith(".A")}
+    if ranks != {about["r"]}:
+        raise ValueError(
+            f"{folder.name} says r = {about['r']}, but its matrices have "
+            f"{', '.join(map(str, sorted(ranks))) or 'no'} rows."
+        )
     return attach_state(model, name, "lora", settings, state)

@@ -12,11 +12,11 @@ import os
 import warnings
 from pathlib import Path
 
+import architectures
 import methods
 import pytest
 import torch
 import transformers
-import architectures
 
 from effnb.core.coverage import LeftOut
 from effnb.core.deltas import delta_state_dict, load_delta

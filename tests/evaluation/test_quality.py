@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from effnb.evaluation import perplexity, ranked_choice
+from effnb.evaluation import perplexity, quality, ranked_choice
 from effnb.evaluation.quality import token_losses
 
 
@@ -113,6 +114,66 @@ def plain(model, question):
         total = sum(float(logs[len(context) - 1 + i, t]) for i, t in enumerate(tokens))
         scores.append(total / len(choice.encode()))
     return scores
+
+
+SMALL = dict(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+SMALL |= dict(num_attention_heads=4, pad_token_id=0)
+KINDS = {
+    "bloom": lambda: hf.BloomForCausalLM(  # ALiBi, made of the mask
+        hf.BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)
+    ),
+    "mpt": lambda: hf.MptForCausalLM(
+        hf.MptConfig(vocab_size=128, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
+    ),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=48)
+    ),
+    "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)),
+    "mistral": lambda: hf.MistralForCausalLM(
+        hf.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4)
+    ),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=4)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_continuations_score_as_alone_on_many_architectures(kind):
+    torch.manual_seed(0)
+    model = KINDS[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.4)
+    found = ranked_choice(model, Letters(), QUESTIONS)
+    best = [max(range(3), key=plain(model, q).__getitem__) for q in QUESTIONS]
+    assert found.correct == tuple(b == q.answer for b, q in zip(best, QUESTIONS, strict=True))
+    for question in QUESTIONS:
+        coded = [[ord(c) % 128 for c in t] for t in (question.context, *question.choices)]
+        totals = quality._each_alone(model, [(coded[0], coded[1:])])[0]
+        scores = [t / len(c.encode()) for t, c in zip(totals, question.choices, strict=True)]
+        assert scores == pytest.approx(plain(model, question), rel=1e-4)
+        if quality._side_by_side(model, (coded[0], coded[1:])):
+            together = quality._likelihoods(model, [(coded[0], coded[1:])])[0]
+            assert together == pytest.approx(totals, rel=2e-3)
+
+
+def test_a_model_that_sees_what_it_is_to_foresee_has_no_perplexity():
+    torch.manual_seed(0)
+    bert = hf.BertForMaskedLM(hf.BertConfig(**SMALL)).eval()
+    for measure in (
+        lambda: perplexity(bert, torch.arange(100), context=32),
+        lambda: ranked_choice(bert, Letters(), QUESTIONS),
+    ):
+        with pytest.raises(ValueError, match="sees the tokens behind the one it foresees"):
+            measure()
+
+
+def test_questions_longer_than_a_model_has_positions():
+    model = KINDS["gpt2"]().eval()
+    with pytest.raises(ValueError, match="the longest question is 53; this model has positions"):
+        ranked_choice(model, Letters(), [Question("x" * 40, (" a", " " * 13), 0)])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

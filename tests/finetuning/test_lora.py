@@ -1,5 +1,6 @@
 """LoRA: the identity at the start, the merge at the end, and training in between."""
 
+import json
 import math
 
 import pytest
@@ -396,6 +397,63 @@ def test_what_cannot_be_read_from_peft_is_said(llama, tmp_path):
             lora.load_peft(llama, tmp_path)
     with pytest.raises(FileNotFoundError):
         lora.load_peft(llama, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "lora_ga"),
+        ("use_rslora", "yes"),
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 4}),
+        ("modules_to_save", ["lm_head"]),
+        ("fan_in_fan_out", True),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("alora_invocation_tokens", [5, 6]),
+        ("trainable_token_indices", [1]),
+        ("target_parameters", ["experts.gate_up_proj"]),
+        ("layer_replication", [[0, 2]]),
+        ("use_qalora", True),
+        ("arrow_config", {"top_k": 2}),
+        ("a_setting_of_next_year", 0.5),
+    ],
+)
+def test_every_setting_that_is_not_understood_is_refused(llama, tmp_path, key, value):
+    lora.save_peft(trained(llama, rank=2), "default", tmp_path)
+    config = tmp_path / "adapter_config.json"
+    about = json.loads(config.read_text())
+    config.write_text(json.dumps(about | {key: value}))
+    with pytest.raises(ValueError, match=f"uses {key} = .*only a plain LoRA is"):
+        lora.load_peft(llama, tmp_path)
+    # The same key without a meaning, as the library writes it, is no obstacle.
+    config.write_text(json.dumps(about | {"a_setting_of_next_year": None, "rank_pattern": {}}))
+    lora.load_peft(llama, tmp_path)
+
+
+def test_a_file_whose_matrices_are_not_what_it_says(llama, tmp_path):
+    lora.save_peft(trained(llama, rank=2), "default", tmp_path)
+    config = tmp_path / "adapter_config.json"
+    about = json.loads(config.read_text())
+    config.write_text(json.dumps(about | {"r": 4}))
+    with pytest.raises(ValueError, match="says r = 4, but its matrices have 2 rows"):
+        lora.load_peft(llama, tmp_path)
+    config.write_text(json.dumps({k: v for k, v in about.items() if k != "lora_alpha"}))
+    with pytest.raises(ValueError, match="does not say lora_alpha"):
+        lora.load_peft(llama, tmp_path)
+
+
+def test_settings_of_another_release_are_refused(llama):
+    state = lora.delta_state_dict(trained(llama, rank=2), "default")
+    for settings in ({"alpha": 4.0, "direction": "both"}, {}):
+        with pytest.raises(ValueError, match="are not those of a delta of kind 'lora' here"):
+            lora.attach_state(llama, "x", "lora", settings, state)
 
 
 def test_bad_input_is_one_sentence(llama, tmp_path):

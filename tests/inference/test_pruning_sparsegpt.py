@@ -188,7 +188,28 @@ def test_dead_inputs_lose_their_weights():
     found = sparsegpt_weight(weight, hessian, 0.25)
     assert not found.mask[:, 3].any() and not found.weight[:, 3].any()
     assert int((~found.mask).sum()) == round(0.25 * weight.numel())
-    assert not sparsegpt_weight(weight, hessian, 0.0).mask[:, 3].any()
+
+
+def test_no_dead_weight_goes_beyond_the_sparsity():
+    """A text that was not in the calibration data may reach what was silent there."""
+    weight, hessian = problem()
+    hessian[:, [3, 5]] = hessian[[3, 5]] = 0
+    one = 1 / weight.shape[1]
+    for found in (
+        sparsegpt_weight(weight, hessian, one),
+        obs_weight(weight, hessian, one),
+        obs_weight(weight, hessian, one, pattern="layer"),
+    ):
+        assert int((~found.mask).sum()) == len(weight)
+        assert bool((found.weight[~found.mask] == 0).all())
+        assert found.loss < 1e-9 if hasattr(found, "loss") else found.error < 1e-9
+        untouched = found.mask[:, [3, 5]]
+        assert torch.equal(found.weight[:, [3, 5]][untouched], weight[:, [3, 5]][untouched])
+    for found in (sparsegpt_weight(weight, hessian, 0.0), obs_weight(weight, hessian, 0.0)):
+        assert bool(found.mask.all()) and torch.equal(found.weight, weight)
+    everything = torch.ones_like(weight, dtype=torch.bool)
+    best = least_squares_weight(weight, everything, hessian)
+    torch.testing.assert_close(best, weight, rtol=1e-9, atol=1e-9)
 
 
 def test_a_model_is_pruned_layer_by_layer(llama, ids):

@@ -1,7 +1,10 @@
 """Hadamard matrices, and models that do not notice being rotated."""
 
+import copy
+
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,6 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
     OPTConfig,
     OPTForCausalLM,
+    Qwen3Config,
     StableLmConfig,
     StableLmForCausalLM,
 )
@@ -289,11 +293,46 @@ def test_quarot_is_made_of_its_parts(llama, ids):
         assert relative(custom(ids).logits, llama(ids).logits) < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["gemma", "qwen3", "phi", "opt", "neox"])
+def test_the_function_stays_on_many_architectures(kind, dtype, ids):
+    """Gains stored less 1, q/k norms, parallel blocks, partial rotary pairs, half precision."""
+    grouped = SIZES | dict(num_key_value_heads=2, head_dim=8)
+    model = {
+        "gemma": lambda: GemmaForCausalLM(GemmaConfig(**grouped)),
+        "qwen3": lambda: hf.Qwen3ForCausalLM(Qwen3Config(**grouped)),
+        "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**SIZES)),
+        "opt": lambda: OPTForCausalLM(
+            OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=SIZES["hidden_size"])
+        ),
+        "neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES)),
+    }[kind]
+    torch.manual_seed(0)
+    model = shaken(model()).to(dtype)
+    words = ids[:, :12] % SIZES["vocab_size"]
+    wide = lambda m: copy.deepcopy(m).double()(words).logits  # noqa: E731
+    with torch.no_grad():
+        for online in (False, True):
+            off = relative(wide(rotate(model, online=online)), wide(model))
+            assert off < {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.03}[dtype]
+
+
+class Qwen3Twisted(hf.Qwen3ForCausalLM):
+    """Looks like its parent; one block also reads the sign of a channel of the stream."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1].register_forward_hook(
+            lambda module, given, out: out + 0.01 * given[0][..., :1].sign()
+        )
+
+
 def test_models_that_are_built_otherwise_are_refused(llama, ids):
     torch.manual_seed(0)
     small = SIZES | dict(num_key_value_heads=2, head_dim=8)
     for model, reason in (
-        (shaken(GemmaForCausalLM(GemmaConfig(**small))), "would compute something else"),
+        (shaken(Qwen3Twisted(Qwen3Config(**small))), "layers.1 of Qwen3Twisted would compute some"),
+        (shaken(hf.CohereForCausalLM(hf.CohereConfig(**small))), "would compute something else"),
         (shaken(Gemma2ForCausalLM(Gemma2Config(**small))), "neither before nor behind a norm"),
         (GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2)), "no norm of this model"),
         (llama.model, "one final norm and one output head"),

@@ -1,7 +1,10 @@
 """SmoothQuant moves outliers into the weights and leaves the function alone."""
 
+import copy
+
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -219,17 +222,62 @@ def test_post_norm_models_are_refused(ids):
         smooth(Net(post=True), ids % 10)
 
 
-def test_a_gain_that_is_stored_otherwise_is_refused(ids):
-    """Gemma's norms multiply by one plus their weight."""
+def gemma_of(size: float, dtype: torch.dtype):
+    """A Gemma with weights of a size, whose gains are stored less 1."""
     torch.manual_seed(0)
-    sizes = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_hidden_layers=1)
+    sizes = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
     config = GemmaConfig(vocab_size=128, hidden_size=16, intermediate_size=24, **sizes)
     gemma = GemmaForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in gemma.parameters():
-            parameter.normal_(0, 0.3)
-    with pytest.raises(ValueError, match="GemmaForCausalLM would compute something else"):
-        smooth(gemma, ids)
+            parameter.normal_(0, 0.2 if parameter.ndim == 1 else size)
+    return gemma.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.2, 0.002])
+def test_a_gain_that_is_stored_less_one(ids, size, dtype):
+    """(1 + w) / s - 1 is near -1 where s is large, and half precision has few numbers there."""
+    gemma = gemma_of(size, dtype)
+    if dtype == torch.bfloat16 and size < 0.1:
+        with pytest.raises(ValueError, match="convert the model to float32 first"):
+            smooth(gemma, ids)
+        return
+    new = smooth(gemma, ids)
+    with torch.no_grad():
+        a, b = (copy.deepcopy(m).double()(ids).logits for m in (gemma, new))
+    assert float((a - b).norm() / a.norm()) < (0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "phi", "opt", "neox", "cohere2", "mixtral"])
+def test_the_function_stays_on_many_architectures(ids, kind, dtype):
+    torch.manual_seed(0)
+    small = dict(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    small |= dict(num_attention_heads=4, pad_token_id=0)
+    grouped = small | dict(num_key_value_heads=2, head_dim=8)
+    model = {
+        "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**grouped)),
+        "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**grouped)),
+        "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**small)),
+        "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**small, ffn_dim=48, word_embed_proj_dim=32)),
+        "neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**small)),
+        "cohere2": lambda: hf.Cohere2ForCausalLM(hf.Cohere2Config(**grouped)),
+        "mixtral": lambda: hf.MixtralForCausalLM(
+            hf.MixtralConfig(**grouped, num_local_experts=4, num_experts_per_tok=2)
+        ),
+    }[kind]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1, 0.2) if parameter.ndim == 1 else parameter.normal_(0, 0.2)
+    model = model.eval().to(dtype)
+    new = smooth(model, ids)
+    with torch.no_grad():
+        twins = [copy.deepcopy(m).double() for m in (model, new)]
+        for twin in twins if kind == "mixtral" else ():
+            twin.set_experts_implementation("eager")  # grouped products have no float64
+        a, b = (twin(ids).logits for twin in twins)
+    assert float((a - b).norm() / a.norm()) < (0.03 if dtype == torch.bfloat16 else 1e-4)
 
 
 def test_bad_input_is_one_sentence(llama, ids):

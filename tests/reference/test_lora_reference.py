@@ -134,3 +134,24 @@ def test_qlora_is_bitsandbytes_with_peft(double):
         expected = gradients[f"base_model.model.0.lora_{leaf}.default.weight"]
         found = lora.delta_parameters(ours, "default")[f"0.{leaf}"].grad
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "pissa", "olora"])
+def test_every_start_that_is_read_is_the_same_function_and_every_other_is_refused(
+    llama, ids, tmp_path, start
+):
+    """PiSSA and OLoRA take their matrices off the base weights; a file of the two is not enough."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS, init_lora_weights=start)
+    theirs = peft.get_peft_model(copy.deepcopy(llama), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():  # training
+            if "lora_B" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+        expected = theirs(input_ids=ids).logits
+        theirs.save_pretrained(tmp_path)
+        if start in ("pissa", "olora"):
+            with pytest.raises(ValueError, match=f'uses init_lora_weights = "{start}"'):
+                lora.load_peft(llama, tmp_path)
+        else:
+            found = lora.load_peft(llama, tmp_path)(input_ids=ids).logits
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnb.core.calibration import block_linears
+from effnb.core.checks import check_finite, check_loaded
 from effnb.core.modules import HEADS, Model, linears, replace_modules
 from effnb.inference.quantization.linear import refuse_quantized
 
@@ -121,12 +122,7 @@ def check_weight(weight: Tensor) -> None:
         raise ValueError(
             f"the weight has shape {tuple(weight.shape)}; only non-empty matrices are factorised."
         )
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
-        raise ValueError(
-            f"the weight has {bad} entries that are NaN or infinite; only finite numbers can be "
-            "factorised."
-        )
+    check_finite(weight, purpose="factorised")
 
 
 def exact(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -297,8 +293,9 @@ def refuse(model: nn.Module) -> None:
     """Refuse a quantized model: a product of factors would not lie on its grid.
 
     Raises:
-        ValueError: When the model has a quantized layer.
+        ValueError: When the model has a quantized layer, or weights on the meta device.
     """
+    check_loaded(model)
     try:
         refuse_quantized(model)
     except ValueError:

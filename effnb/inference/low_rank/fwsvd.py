@@ -28,6 +28,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, batches_of
+from effnb.core.context import context_limit
+from effnb.core.gradients import fisher_diagonal, sequences_of
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, share
 from effnb.core.training import next_token_loss
@@ -74,33 +76,21 @@ def fisher(
             them, or a layer had no part in it.
     """
     layers = choose_layers(model, include, exclude)
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    device = next(model.parameters()).device
-    # A reader may call this where gradients are off altogether, as panels do.
-    with torch.inference_mode(False), torch.enable_grad():
-        samples = [
-            {key: value[i : i + 1].to(device) for key, value in batch.items()}
-            for batch in batches_of(calibration, 1, context)
-            for i in range(len(batch["input_ids"]))
-        ]
-        probe = share(model).eval()
-        weights: dict[str, Tensor] = {}
-        for name in layers:  # parameters of our own on the same memory: the original may be frozen
-            layer = probe.get_submodule(name)
-            layer.weight = weights[name] = nn.Parameter(layer.weight.detach())
-        total = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
-        for done, sample in enumerate(samples, 1):
-            value = loss(probe, sample)
-            if not bool(torch.isfinite(value)):
-                raise ValueError(f"the loss of calibration sample {done - 1} is {float(value)}.")
-            gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-            for name, gradient in zip(weights, gradients, strict=True):
-                if gradient is None:
-                    raise ValueError(f"the loss does not depend on {name}; exclude it.")
-                total[name] += gradient.float().square()
-            if progress:
-                progress(done, len(samples))
-    return {name: squares / len(samples) for name, squares in total.items()}
+    return fisher_diagonal(
+        model,
+        _batches(model, calibration, loss),
+        loss=None if loss is next_token_loss else loss,
+        include=list(layers),
+        exclude=(),
+        progress=progress,
+    )
+
+
+def _batches(model: nn.Module, calibration: Calibration, loss: SampleLoss) -> Calibration:
+    """Ids as keyword arguments of one sample each, which is what a given loss takes."""
+    if loss is next_token_loss:
+        return calibration
+    return sequences_of(batches_of(calibration, 1, context_limit(model)), loss)
 
 
 def importance(

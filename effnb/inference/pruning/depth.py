@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, batches_of, main_output
+from effnb.core.context import context_limit
 from effnb.core.modules import share
 from effnb.inference.pruning.choice import keep_all, removals
 from effnb.inference.pruning.shrink import Pruned, cut, prune_structures
@@ -46,7 +47,7 @@ def text_batches(
         ValueError: No calibration data, or sequences beyond the context.
     """
     device = next(model.parameters()).device
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_limit(model)
     found = []
     for given in batches_of(calibration, batch_size, context):
         batch = {key: value.to(device) for key, value in given.items()}

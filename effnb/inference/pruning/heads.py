@@ -17,17 +17,18 @@ Michel, Levy, Neubig, "Are Sixteen Heads Really Better than One?", 2019, arXiv 1
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effnb.core.gradients import Batches, each_gradient, loss_batches
 from effnb.core.modules import Model, share
-from effnb.core.training import Loss
+from effnb.core.training import Loss, target_losses, targets
 from effnb.inference.pruning.choice import check_unit, removals
 from effnb.inference.pruning.shrink import Pruned, prune_structures
 from effnb.inference.pruning.structures import anatomy, check_weights, structures_of, zero
-from effnb.inference.pruning.taylor import Batches, loss_batches, to_device
 
 
 def head_importance(
@@ -57,54 +58,47 @@ def head_importance(
     """
     shape = anatomy(model)
     check_weights(model)
-    batches = loss_batches(calibration, loss, batch_size)
+    batches = loss_batches(model, calibration, loss, batch_size)
     twin = share(model).eval()
     device = next(twin.parameters()).device
-    gates: list[Tensor] = []
+    gates: dict[str, Tensor] = {}
 
-    def gate(layer: int):
+    def gate(name: str):
         def hook(module: nn.Module, arguments: tuple) -> tuple:
             parts = arguments[0].unflatten(-1, (shape.heads, shape.head_dim))
             # One gate per sequence and head, whatever lies between: time, and the head's size.
-            return ((parts * gates[layer][:, None, :, None].to(parts.dtype)).flatten(-2),)
+            return ((parts * gates[name][:, None, :, None].to(parts.dtype)).flatten(-2),)
 
         return hook
 
-    for layer, block in enumerate(twin.get_submodule(shape.blocks)):
-        block.self_attn.o_proj.register_forward_pre_hook(gate(layer))
-    examples = 0
-    with torch.inference_mode(False), torch.enable_grad():
-        total = torch.zeros(shape.layers, shape.heads, device=device)
-        for done, batch in enumerate(batches):
-            batch = to_device(batch, device)
-            count = len(batch[0]) if loss is None else 1
-            gates[:] = [
-                torch.ones(count, shape.heads, device=device, requires_grad=True)
-                for _ in range(shape.layers)
-            ]
-            value = _sum_of_sequences(twin, batch) if loss is None else loss(twin, batch)
-            found = torch.stack(torch.autograd.grad(value, gates))
-            if not bool(torch.isfinite(found).all()):
-                raise ValueError(f"a head's gradient is not finite (loss {float(value.detach())}).")
-            total += found.abs().sum(1)
-            examples += count
-            if progress:
-                progress(done + 1, len(batches))
+    names = [shape.name(layer, "self_attn.o_proj") for layer in range(shape.layers)]
+    for name in names:
+        twin.get_submodule(name).register_forward_pre_hook(gate(name))
+    function = _sum_of_sequences if loss is None else loss
+    total, examples = torch.zeros(shape.layers, shape.heads, device=device), 0
+    for done, batch in enumerate(batches):
+        # A sequence of which no token counts is no example.
+        counted = (targets(batch)[:, 1:] != -100).any(1) if loss is None else torch.ones(1)
+        with torch.inference_mode(False):
+            for name in names:
+                gates[name] = torch.ones(
+                    len(counted), shape.heads, device=device, requires_grad=True
+                )
+        (found,) = each_gradient(twin, gates, [batch], function)
+        total += torch.stack(list(found.values())).abs().sum(1)
+        examples += int(counted.sum())
+        if progress:
+            progress(done + 1, len(batches))
     scores = (total / examples).cpu()
     if normalize:
         scores = scores / scores.norm(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     return scores
 
 
-def _sum_of_sequences(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def _sum_of_sequences(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """The sum over sequences of each one's mean loss: no sequence changes another's gradient."""
-    ids, labels = batch
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    targets = labels[:, 1:]
-    losses = nn.functional.cross_entropy(
-        logits.transpose(1, 2), targets, ignore_index=-100, reduction="none"
-    )
-    return (losses.sum(1) / (targets != -100).sum(1).clamp_min(1)).sum()
+    losses, counted = target_losses(model, batch)
+    return (losses.sum(1) / counted.sum(1).clamp_min(1)).sum()
 
 
 def lowest_heads(scores: Float[Tensor, "layers heads"], count: int) -> dict[int, list[int]]:

@@ -28,12 +28,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effnb.core.gradients import Batches, fisher_diagonal, mean_gradients
 from effnb.core.training import Loss
 from effnb.inference.pruning.choice import check_unit, removals
-from effnb.inference.pruning.obs import fisher_diagonal
 from effnb.inference.pruning.shrink import Pruned, prune_structures
 from effnb.inference.pruning.structures import UNITS, Anatomy, anatomy, check_weights
-from effnb.inference.pruning.taylor import Batches, mean_gradients
 
 IMPORTANCES = ("element", "vector")
 ORDERS = ("first", "second", "mixed")

@@ -33,12 +33,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnb.core.deltas import hosts, set_trainable
+from effnb.core.gradients import Batches as Samples
+from effnb.core.gradients import each_gradient, loss_batches
 from effnb.core.training import (
     Batches,
     Loss,
     TrainingResult,
     TrainingSettings,
     causal_lm_loss,
+    next_token_loss,
     train,
 )
 from effnb.finetuning import lora
@@ -47,8 +50,6 @@ from effnb.inference.pruning.llm_pruner import check_ratio
 from effnb.inference.pruning.magnitude import CubicSchedule
 from effnb.inference.pruning.shrink import Pruned, cut
 from effnb.inference.pruning.structures import UNITS, Anatomy, anatomy, check_weights
-from effnb.inference.pruning.taylor import Batches as Samples
-from effnb.inference.pruning.taylor import loss_batches, to_device
 
 _NAME = "lora_prune"
 
@@ -127,9 +128,9 @@ class _Average:
             )
 
 
-def _scores_of(delta: nn.Module, base: nn.Module) -> Tensor:
+def _scores_of(delta: nn.Module, base: nn.Module, grad_A: Tensor, grad_B: Tensor) -> Tensor:
     with torch.no_grad():
-        return lora_score(base.weight, delta.A, delta.B, delta.A.grad, delta.B.grad, delta.scaling)
+        return lora_score(base.weight, delta.A, delta.B, grad_A, grad_B, delta.scaling)
 
 
 def lora_importance(
@@ -174,19 +175,29 @@ def lora_importance(
     for layer, part in average.wanted():
         if shape.name(layer, part) not in carriers:
             raise ValueError(f"{shape.name(layer, part)} has no LoRA {name!r}; attach it there.")
-    device = next(working.parameters()).device
-    function = causal_lm_loss if loss is None else loss
-    for batch in loss_batches(calibration, loss, batch_size):
-        working.zero_grad(set_to_none=True)
-        with torch.inference_mode(False), torch.enable_grad():
-            (function(working, to_device(batch, device)) * loss_scale).backward()
-        found = {}
-        for layer, part in average.wanted():
-            host = carriers[shape.name(layer, part)]
-            found[layer, part] = average.parts(
-                layer, part, _scores_of(host.deltas[name], host.base)
-            )
-        average.update(found)
+    deltas = {at: carriers[shape.name(*at)].deltas[name] for at in average.wanted()}
+    leaves = {
+        f"{shape.name(*at)}.{leaf}": parameter
+        for at, delta in deltas.items()
+        for leaf, parameter in (("A", delta.A), ("B", delta.B))
+    }
+    scaled = lambda m, batch: (loss or next_token_loss)(m, batch) * loss_scale  # noqa: E731
+    batches = loss_batches(model, calibration, loss, batch_size)
+    for found in each_gradient(working, leaves, batches, scaled):
+        average.update(
+            {
+                at: average.parts(
+                    *at,
+                    _scores_of(
+                        delta,
+                        carriers[shape.name(*at)].base,
+                        found[f"{shape.name(*at)}.A"],
+                        found[f"{shape.name(*at)}.B"],
+                    ),
+                )
+                for at, delta in deltas.items()
+            }
+        )
     return average.scores
 
 
@@ -313,7 +324,8 @@ class _Pruning:
         # In the backward pass itself: afterwards gradients are clipped and the factors change.
         def hook(_: Tensor) -> None:
             if self.watching and delta.A.grad is not None and delta.B.grad is not None:
-                self.found[layer, part] = self.average.parts(layer, part, _scores_of(delta, base))
+                scores = _scores_of(delta, base, delta.A.grad, delta.B.grad)
+                self.found[layer, part] = self.average.parts(layer, part, scores)
 
         delta.A.register_post_accumulate_grad_hook(hook)
         delta.B.register_post_accumulate_grad_hook(hook)

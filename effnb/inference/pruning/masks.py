@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from effnb.core.calibration import block_linears
+from effnb.core.checks import check_finite, check_loaded
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, linears, matches, replace_modules, resolved, share
 from effnb.inference.quantization.linear import refuse_quantized
@@ -172,18 +173,11 @@ def goals_of(sparsity: Sparsity, pattern: Pattern, names: list[str]) -> dict[str
     return dict(sparsity)
 
 
-def check_finite(name: str, values: Tensor) -> None:
-    """Refuse numbers that are NaN or infinite: their scores mean nothing."""
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
-        raise ValueError(f"{name} has {bad} entries that are NaN or infinite; pruning needs none.")
-
-
 def check_layer(name: str, values: Tensor, sparsity: float, pattern: Pattern) -> None:
     """Refuse what cannot be pruned, before any work starts."""
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"{name} has shape {tuple(values.shape)}; only matrices are pruned.")
-    check_finite(name, values)
+    check_finite(values, name, "pruned")
     if pattern.scope == "group" and values.shape[1] % pattern.group:
         raise ValueError(
             f"{name} has {values.shape[1]} inputs, which the groups of {pattern.group} of the "
@@ -261,8 +255,9 @@ def refuse(model: nn.Module) -> None:
     """Refuse a quantized model: its codes have no weights that could be taken away one by one.
 
     Raises:
-        ValueError: When the model has a quantized layer.
+        ValueError: When the model has a quantized layer, or weights on the meta device.
     """
+    check_loaded(model)
     try:
         refuse_quantized(model)
     except ValueError:

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, Hessian, layerwise
+from effnb.core.gradients import Batches, fisher_diagonal
 from effnb.core.hessian import check_damping, damp_hessian
 from effnb.core.modules import HEADS, Model, linears
 from effnb.core.training import Loss
@@ -41,7 +42,6 @@ from effnb.inference.pruning.masks import (
     prunable,
     with_weight,
 )
-from effnb.inference.pruning.taylor import Batches, each_gradient, loss_batches
 
 CHUNK_BYTES = 8 * 2**20
 """Rows are pruned side by side, each with an inverse Hessian of its own: so many bytes at once.
@@ -137,20 +137,21 @@ def obs_weight(
     check_layer("the weight", weight, goal, parsed)
     damped, dead = _damped(weight, hessian, damping)
     start = weight.detach().to(damped.device).double().clone()
-    start[:, dead] = 0
+    start[:, dead] = 0  # they cost nothing, so they go first
     rows, columns = start.shape
     inverse = torch.linalg.inv(damped)
     counts = torch.full((rows,), round(goal * columns))
     if parsed.scope == "layer":
         # Rows do not touch each other. A row's weight goes when all before it have gone, so it
         # waits for the dearest of them: ranking these running maxima is the greedy order.
-        _, costs = _remove(start, inverse, torch.full((rows,), columns), parsed)
+        _, _, costs = _remove(start, inverse, torch.full((rows,), columns), parsed)
         waiting = costs.cummax(1).values.view(1, -1)
         gone = ~keep_largest(waiting, round(goal * start.numel())).view(rows, columns)
         counts = gone.sum(1)
-    pruned, costs = _remove(start, inverse, counts, parsed)
-    mask = (pruned != 0).to(weight.device)
-    return ObsResult(pruned.to(weight), mask, float(costs[costs.isfinite()].sum()))
+    pruned, kept, costs = _remove(start, inverse, counts, parsed)
+    pruned[:, dead] = weight.detach()[:, dead].to(pruned) * kept[:, dead]
+    loss = float(costs[costs.isfinite()].sum())
+    return ObsResult(pruned.to(weight), kept.to(weight.device), loss)
 
 
 def _remove(
@@ -158,11 +159,14 @@ def _remove(
     inverse: Float[Tensor, "in in"],
     counts: Int[Tensor, " out"],
     pattern: Pattern,
-) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out steps"]]:
-    """Remove so many weights of each row; also what each removal cost (inf: there was none)."""
+) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"], Float[Tensor, "out steps"]]:
+    """Remove so many weights of each row: the rows, which weights stayed, and the costs.
+
+    A cost is infinite where nothing was removed.
+    """
     steps = int(counts.max())
     costs = weight.new_full((len(weight), max(1, steps)), torch.inf)
-    result = weight.clone()
+    result, kept = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
     size = max(1, CHUNK_BYTES // (8 * inverse.numel()))
     for first in range(0, len(weight), size):
         part = slice(first, first + size)
@@ -181,8 +185,8 @@ def _remove(
                 inverses = torch.where(active.view(-1, 1, 1), smaller, inverses)
             costs[part][:, step] = cost.where(active, torch.inf)
             free[torch.arange(len(w), device=w.device)[active], which[active]] = False
-        result[part] = w
-    return result, costs
+        result[part], kept[part] = w, free
+    return result, kept, costs
 
 
 def _allowed(free: Bool[Tensor, "rows in"], pattern: Pattern) -> Bool[Tensor, "rows in"]:
@@ -229,6 +233,7 @@ def least_squares_weight(
         m = keep[first : first + size]
         system = m.unsqueeze(2) * damped * m.unsqueeze(1) + (1 - m).unsqueeze(2) * identity
         result[first : first + size] = torch.linalg.solve(system, m * target[first : first + size])
+    result[:, dead] = weight.detach()[:, dead].to(result)
     return (result * keep).to(weight)
 
 
@@ -310,44 +315,6 @@ def obs(
     )  # fmt: skip
 
 
-def fisher_diagonal(
-    model: nn.Module,
-    calibration: Batches,
-    *,
-    loss: Loss | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor]:
-    r"""$F_{qq} = \frac1N \sum_n g_{nq}^2$ over single sequences, an estimate of $H_{qq}$.
-
-    It is the diagonal of the empirical Fisher matrix, which stands for the Hessian of a
-    log-likelihood near a minimum. The gradients must be those of single samples: the square of a
-    batch's mean gradient is smaller.
-
-    Args:
-        model: The model; it is not changed.
-        calibration: Token ids (sequences, time); or, with a loss of one's own, single samples.
-        loss: From (model, sample) to a scalar; None for language modelling.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
-        progress: Called with (samples done, samples).
-
-    Raises:
-        ValueError: No data, no fitting layer, or a gradient that is not finite.
-    """
-    samples = loss_batches(calibration, loss, batch_size=1)
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, gradient: Tensor) -> None:
-        kind = torch.promote_types(gradient.dtype, torch.float32)
-        sums[name] = sums.get(name, 0) + gradient.to(kind).square()
-
-    report = (lambda done: progress(done, len(samples))) if progress else None
-    count = each_gradient(model, samples, loss, add, include, exclude, report)
-    return {name: total / count for name, total in sums.items()}
-
-
 def obd(
     model: Model,
     calibration: Batches,
@@ -363,7 +330,7 @@ def obd(
 
     Args:
         model: Any module with `nn.Linear` layers; it is not changed.
-        calibration: See `fisher_diagonal`.
+        calibration: See `effnb.core.gradients.fisher_diagonal`.
         sparsity: Part of the weights to remove, in [0, 1); or one per layer's name; None for "N:M".
         pattern: Where weights compete: "global", "layer", "row" or "N:M".
         loss: From (model, sample) to a scalar; None for language modelling.

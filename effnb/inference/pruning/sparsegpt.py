@@ -135,7 +135,8 @@ def sparsegpt_columns(
     Args:
         weight: The weight.
         upper: $U$ from `effnb.core.hessian.inverse_cholesky`.
-        dead: Inputs that were always 0; their weights are removed.
+        dead: Inputs that were always 0. Their weights cost nothing and go first, but no more of
+            them than the sparsity asks for: other texts may reach them. With `bits` they become 0.
         sparsity: Part to remove of each block.
         pattern: Where scores compete.
         block_size: Columns whose mask is chosen at once.
@@ -146,6 +147,7 @@ def sparsegpt_columns(
     """
     kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
     w = weight.detach().to(kind, copy=True)
+    unused = w[:, dead].T
     w[:, dead] = 0
     columns = w.shape[1]
     size = group_size if isinstance(group_size, int) else columns
@@ -186,7 +188,10 @@ def sparsegpt_columns(
         moved = torch.linalg.solve_triangular(upper.T, original - result, upper=False)
         error += moved.square().sum()
 
-    keep &= ~dead.unsqueeze(1)
+    if grids:
+        keep &= ~dead.unsqueeze(1)
+    else:
+        result[dead] = torch.where(keep[dead], unused, 0)
     tensor = None
     if grids:
         scales = torch.stack([scale for scale, _ in grids], 1)

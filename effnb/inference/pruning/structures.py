@@ -27,8 +27,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effnb.core.checks import check_finite
 from effnb.core.modules import Model, find_blocks, share
-from effnb.inference.pruning.masks import check_finite, refuse
+from effnb.inference.pruning.masks import refuse
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `config.model_type` whose blocks are Llama's: RMSNorm, rotary attention, gated MLP."""
@@ -177,7 +178,7 @@ def check_weights(model: nn.Module) -> None:
         ValueError: When a parameter holds NaN or an infinity.
     """
     for name, parameter in model.named_parameters():
-        check_finite(name, parameter.detach())
+        check_finite(parameter.detach(), name, "pruned")
 
 
 def anatomy(model: nn.Module) -> Anatomy:

@@ -13,151 +13,16 @@ $\partial L / \partial c_j = w_j\, \partial L / \partial w_j$.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import batches_of
-from effnb.core.modules import HEADS, Model, linears, share
-from effnb.core.training import Loss, causal_lm_loss
+from effnb.core.gradients import Batches, mean_gradients
+from effnb.core.modules import HEADS, Model, linears
+from effnb.core.training import Loss
 from effnb.inference.pruning.masks import Sparsity, apply_masks, choose_masks, prunable
-
-Batches = Tensor | Sequence[Any]
-"""Token ids (sequences, time), batches as keyword arguments, or whatever a given loss takes."""
-
-
-def loss_batches(calibration: Batches, loss: Loss | None, batch_size: int = 8) -> list[Any]:
-    """Calibration data as batches for a loss.
-
-    Args:
-        calibration: With a loss of one's own: the batches it takes, used as they are. Otherwise
-            token ids (sequences, time), or keyword arguments per batch; padding is not counted.
-        loss: None for the language-modelling loss.
-        batch_size: Sequences at a time, for token ids.
-
-    Raises:
-        ValueError: When there is nothing.
-    """
-    if loss is None:
-        return [_pair(batch) for batch in batches_of(calibration, batch_size)]
-    batches = list(calibration)
-    if not batches:
-        raise ValueError("the calibration data is empty; give at least one batch.")
-    return batches
-
-
-def _pair(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Ids and labels for `causal_lm_loss`."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    return ids, ids if mask is None else ids.masked_fill(mask == 0, -100)
-
-
-def each_gradient(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss: Loss | None,
-    take: Callable[[str, Tensor], None],
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    progress: Callable[[int], None] | None = None,
-) -> int:
-    """Hand the gradient of every linear layer's weight to a function, batch by batch.
-
-    The model is not changed, and need not ask for gradients.
-
-    Args:
-        model: The model; it runs in evaluation mode.
-        batches: From `loss_batches`.
-        loss: From (model, batch) to a scalar; None for language modelling.
-        take: Called with a layer's name and the gradient of the batch's loss.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
-        progress: Called with the number of batches done.
-
-    Returns:
-        How many batches there were.
-
-    Raises:
-        ValueError: When a gradient is not finite, or the loss does not depend on a layer.
-    """
-    twin = share(model).eval()
-    device = next(twin.parameters()).device
-    layers = linears(twin, include, exclude)
-    loss = causal_lm_loss if loss is None else loss
-    count = 0
-    with torch.inference_mode(False), torch.enable_grad():
-        for layer in layers.values():  # parameters of the twin's own, over the same memory
-            weight = layer.weight.detach()
-            layer.weight = nn.Parameter(weight.clone() if weight.is_inference() else weight)
-        weights = [layer.weight for layer in layers.values()]
-        for batch in batches:
-            value = loss(twin, to_device(batch, device))
-            found = torch.autograd.grad(value, weights, allow_unused=True)
-            for name, gradient in zip(layers, found):
-                if gradient is None:
-                    raise ValueError(f"the loss does not depend on {name}; leave it out.")
-                if not bool(torch.isfinite(gradient).all()):
-                    raise ValueError(
-                        f"the gradient of {name} is not finite (loss {float(value.detach())})."
-                    )
-                take(name, gradient)
-            count += 1
-            if progress:
-                progress(count)
-    return count
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch, whatever it is made of, with its tensors on a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, tuple):
-        return tuple(to_device(part, device) for part in batch)
-    if isinstance(batch, dict):
-        return {key: to_device(part, device) for key, part in batch.items()}
-    return batch
-
-
-def mean_gradients(
-    model: nn.Module,
-    calibration: Batches,
-    *,
-    loss: Loss | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor]:
-    """Gradient of every fitting linear layer's weight, the mean over the batches, in float32.
-
-    Gradients are averaged *before* any absolute value is taken: the mean of $|w g|$ over batches
-    would mostly measure their noise.
-
-    Args:
-        model: The model; it is not changed.
-        calibration: See `loss_batches`.
-        loss: From (model, batch) to a scalar; None for language modelling.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
-        batch_size: Sequences at a time, for token ids.
-        progress: Called with (batches done, batches).
-
-    Raises:
-        ValueError: No data, no fitting layer, or a gradient that is not finite.
-    """
-    batches = loss_batches(calibration, loss, batch_size)
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, gradient: Tensor) -> None:
-        kind = torch.promote_types(gradient.dtype, torch.float32)
-        sums[name] = sums[name] + gradient if name in sums else gradient.to(kind)
-
-    report = (lambda done: progress(done, len(batches))) if progress else None
-    count = each_gradient(model, batches, loss, add, include, exclude, report)
-    return {name: total / count for name, total in sums.items()}
 
 
 def taylor_score(
@@ -207,7 +72,7 @@ def taylor_scores(
 
     Args:
         model: The model; it is not changed.
-        calibration: See `loss_batches`.
+        calibration: See `effnb.core.gradients.loss_batches`.
         loss: From (model, batch) to a scalar; None for language modelling.
         include: Name patterns of the layers.
         exclude: Name patterns of layers to leave out.
@@ -240,7 +105,8 @@ def taylor(
 
     Args:
         model: Any module with `nn.Linear` layers; it is not changed.
-        calibration: Token ids (sequences, time), or batches; see `loss_batches`.
+        calibration: Token ids (sequences, time), or batches; see
+            `effnb.core.gradients.loss_batches`.
         sparsity: Part of the weights to remove, in [0, 1); or one per layer's name; None for "N:M".
         pattern: Where weights compete: "global", "layer", "row" or "N:M".
         loss: From (model, batch) to a scalar; None for language modelling.

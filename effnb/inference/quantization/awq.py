@@ -37,6 +37,7 @@ from effnb.core.calibration import (
     visit_blocks,
     watch,
 )
+from effnb.core.checks import check_finite
 from effnb.core.folding import Fold, find_folds, scaled, set_parameters
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, in_several_blocks, matches, put_modules
@@ -47,7 +48,7 @@ from effnb.inference.quantization.formats import (
     quantize,
 )
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
-from effnb.inference.quantization.stored import check_bits, check_finite, check_matrix
+from effnb.inference.quantization.stored import check_bits, check_matrix
 
 UNCLIPPED = ("*q_proj", "*k_proj", "*query*", "*key*", "*qkv*", "*q_lin", "*k_lin")
 """Layers that make queries and keys: clipping them distorts the scores between the two."""

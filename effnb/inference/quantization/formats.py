@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float, Int, Num, UInt8
 from torch import Tensor
 
+from effnb.core.checks import check_finite
 from effnb.inference.quantization.clipping import (
     HALF_MAX,
     HALF_MIN,
@@ -44,7 +45,6 @@ from effnb.inference.quantization.stored import (
     BITS,
     Stored,
     check_bits,
-    check_finite,
     check_matrix,
     check_tensor,
     pack,
@@ -59,7 +59,6 @@ __all__ = [
     "QuantizedTensor",
     "bits_per_weight",
     "check_bits",
-    "check_finite",
     "check_granularity",
     "choose_grid",
     "fake_quantize",
@@ -335,7 +334,7 @@ def fake_quantize(
         raise ValueError("a single number has no grid; give a tensor with at least one axis.")
     if x.numel() == 0:
         return x
-    check_finite(x, "the tensor")
+    check_finite(x, "the tensor", "quantized")
     matrix = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
     how = {"clip": clip, "percentile": percentile, "exponent": exponent}
     scale, zero = choose_grids(matrix, bits, group_size, symmetric, half_scales=half_scales, **how)

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from effnb.core.context import check_context
 from effnb.core.modules import Model, share
 from effnb.inference.quantization.hadamard import check_order
 from effnb.inference.quantization.kv_layer import KiviLayer, check_head, check_settings
@@ -237,7 +238,8 @@ def decode_losses(
         Losses in nats, in float32.
 
     Raises:
-        ValueError: A chunk below 1, fewer than two tokens, or a cache that is not empty.
+        ValueError: A chunk below 1, fewer than two tokens or more than the model has positions for,
+            or a cache that is not empty.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; at least 1 token is read at a time.")
@@ -245,6 +247,7 @@ def decode_losses(
         raise ValueError(f"the text has {ids.shape[1]} tokens; at least 2 are needed for a loss.")
     if past.get_seq_length():
         raise ValueError("the cache holds another text; start with an empty one.")
+    check_context(model, ids.shape[1] - 1, "the text's length")
     logits = []
     with torch.no_grad():
         for part in ids[:, :-1].split(chunk, dim=1):

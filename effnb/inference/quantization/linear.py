@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effnb.core.checks import check_loaded
 from effnb.inference.quantization.formats import Granularity
 from effnb.inference.quantization.stored import Stored, from_parts
 
@@ -86,8 +87,9 @@ def refuse_quantized(model: nn.Module) -> None:
     is a linear layer whose weight is not of a floating-point type.
 
     Raises:
-        ValueError: When there is such a layer.
+        ValueError: When there is such a layer, or a weight is on the meta device.
     """
+    check_loaded(model)
     for module in model.modules():
         packed = isinstance(module, nn.Linear) and not module.weight.is_floating_point()
         if packed or hasattr(type(module), "quantized"):

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from effnb.core.context import context_limit
 from effnb.core.modules import share
 from effnb.core.training import Loss
 
@@ -63,7 +64,7 @@ def self_generate(
     if not 0 <= low <= high:
         raise ValueError(f"greedy is {greedy}; it must be a range such as (3, 5).")
     config = getattr(model, "config", None)
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_limit(model)
     if context is not None and tokens > context:
         raise ValueError(f"tokens is {tokens}; the model's context is {context}.")
     if first_tokens is None:

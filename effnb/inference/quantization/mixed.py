@@ -179,7 +179,7 @@ def additivity(
         loss: From the model and a batch's keyword arguments to the mean loss.
         batch_size: Sequences at a time.
     """
-    batches = model_batches(model, calibration, batch_size)
+    batches = model_batches(model, calibration, batch_size, loss)
     together = mixed_precision(model, allocation, quantizer)
     losses = [mean_loss(share(m).eval(), batches, loss) for m in (model, together)]
     return Additivity(allocation_cost(sensitivity, allocation), losses[1] - losses[0])

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, batches_of
+from effnb.core.context import context_limit
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import (
     HEADS,
@@ -247,7 +248,7 @@ def _input_statistics(
     model: nn.Module, calibration: Calibration, names: list[str], batch_size: int
 ) -> dict[str, tuple[Tensor, float]]:
     """Mean magnitude and smallest value of the inputs of each layer; padding is left out."""
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    context = context_limit(model)
     device = next(model.parameters()).device
     watched = share(model).eval()  # a copy of the modules, so that no hook is left on the model
     sums: dict[str, tuple[float, int, float]] = {}

@@ -17,16 +17,19 @@ Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024, a
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.modules import HEADS, Model, find_blocks, replace_modules, share
-from effnb.core.outliers import norm_readers
+from effnb.core.modules import HEADS, Model, find_blocks, share
+from effnb.core.outliers import norm_offset, norm_readers
+from effnb.core.proof import EXACT, ROUNDED, InFloat64, Probe, exact, probes
 from effnb.inference.quantization.activations import check_inputs, quantize_inputs
 from effnb.inference.quantization.formats import Granularity, check_bits, check_granularity
 from effnb.inference.quantization.hadamard import check_order, hadamard_transform, random_signs
@@ -93,9 +96,37 @@ class _Stream:
     norms: dict[str, list[str]]
     writers: list[str]
     embeddings: list[str]
+    prefix: str
+    signs: Tensor
+    centred: bool
+
+    def turn(self, rows: Tensor) -> Tensor:
+        """Rows times Q."""
+        return hadamard_transform(rows * self.signs.to(rows.device))
+
+    def centre(self, rows: Tensor) -> Tensor:
+        """Rows less their mean, where there are LayerNorms, which subtract it."""
+        return rows - rows.mean(-1, keepdim=True) if self.centred else rows
+
+    def moved(self, hidden: Tensor) -> Tensor:
+        """What the rotated model has in the place of some hidden states."""
+        return self.turn(self.centre(hidden))
+
+    def within(self, name: str) -> _Stream:
+        """The part of one block."""
+        inside = lambda n: n.startswith(f"{name}.")  # noqa: E731
+        norms = {n: r for n, r in self.norms.items() if inside(n)}
+        return replace(
+            self, norms=norms, writers=[n for n in self.writers if inside(n)], embeddings=[]
+        )
+
+    def outside(self) -> _Stream:
+        """The part that no block holds: embeddings, the final norm and the output head."""
+        norms = {n: r for n, r in self.norms.items() if not n.startswith(f"{self.prefix}.")}
+        return replace(self, norms=norms, writers=[])
 
 
-def _stream(model: nn.Module) -> _Stream:
+def _stream(model: nn.Module, seed: int) -> _Stream:
     prefix, _ = find_blocks(model)
     modules = dict(model.named_modules())
     ids = torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)
@@ -129,49 +160,56 @@ def _stream(model: nn.Module) -> _Stream:
     embeddings = [
         n for n, m in modules.items() if isinstance(m, nn.Embedding) and m.embedding_dim == width
     ]
-    return _Stream(width, found, writers, embeddings)
+    check_order(width, "the model's width")
+    centred = any(isinstance(modules[n], nn.LayerNorm) for n in found)
+    return _Stream(width, found, writers, embeddings, prefix, random_signs(width, seed), centred)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """In float64; on the CPU where the device has none."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).detach().double()
+class _Weights:
+    """Parameters that are rewritten in float64, and rounded to their types at the end."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[nn.Module, str], Tensor] = {}
+
+    def set(self, module: nn.Module, key: str, value: Tensor) -> None:
+        """Put a value in the place of a parameter, or of a bias that was not there."""
+        old = getattr(module, key)
+        self._kinds.setdefault((module, key), module.weight if old is None else old)
+        setattr(module, key, nn.Parameter(value.contiguous(), requires_grad=False))
+
+    def round(self) -> None:
+        """Round what was set to the types of what was there, on its devices."""
+        for (module, key), like in self._kinds.items():
+            new = getattr(module, key).detach().to(like.dtype).to(like.device)
+            setattr(module, key, nn.Parameter(new, like.requires_grad))
+        self._kinds.clear()
 
 
-def _set(module: nn.Module, key: str, value: Tensor) -> None:
-    like = module.weight if getattr(module, key) is None else getattr(module, key)
-    new = value.to(like.dtype).to(like.device).contiguous()
-    setattr(module, key, nn.Parameter(new, like.requires_grad))
-
-
-def _fold_norms(result: nn.Module, stream: _Stream) -> None:
+def _fold_norms(result: nn.Module, stream: _Stream, weights: _Weights) -> None:
     """Move gains and biases into the readers; turn LayerNorm into RMSNorm of a centred stream."""
-    centred = False
     for name, readers in stream.norms.items():
         norm = result.get_submodule(name)
-        gain, bias = _wide(norm.weight), getattr(norm, "bias", None)
+        offset = norm_offset(norm)
+        gain, bias = exact(norm.weight) + offset, getattr(norm, "bias", None)
         for layer in map(result.get_submodule, readers):
-            W = _wide(layer.weight)
+            W = exact(layer.weight)
             if bias is not None:
-                old = 0 if layer.bias is None else _wide(layer.bias)
-                _set(layer, "bias", old + W @ _wide(bias))
-            _set(layer, "weight", W * gain)
+                old = 0 if layer.bias is None else exact(layer.bias)
+                weights.set(layer, "bias", old + W @ exact(bias))
+            weights.set(layer, "weight", W * gain)
         if isinstance(norm, nn.LayerNorm):
             parent, _, leaf = name.rpartition(".")
             setattr(result.get_submodule(parent), leaf, PlainRMSNorm(norm.eps))
-            centred = True
         else:
-            _set(norm, "weight", torch.ones_like(gain))
-    if centred:
+            weights.set(norm, "weight", torch.ones_like(gain) - offset)
+    if stream.centred:
         for name in stream.embeddings:
             E = result.get_submodule(name)
-            W = _wide(E.weight)
-            _set(E, "weight", W - W.mean(1, keepdim=True))
+            weights.set(E, "weight", stream.centre(exact(E.weight)))
         for layer in map(result.get_submodule, stream.writers):
-            W = _wide(layer.weight)
-            _set(layer, "weight", W - W.mean(0))
+            weights.set(layer, "weight", stream.centre(exact(layer.weight).T).T)
             if layer.bias is not None:
-                b = _wide(layer.bias)
-                _set(layer, "bias", b - b.mean())
+                weights.set(layer, "bias", stream.centre(exact(layer.bias)))
 
 
 def _head_sizes(model: nn.Module) -> dict[str, int]:
@@ -184,7 +222,7 @@ def _head_sizes(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _rotate_heads(result: nn.Module, sizes: dict[str, int]) -> None:
+def _rotate_heads(result: nn.Module, sizes: dict[str, int], weights: _Weights) -> None:
     """Hadamard within each head on values, undone in the output layer."""
     for name, size in sizes.items():
         attention = result.get_submodule(name)
@@ -192,11 +230,59 @@ def _rotate_heads(result: nn.Module, sizes: dict[str, int]) -> None:
         for key in ("weight", "bias"):
             old = getattr(v, key)
             if old is not None:
-                rows = _wide(old).view(-1, size, *old.shape[1:])
+                rows = exact(old).view(-1, size, *old.shape[1:])
                 new = hadamard_transform(rows.transpose(1, -1)).transpose(1, -1)
-                _set(v, key, new.reshape(old.shape))
-        heads = _wide(o.weight).unflatten(1, (-1, size))
-        _set(o, "weight", hadamard_transform(heads).flatten(1))
+                weights.set(v, key, new.reshape(old.shape))
+        heads = exact(o.weight).unflatten(1, (-1, size))
+        weights.set(o, "weight", hadamard_transform(heads).flatten(1))
+
+
+def _rotate_part(
+    result: nn.Module, stream: _Stream, sizes: dict[str, int], online: dict[str, int]
+) -> _Weights:
+    """Rewrite the layers of one part of the stream, in float64."""
+    weights = _Weights()
+    _fold_norms(result, stream, weights)
+    for name in [*stream.embeddings, *itertools.chain(*stream.norms.values())]:
+        layer = result.get_submodule(name)
+        weights.set(layer, "weight", stream.turn(exact(layer.weight)))
+    for layer in map(result.get_submodule, stream.writers):
+        weights.set(layer, "weight", stream.turn(exact(layer.weight).T).T)
+        if layer.bias is not None:
+            weights.set(layer, "bias", stream.turn(exact(layer.bias)))
+    _rotate_heads(result, sizes, weights)
+    for name, block in online.items():
+        layer = result.get_submodule(name)
+        weights.set(layer, "weight", _mix(exact(layer.weight), block))
+        parent, _, leaf = name.rpartition(".")
+        setattr(result.get_submodule(parent), leaf, HadamardInputs(layer, block))
+    return weights
+
+
+def _check_part(
+    what: str, own: float, expected: Tensor, run: Callable[[], Tensor], weights: _Weights
+) -> None:
+    """Refuse a part that computes something else, in float64 or once its weights are rounded.
+
+    Args:
+        what: The part, for the sentence.
+        own: The norm of what the part adds.
+        expected: What it should give.
+        run: Runs it as it is now.
+        weights: What was rewritten; rounded on return.
+    """
+    if not float((run() - expected).norm()) <= EXACT * own:
+        raise ValueError(
+            f"{what} would compute something else; its architecture is not that of a plain "
+            "pre-norm transformer."
+        )
+    weights.round()
+    part = float((run() - expected).norm()) / own if own else 0.0
+    if not part <= ROUNDED:
+        raise ValueError(
+            f"{what}: rounding the rotated weights to the model's type would change {part:.0%} of "
+            "what it computes; convert the model to float32 first."
+        )
 
 
 def rotate(model: Model, seed: int = 0, *, heads: bool = True, online: bool = False) -> Model:
@@ -221,12 +307,13 @@ def rotate(model: Model, seed: int = 0, *, heads: bool = True, online: bool = Fa
         A new model with the same outputs up to rounding.
 
     Raises:
-        ValueError: A model that is quantized already, an architecture that is not as described, or
-            a width for which there is no Hadamard matrix here.
+        ValueError: A model that is quantized already, an architecture that is not as described, a
+            width for which there is no Hadamard matrix here, or a model that would compute
+            something else: block by block that is tried in float64, and once more with the weights
+            rounded to their type.
     """
     refuse_quantized(model)
-    stream = _stream(model)
-    check_order(stream.width, "the model's width")
+    stream = _stream(model, seed)
     sizes = _head_sizes(model) if heads else {}
     for name, size in sizes.items():
         check_order(size, f"the width of a head in {name}")
@@ -235,33 +322,61 @@ def rotate(model: Model, seed: int = 0, *, heads: bool = True, online: bool = Fa
         inputs = model.get_submodule(name).in_features
         check_order(inputs // block, f"the number of inputs of {name}")
     result = share(model)
-    _fold_norms(result, stream)
-    signs = random_signs(stream.width, seed)
-
-    def turn(rows: Tensor) -> Tensor:
-        """Rows times Q."""
-        return hadamard_transform(rows * signs.to(rows.device))
-
-    for name in [*stream.embeddings, *itertools.chain(*stream.norms.values())]:
-        layer = result.get_submodule(name)
-        _set(layer, "weight", turn(_wide(layer.weight)))
-    for layer in map(result.get_submodule, stream.writers):
-        W = _wide(layer.weight)
-        _set(layer, "weight", turn(W.T).T)
-        if layer.bias is not None:
-            _set(layer, "bias", turn(_wide(layer.bias)))
+    kind = type(model).__name__
+    with torch.inference_mode(False):  # its parameters can be trained, wherever this is called
+        first = last = None
+        for probe in probes(model):
+            part = stream.within(probe.name)
+            weights = _rotate_part(
+                result,
+                part,
+                {n: size for n, size in sizes.items() if n.startswith(f"{probe.name}.")},
+                {n: blocks[n] for n in part.writers} if online else {},
+            )
+            block = result.get_submodule(probe.name)
+            run = partial(_run, probe, result, stream.moved(probe.arguments[0]))
+            _check_part(
+                f"{probe.name} of {kind}", probe.own, stream.moved(probe.truth), run, weights
+            )
+            first, last = first or probe, probe
+        ends = stream.outside()
+        (norm, (head,)), *_ = ends.norms.items()
+        logits = _head_output(model, norm, head, last.truth)
+        weights = _rotate_part(result, ends, {}, {})
+        run = partial(_head_output, result, norm, head, stream.moved(last.truth))
+        _check_part(f"the output head of {kind}", float(logits.norm()), logits, run, weights)
     if getattr(getattr(result, "config", None), "tie_word_embeddings", False):
         result.config.tie_word_embeddings = False
-    _rotate_heads(result, sizes)
-    if online:
-        new = {}
-        for name, block in blocks.items():
-            layer = result.get_submodule(name)
-            _set(layer, "weight", _mix(_wide(layer.weight), block))
-            new[name] = HadamardInputs(layer, block)
-        result = replace_modules(result, new)
+    _check_start(model, stream.moved(first.arguments[0]), next(probes(result)).arguments[0])
     check_same_function(model, result)
     return result
+
+
+def _run(probe: Probe, result: nn.Module, hidden: Tensor) -> Tensor:
+    """What the rotated block of the same name gives for other hidden states."""
+    block = result.get_submodule(probe.name)
+    return Probe.of(probe.name, block, (hidden, *probe.arguments[1:]), probe.keywords).truth
+
+
+def _head_output(model: nn.Module, norm: str, head: str, hidden: Tensor) -> Tensor:
+    """The final norm and the output head of a model in float64."""
+    parts = [copy.deepcopy(model.get_submodule(name)) for name in (norm, head)]
+    if hidden.device.type == "cpu":
+        parts = [part.cpu() for part in parts]
+    with torch.no_grad(), InFloat64():
+        for part in parts:
+            hidden = part.double()(hidden)
+    return hidden
+
+
+def _check_start(model: nn.Module, expected: Tensor, found: Tensor) -> None:
+    """Refuse a model whose first block does not read the rotated embeddings."""
+    narrow = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+    if not float((found - expected).norm()) <= (0.02 if narrow else 1e-4) * float(expected.norm()):
+        raise ValueError(
+            f"{type(model).__name__} would compute something else: more lies between its "
+            "embeddings and its first block than a rotation passes."
+        )
 
 
 def quarot(

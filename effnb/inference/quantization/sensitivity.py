@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effnb.core.calibration import Calibration, Hessian, batches_of, layerwise
+from effnb.core.context import context_limit
+from effnb.core.gradients import loss_batches, to_device
 from effnb.core.modules import HEADS, linears, replace_modules, share
-from effnb.core.training import next_token_loss
+from effnb.core.training import next_token_loss, target_count
 from effnb.inference.quantization.formats import quantize
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
 from effnb.inference.quantization.stored import Stored, check_bits
@@ -159,7 +161,7 @@ def hessian_traces(
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least 1 is needed.")
-    batches = model_batches(model, calibration, batch_size)
+    batches = model_batches(model, calibration, batch_size, loss)
     model = share(model).eval()
     leaves = {
         f"{name}.weight": layer.weight.detach().requires_grad_()
@@ -167,9 +169,9 @@ def hessian_traces(
     }
     parameters = list(leaves.values())
     totals = torch.zeros(samples, len(leaves), dtype=torch.float64)
-    weight = 1 / sum(_tokens(batch) for batch in batches)
+    weight = 1 / sum(_weight(batch, loss) for batch in batches)
 
-    def run(**keywords: Tensor) -> Any:
+    def run(**keywords: Any) -> Any:
         return torch.func.functional_call(model, leaves, (), keywords)
 
     derive = partial(
@@ -189,7 +191,7 @@ def hessian_traces(
                         for g, p, z in zip(gradients, parameters, signs, strict=True)
                     ]
                 for i, (z, product) in enumerate(zip(signs, products, strict=True)):
-                    totals[sample, i] += weight * _tokens(batch) * float((z * product).sum())
+                    totals[sample, i] += weight * _weight(batch, loss) * float((z * product).sum())
         del gradients
         if progress:
             progress(number + 1, len(batches))
@@ -284,7 +286,7 @@ def loss_sensitivity(
     bits = check_all_bits(bits)
     refuse_quantized(model)
     names = list(linears(model, include, exclude))
-    batches = model_batches(model, calibration, batch_size)
+    batches = model_batches(model, calibration, batch_size, loss)
     quiet = share(model).eval()
     base = mean_loss(quiet, batches, loss)
     pending = [
@@ -302,7 +304,7 @@ def loss_sensitivity(
 def _losses(
     model: nn.Module,
     name: str,
-    batches: list[dict[str, Tensor]],
+    batches: list[dict[str, Any]],
     loss: Loss,
     rounding: Rounding,
     bits: Sequence[int],
@@ -317,14 +319,14 @@ def _losses(
 
 
 def mean_loss(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], loss: Loss = next_token_loss
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: Loss = next_token_loss
 ) -> float:
     """The loss over all batches, each weighed by the tokens it scores."""
     total, count = 0.0, 0
     with torch.inference_mode():
         for batch in batches:
-            total += float(loss(model, batch)) * _tokens(batch)
-            count += _tokens(batch)
+            total += float(loss(model, batch)) * _weight(batch, loss)
+            count += _weight(batch, loss)
     return total / count
 
 
@@ -346,19 +348,20 @@ def check_all_bits(bits: Iterable[int]) -> list[int]:
 
 
 def model_batches(
-    model: nn.Module, calibration: Calibration, batch_size: int
-) -> list[dict[str, Tensor]]:
+    model: nn.Module, calibration: Calibration, batch_size: int, loss: Loss = next_token_loss
+) -> list[dict[str, Any]]:
     """Calibration data as keyword arguments, on the model's device."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if loss is next_token_loss:
+        return loss_batches(model, calibration, None, batch_size)
     device = next(model.parameters()).device
-    return [
-        {k: v.to(device) for k, v in batch.items()}
-        for batch in batches_of(calibration, batch_size, limit)
-    ]
+    given = batches_of(calibration, batch_size, context_limit(model))
+    return [to_device(batch, device) for batch in given]
 
 
-def _tokens(batch: Mapping[str, Tensor]) -> int:
-    """Tokens that are scored: all but the first of each sequence, without padding."""
+def _weight(batch: Mapping[str, Any], loss: Loss) -> int:
+    """How much a batch counts: the tokens that it scores, or that are no padding."""
+    if loss is next_token_loss:
+        return target_count(batch)
     mask = batch.get("attention_mask")
     ids = batch["input_ids"]
-    return ids[:, 1:].numel() if mask is None else int((mask[:, 1:] != 0).sum())
+    return ids.numel() if mask is None or mask.ndim != 2 else int((mask != 0).sum())

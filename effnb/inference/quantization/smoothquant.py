@@ -17,6 +17,7 @@ for Large Language Models", 2022, arXiv 2211.10438, eq. 4.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -26,8 +27,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from effnb.core.calibration import Calibration, batches_of
+from effnb.core.folding import Fold, scaled
 from effnb.core.modules import HEADS, Model, find_blocks, matches, share
-from effnb.core.outliers import norm_readers
+from effnb.core.outliers import norm_offset, norm_readers
+from effnb.core.proof import check_kept, exact, with_parameters
 from effnb.inference.quantization.activations import input_maxima, quantize_activations
 from effnb.inference.quantization.formats import Granularity, check_bits
 from effnb.inference.quantization.linear import refuse_quantized
@@ -183,7 +186,8 @@ def smooth(
     r"""The same function with smoother activations; nothing is quantized yet.
 
     For every norm with gain $g$ (and bias $b$) and the weights $W$ that read it:
-    $g \leftarrow g / s$, $b \leftarrow b / s$, $W \leftarrow W \operatorname{diag}(s)$.
+    $g \leftarrow g / s$, $b \leftarrow b / s$, $W \leftarrow W \operatorname{diag}(s)$. That the
+    function stays is proven block by block in float64, also for gains stored less 1 (Gemma).
 
     Args:
         model: A transformer whose blocks normalise before their linear layers; it is not changed.
@@ -199,8 +203,8 @@ def smooth(
 
     Raises:
         ValueError: `alpha` outside 0 … 1, no or bad calibration data, or a model that is quantized
-            already, has no norm that feeds linear layers only, or has norms that do more than
-            multiply by their gain.
+            already, has no norm that feeds linear layers only, or would compute something else, be
+            it by rounding to its type.
     """
     _check_alpha(alpha)
     refuse_quantized(model)
@@ -208,21 +212,22 @@ def smooth(
     norms = smoothable(model, include=include, exclude=exclude)
     first = [readers[0] for readers in norms.values()]
     maxima = input_maxima(model, calibration, first, batch_size=batch_size, progress=progress)
-    result = share(model)
-    for norm_name, readers in norms.items():
-        norm = result.get_submodule(norm_name)
-        layers = [result.get_submodule(name) for name in readers]
-        s = smooth_scales(maxima[readers[0]], [layer.weight for layer in layers], alpha)
-        for key in ("weight", "bias"):
-            old = getattr(norm, key, None)
-            if old is not None:
-                new = (old.detach().to(s.dtype) / s).to(old.dtype)
-                setattr(norm, key, nn.Parameter(new, old.requires_grad))
-        for layer in layers:
-            new = (layer.weight.detach().to(s.dtype) * s).to(layer.weight.dtype)
-            layer.weight = nn.Parameter(new, layer.weight.requires_grad)
-    check_same_function(model, result)
-    return result
+    new: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
+    for name, readers in norms.items():
+        norm = model.get_submodule(name)
+        weights = [model.get_submodule(reader).weight for reader in readers]
+        s = smooth_scales(maxima[readers[0]], weights, alpha)
+        fold = Fold(name, tuple(readers), norm_offset(norm))
+        stored |= scaled(model, fold, s)
+        new[f"{name}.weight"] = (exact(norm.weight) + fold.offset) / exact(s) - fold.offset
+        if getattr(norm, "bias", None) is not None:
+            new[f"{name}.bias"] = exact(norm.bias) / exact(s)
+        for reader, weight in zip(readers, weights, strict=True):
+            new[f"{reader}.weight"] = exact(weight) * exact(s)
+    undone = {f"{r}.weight": new[f"{r}.weight"] for r in itertools.chain(*norms.values())}
+    check_kept(model, new, undone, "smoothing", stored)
+    return with_parameters(model, stored)
 
 
 def smoothquant(

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from effnb.core.checks import check_finite
+
 BITS = range(2, 9)
 KNOWN: dict[str, type[Stored]] = {}
 """Every stored format by its name."""
@@ -25,16 +27,6 @@ def check_bits(bits: int) -> None:
     """Refuse bit-widths that the uniform formats do not have."""
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
         raise ValueError(f"bits is {bits!r}; the uniform formats have 2 to 8 bits.")
-
-
-def check_finite(tensor: Tensor, what: str = "the weight") -> None:
-    """Refuse tensors with NaN or infinite entries: no grid fits them."""
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
-        raise ValueError(
-            f"{what} has {bad} entries that are NaN or infinite; only finite numbers can be "
-            "quantized."
-        )
 
 
 def check_matrix(weight: Tensor) -> None:
@@ -47,7 +39,7 @@ def check_matrix(weight: Tensor) -> None:
         raise ValueError(
             f"the weight has shape {tuple(weight.shape)}; only non-empty matrices are quantized."
         )
-    check_finite(weight)
+    check_finite(weight, purpose="quantized")
 
 
 def pack(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows packed"]:
