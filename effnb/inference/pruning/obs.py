@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from effnb.core.calibration import Calibration, Hessian, layerwise
 from effnb.core.gradients import Batches, fisher_diagonal
 from effnb.core.hessian import check_damping, damp_hessian
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, linears
 from effnb.core.training import Loss
 from effnb.inference.pruning.masks import (
@@ -256,6 +257,7 @@ def _check(pattern: str) -> Pattern:
     return parsed
 
 
+@in_linear_form
 def obs(
     model: Model,
     calibration: Calibration,
@@ -315,6 +317,7 @@ def obs(
     )  # fmt: skip
 
 
+@in_linear_form
 def obd(
     model: Model,
     calibration: Batches,

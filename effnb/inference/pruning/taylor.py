@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnb.core.gradients import Batches, mean_gradients
+from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import HEADS, Model, linears
 from effnb.core.training import Loss
 from effnb.inference.pruning.masks import Sparsity, apply_masks, choose_masks, prunable
@@ -87,6 +88,7 @@ def taylor_scores(
     return {name: taylor_score(layers[name].weight, g) for name, g in gradients.items()}
 
 
+@in_linear_form
 def taylor(
     model: Model,
     calibration: Batches,
@@ -161,6 +163,7 @@ def snip_scores(
     return {name: score / total for name, score in scores.items()}
 
 
+@in_linear_form
 def snip(
     model: Model,
     batch: Any,
