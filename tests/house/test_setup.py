@@ -744,9 +744,7 @@ def test_a_browser_on_the_path_is_found(browser, tmp_path, name):
     assert browser.find() == str(there)
 
 
-def test_a_browser_that_playwright_fetched_or_a_person_names_is_found(
-    browser, tmp_path, monkeypatch
-):
+def test_a_fetched_browser_and_a_named_one_are_found(browser, tmp_path, monkeypatch):
     cache = tmp_path / "home/.cache/ms-playwright"
     script(cache / "chromium-900/chrome-linux/chrome", BROKEN)
     fetched = script(cache / "chromium-1200/chrome-linux64/chrome", WORKS)

@@ -75,20 +75,19 @@ class Chapters:
         return time.perf_counter() - began
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP library is what is measured")
 def test_two_chapters_at_once_do_not_fight_for_the_cores():
     """Interleaved, so that whatever else the machine does slows both down alike."""
     with Chapters(2, tokens=24) as ours, Chapters(2, tokens=24, **SPINNING) as spinning:
         ratios = [ours.seconds(2) / spinning.seconds(2) for _ in range(5)]
-    assert statistics.median(ratios) < 0.7, ratios
+    # Elsewhere than on Linux torch brings other libraries, which spin less: there it must not harm.
+    assert statistics.median(ratios) < (0.7 if sys.platform == "linux" else 1.2), ratios
 
 
 @pytest.mark.bench
 def test_two_chapters_at_once_take_little_more_than_one():
     with Chapters(2, tokens=120) as ours:
-        ratios = []
-        for _ in range(7):
-            one = ours.seconds(1)
-            ratios.append(2 * ours.seconds(2) / (one + ours.seconds(1)))
-    print("two chapters at once / one:", [round(ratio, 2) for ratio in ratios])
-    assert statistics.median(ratios) < 1.6
+        times = [(ours.seconds(1), ours.seconds(2)) for _ in range(10)]
+    # The quickest of each: what is left when nothing else wanted the cores.
+    one, two = map(min, zip(*times))
+    print(f"one chapter {one:.2f} s, two at once {two:.2f} s: {two / one:.2f} times")
+    assert two / one < 1.6
