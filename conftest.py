@@ -7,6 +7,7 @@ took too long. It lies at the top because pytest's hooks reach only what is belo
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,10 @@ def pytest_runtest_setup(item):
 
 def pytest_configure(config):
     """Look for a browser once, where a test needs one; the other processes inherit the answer."""
-    if hasattr(config, "workerinput") or not _takes_browser_tests(config):
+    if hasattr(config, "workerinput"):
+        return
+    config.pluginmanager.register(ChapterTimes(), "chapter times")
+    if not _takes_browser_tests(config):
         return
     spec = importlib.util.spec_from_file_location("browser", ROOT / ".make" / "browser.py")
     browser = importlib.util.module_from_spec(spec)
@@ -97,3 +101,59 @@ def pytest_terminal_summary(terminalreporter, config):
     if MISSING in config.stash:
         terminalreporter.section("left out", red=True)
         terminalreporter.line(config.stash[MISSING])
+
+
+# --- how long each chapter's checks take ----------------------------------------------------------
+
+CHAPTER_SECONDS = 75
+"""What the checks of one chapter may take on two idle cores: with 29 chapters, and everything else,
+`make test` then takes 45 minutes."""
+CHAPTER = re.compile(
+    r"notebooks/(?P<path>.+)\.ipynb::|tests/notebooks/test_chapters\.py::Test_(?P<name>\w+)::"
+)
+
+
+class ChapterTimes:
+    """Adds up what each chapter's checks took, wherever they ran; names those over their budget."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.loads = {}
+
+    def pytest_runtest_logreport(self, report):
+        """Count one phase of one test."""
+        found = CHAPTER.match(report.nodeid)
+        if not found:
+            return
+        chapter = (found["path"] or found["name"]).replace("/", "_")
+        self.seconds[chapter] = self.seconds.get(chapter, 0) + report.duration
+        self.loads.setdefault(chapter, []).append(load())
+
+    def over(self):
+        """The chapters over their budget, each with its seconds and what the load allowed it."""
+        for chapter, seconds in sorted(self.seconds.items()):
+            slack = max(1.0, sum(self.loads[chapter]) / len(self.loads[chapter]))
+            if seconds > CHAPTER_SECONDS * slack:
+                yield chapter, seconds, CHAPTER_SECONDS * slack
+
+    def pytest_terminal_summary(self, terminalreporter):
+        """Name the chapters whose checks took too long."""
+        if not self.seconds:
+            return
+        terminalreporter.section("the chapters' checks")
+        slowest = max(self.seconds, key=self.seconds.get)
+        terminalreporter.line(f"slowest: {slowest}, {self.seconds[slowest]:.0f} s")
+        for chapter, seconds, allowed in self.over():
+            terminalreporter.line(
+                f"OVER BUDGET: the checks of {chapter} took {seconds:.0f} s; {CHAPTER_SECONDS} s "
+                f"are allowed on two idle cores, {allowed:.0f} s under this load.",
+                red=True,
+            )
+
+
+def load():
+    """Processes that want a core, for each core there is; 1 where the system does not say."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (AttributeError, OSError):
+        return 1.0

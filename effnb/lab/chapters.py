@@ -45,10 +45,10 @@ TABLE: dict[str, tuple[str, str]] = {  # path below notebooks/: title, what it i
     "04_finetuning/3_multitask": ("Many tasks", "one model for many tasks; prompting"),
     "05_inference/1_pruning": ("Pruning", "removing weights, heads and layers"),
     "05_inference/2_low_rank": ("Low rank", "thin factors in place of wide matrices"),
-    "05_inference/3_quantization": ("Quantisation", "fewer bits for weights and activations"),
+    "05_inference/3_quantization": ("Quantization", "fewer bits for weights and activations"),
     "05_inference/4_self_distilled_quantization": (
-        "Self-distilled quantisation",
-        "a model that teaches its own quantised copy",
+        "Self-distilled quantization",
+        "a model that teaches its own quantized copy",
     ),
     "05_inference/5_distillation": ("Distillation", "a small student of a large teacher"),
     "05_inference/6_retrieval_distillation": (
@@ -60,7 +60,7 @@ TABLE: dict[str, tuple[str, str]] = {  # path below notebooks/: title, what it i
         "early exits, cascades, speculative decoding",
     ),
     "05_inference/8_matryoshka": ("Matryoshka", "one embedding that can be cut to any length"),
-    "06_hardware/1_training_memory": ("Training memory", "optimiser state, off-loading, recompute"),
+    "06_hardware/1_training_memory": ("Training memory", "optimizer state, offloading, recompute"),
     "06_hardware/2_codesign": ("Co-design", "kernels, partitioning, number formats"),
     "06_hardware/3_edge": ("Edge", "models for small devices"),
     "07_evaluation/1_evaluation": ("Evaluation", "cost measured fairly; Pareto fronts; energy"),
