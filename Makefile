@@ -3,6 +3,8 @@
 PYTHON ?= $(shell command -v python3 2>/dev/null || command -v python 2>/dev/null)
 LAB_ARGS ?=
 CHAPTERS ?=
+AUTHOR =
+RESET =
 TEST_ARGS ?=
 export TORCH
 
@@ -19,15 +21,18 @@ SETUP = $(if $(PYTHON),$(PYTHON),$(error No Python was found: install Python 3.1
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-lab: ## open the workbook in JupyterLab, after installing it the first time (LAB_ARGS="--no-browser --port 9999", TORCH=cpu)
-	@$(SETUP) lab $(LAB_ARGS)
+lab: ## open your copies of the chapters in JupyterLab (LAB_ARGS="--no-browser --port 9999", TORCH=cpu, RESET=CHAPTER begins one again, AUTHOR=1 opens the originals)
+	@$(if $(RESET),$(SETUP) reset $(RESET))
+	@$(SETUP) $(if $(AUTHOR),author,lab) $(LAB_ARGS)
 
 test: ## prove everything that takes minutes: methods, chapters, panels, pages (TEST_ARGS="tests/core")
 	@$(SETUP) install test
+	@$(if $(TEST_ARGS),,$(SETUP) browser)
 	$(RUN) -m pytest $(TEST_ARGS)
 
 test-full: ## prove everything, real models and long runs included
 	@$(SETUP) install test
+	@$(if $(TEST_ARGS),,$(SETUP) browser)
 	EFFNB_FULL=1 $(RUN) -m pytest -m "not bench" $(TEST_ARGS)
 
 notebooks: ## build each chapter's .ipynb from its .py by executing it (CHAPTERS="00_start_here")
@@ -72,6 +77,6 @@ check: ## lint, format, docstrings, spelling, and whether each chapter agrees wi
 	$(RUN) -m codespell_lib
 	$(RUN) -m effnb.book.build --check
 
-clean: ## remove the environment and the caches; data, checkpoints and everything in git stay
+clean: ## remove the environment and the caches; data, checkpoints, your copies and everything in git stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

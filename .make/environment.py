@@ -17,12 +17,21 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import browser
+import copies
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv"
 INPUTS = ("pyproject.toml", "constraints.txt", "data/model-wheels.txt")
-START = "notebooks/00_start_here.ipynb"
+ORIGINALS, COPIES = ROOT / "notebooks", ROOT / "my"
+START = "00_start_here.ipynb"
+QUIET_WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+"""How long OpenMP's threads wait before they sleep, for GNU's and for LLVM's and Intel's library.
+Without it two chapters at once take each other's cores; `effnb/__init__.py` says the same."""
 CONTAINS = {"lab": (), "test": ("lab", "docs"), "data": (), "docs": ()}
 """The extras that can be asked for, and those that each brings with it."""
 SMALLEST_ROOM = 2 * 10**9
@@ -262,21 +271,36 @@ def no_room_sentence(free: int) -> str:
 # --- JupyterLab -----------------------------------------------------------------------------------
 
 
-def open_lab(options: list[str]) -> int:
+def open_lab(options: list[str], authors: bool = False) -> int:
     """Start JupyterLab on the first notebook, with the user's options; returns its exit status.
+
+    Args:
+        options: What goes to JupyterLab.
+        authors: Whether to open the chapters themselves and not the learner's copies.
 
     Raises:
         Refusal: When the port that was asked for is taken, or the notebook is missing.
     """
-    if not (ROOT / START).exists():
-        raise Refusal(f"{START} is missing; restore it with `git checkout -- notebooks`.")
+    if not (ORIGINALS / START).exists():
+        raise Refusal(f"notebooks/{START} is missing; restore it with `git checkout -- notebooks`.")
     port = asked_port(options)
     if port is not None:
         refuse_taken(port)
-    command = lab_command(options)
+    if not authors:
+        for sentence in renew_copies():
+            print(sentence, flush=True)
+    if is_root() and not any(option.startswith("--allow-root") for option in options):
+        options = [*options, "--allow-root"]
+        print(
+            "You are root, which JupyterLab refuses unless told otherwise, so it is started with "
+            "--allow-root: whoever has the token printed below can do anything as root here.",
+            flush=True,
+        )
+    command = lab_command(options, ORIGINALS if authors else COPIES)
     ours = str(ROOT / ".make" / "jupyter")
     others = os.environ.get("JUPYTER_CONFIG_PATH")
     variables = {
+        **({} if "OMP_WAIT_POLICY" in os.environ else QUIET_WAITING),
         **os.environ,
         # Our settings first: loopback only, no fetching of news or updates, no pairing by jupytext.
         "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, [ours, others])),
@@ -293,14 +317,60 @@ def open_lab(options: list[str]) -> int:
             continue
 
 
-def lab_command(options: list[str]) -> list[str]:
+def is_root() -> bool:
+    """Whether this process may do everything, as in most containers."""
+    return hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+def renew_copies() -> list[str]:
+    """Bring the learner's copies up to date; what they have to know about it, as sentences.
+
+    Raises:
+        Refusal: When the folder of the copies cannot be written.
+    """
+    with writing_copies():
+        return copies.renew(ORIGINALS, COPIES).sentences(COPIES)
+
+
+def reset_copies(names: list[str]) -> None:
+    """Begin chapters again, and say where the learner's own version is.
+
+    Raises:
+        Refusal: When there is no such chapter, or the folder cannot be written.
+    """
+    with writing_copies():
+        try:
+            done = copies.reset(names, ORIGINALS, COPIES)
+        except ValueError as problem:
+            raise Refusal(str(problem)) from None
+    for name, kept in done:
+        yours = f"; yours is kept as {kept.relative_to(ROOT).as_posix()}" if kept else ""
+        print(f"{COPIES.name}/{name} begins again{yours}.", flush=True)
+
+
+@contextmanager
+def writing_copies() -> Iterator[None]:
+    """Turn what goes wrong with the folder of the copies into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise Refusal(
+            f"your copies of the chapters cannot be written ({error.strerror}: {error.filename}): "
+            f"make {COPIES} a folder that you may write to, or open the chapters themselves with "
+            "`make lab AUTHOR=1`."
+        ) from None
+
+
+def lab_command(options: list[str], folder: Path = COPIES) -> list[str]:
     """The command that starts JupyterLab in the environment; the user's options come last."""
     command = [
         str(python_in(ENVIRONMENT)),
         "-m",
         "jupyterlab",
         f"--ServerApp.root_dir={ROOT}",
-        f"--LabApp.default_url=/lab/tree/{START}",
+        f"--LabApp.default_url=/lab/tree/{folder.name}/{START}",
     ]
     if asked_port(options) is not None:  # who names a port does not want another
         command.append("--ServerApp.port_retries=0")
@@ -345,13 +415,22 @@ def main(arguments: list[str]) -> int:
         if torch not in (None, "cpu"):
             raise Refusal(f"TORCH={torch} is not known: leave it out, or say TORCH=cpu.")
         match arguments:
-            case ["lab", *options]:
+            case ["lab" | "author" as who, *options]:
                 install("lab", torch)
-                return open_lab(options)
+                return open_lab(options, authors=who == "author")
+            case ["reset", _, *_]:
+                reset_copies(arguments[1:])
+                return 0
+            case ["browser"]:
+                browser.provide(python_in(ENVIRONMENT), is_root())
+                return 0
             case ["install", extra] if extra in CONTAINS:
                 install(extra, torch)
                 return 0
-        raise Refusal(f"say `lab`, or `install` and one of {', '.join(CONTAINS)}.")
+        raise Refusal(
+            "say `lab`, `author`, `browser`, `reset` and the names of chapters, or `install` and "
+            f"one of {', '.join(CONTAINS)}."
+        )
     except Refusal as refusal:
         sentence = str(refusal)
     except OSError as error:

@@ -1,7 +1,10 @@
 """Find a Python that effnb supports, and let it do the rest (`environment.py`, beside this file).
 
-    python .make/setup.py lab [options of JupyterLab]   # install if needed, open the workbook
-    python .make/setup.py install lab|test|data         # only install what that needs
+    python .make/setup.py lab [options of JupyterLab]      # install if needed, open your copies
+    python .make/setup.py author [options of JupyterLab]   # the same, on the chapters themselves
+    python .make/setup.py reset CHAPTER ...                # begin copies again, keep what you had
+    python .make/setup.py install lab|test|data            # only install what that needs
+    python .make/setup.py browser                          # find or install one for the tests
 
 Whatever Python comes first on a machine may run this file, so it is written in the Python of long
 ago: no f-strings, no annotations, the standard library only.

@@ -2,6 +2,7 @@
 # jupyter:
 #   effnb:
 #     minutes: 10
+#     live: tour_capital
 #   jupytext:
 #     notebook_metadata_filter: kernelspec,effnb
 #     cell_metadata_filter: tags,-all
@@ -18,89 +19,76 @@
 # %% [markdown]
 # # Start here
 #
-# **A language model's weights can be stored in a quarter of the space or less, and you can watch what that
-# costs.** In this tour you move one slider, and a real model answers: with its perplexity, with the questions
-# it still gets right, with its size, and with the text it writes.
-#
-# After these ten minutes you can
-#
-# - say what this machine can do, and which chapters will be comfortable on it;
-# - turn a panel's knobs, and read what the panel says;
-# - do an exercise, get a diagnosis, and find the hint and the solution;
-# - tell a live number from a stored one, and a claim from a verdict;
-# - put a model of your own into the same panel.
-#
-# You need to know what a matrix is and a little Python. Nothing is downloaded, and no GPU is needed.
+# **A language model can be stored in a fraction of its space, and here you watch what that costs.** Move the
+# slider below from 8 bits per weight to 3, and read what the model says is the capital of France.
 
-# %% tags=["run-time"]
-from effnb.lab.chapters import run_time
+# %% tags=["run-time", "hide-input"]
+try:
+    from effnb.lab.chapters import run_time
+except ModuleNotFoundError as missing:
+    missing._render_traceback_ = lambda: [
+        "This page needs the package effnb: get the repository that the page comes from, run "
+        "`make lab` in it or `pip install -e .[lab]`, and restart this page's kernel."
+    ]
+    raise
 
 run_time("00_start_here")
+
+# %% tags=["real-model"]
+from effnb.chapters import start_here
+
+start_here.capital_panel()
+
+# %% [markdown]
+# The model is SmolLM2 (135 million parameters). Each of its weights was rounded to the nearest of a few values: with 3
+# bits there are eight of them. At 3 bits, set the second knob to *32 weights*: every 32 weights then get a grid
+# that fits them, and the model knows the capital again. The answers in brief:
+
+# %% tags=["nbval-check-output"]
+start_here.answers((8, "row"), (4, "row"), (3, "row"), (3, "32 weights"))
+
+# %% [markdown]
+# One warning. This copy of SmolLM2 was quantized before it came here: its weights lie on a 4-bit grid already, in groups
+# of 32. Its answers therefore tell you nothing about 4 bits or more, where a second rounding falls on top of the first. Only what
+# happens at 3 bits and below is a finding. The rest of this page uses a model that has never been rounded.
+#
+# On a page without a kernel the panel shows stored answers. Where it runs, it rounds the model and asks it again each time you
+# move a knob.
+#
+# ## After these ten minutes you can
+#
+# - say what this machine can do, and which chapters run comfortably on it;
+# - turn a panel's knobs and read what it says;
+# - do an exercise, read its diagnosis, and find the hint and the solution;
+# - tell a live number from a stored one, and a claim from a verdict;
+# - put your own model into a panel.
+#
+# You need to know what a matrix is, and a little Python. Nothing is downloaded, and no GPU is needed.
 
 # %% [markdown]
 # ## The result first
 #
-# This is what the tour is about. Each curve is one way of rounding the weights of a small language model; each
-# point is one number of bits, from 2 to 8. On the right there are many bits, and nothing is lost. To the left the model
-# gets worse, and how soon depends on how the rounding is organised.
+# One question is an anecdote. The picture below measures the same thing on `mini-5m`, a Llama-style model with five million
+# parameters, trained for this workbook. Each curve is one way to share a grid among weights; each point is a number
+# of bits, from 2 to 8. On the right nothing is lost. Towards the left the model gets worse; how soon depends on
+# how many weights share one grid.
 
 # %% tags=["hide-input"]
-from effnb.lab import PALETTE, figure, results
-
-sweep = results.read("rtn_sweep")
-table = sweep.data["table"]
-original = table[0]
-KINDS = {"tensor": "one scale per matrix", "row": "one per row", "64": "one per 64 weights"}
-
-
-def draw_sweep(fig):
-    for axes, key in zip(fig.subplots(1, 2), ("perplexity", "accuracy")):
-        for colour, (kind, label) in zip(PALETTE, KINDS.items()):
-            rows = [r for r in table if r["group_size"] == kind]
-            axes.plot(
-                [r["layer_bits"] for r in rows],
-                [r[key] for r in rows],
-                "o-",
-                color=colour,
-                label=label,
-            )
-        axes.axhline(original[key], color="0.45", linestyle="--", label="original")
-        axes.set_xlabel("bits stored per weight")
-    perplexity_axes, accuracy_axes = fig.axes
-    perplexity_axes.set_yscale("log")
-    perplexity_axes.set_title("perplexity (lower is better)")
-    accuracy_axes.set_title("right answers (higher is better)")
-    accuracy_axes.yaxis.set_major_formatter("{x:.0%}")
-    perplexity_axes.legend()
-
-
-def at(kind, bits):
-    """One row of the stored table."""
-    return next(r for r in table if r["group_size"] == kind and r["bits"] == bits)
-
+from effnb.lab import figure, results
 
 figure(
-    draw_sweep,
+    start_here.draw_sweep,
     caption="Fewer bits per weight, for three ways to share a scale: perplexity on a held-out novel, and how often "
-    "the model prefers the true continuation of a package's description among four.",
-    alt=(
-        f"Left, three falling curves of perplexity over bits per weight. At 8 bits all three lie on the original's "
-        f"{original['perplexity']:.1f}. At 3 bits: {at('tensor', 3)['perplexity']:.0f} with one scale per matrix, "
-        f"{at('row', 3)['perplexity']:.0f} per row, {at('64', 3)['perplexity']:.0f} per 64 weights. "
-        f"Right, the part of right answers: {original['accuracy']:.0%} for the original, "
-        f"{at('tensor', 2)['accuracy']:.0%} at 2 bits with one scale per matrix."
-    ),
+    "the model prefers the true continuation of a software package's description among four.",
+    alt=start_here.describe_sweep(),
 )
 
 # %% [markdown]
-# The points were computed once and stored, because they take minutes. A stored result always says
-# where it comes from. This is how it looks:
+# *Perplexity* is the number of equally likely tokens that would leave the model just as uncertain: lower is better. These points
+# take minutes, so they were computed once and stored. A stored result always says where it comes from:
 
 # %%
-sweep
-
-# %% [markdown]
-# Everything else on this page is computed while you read.
+results.read("rtn_sweep")
 
 # %% [markdown]
 # ## What can this machine do?
@@ -112,45 +100,17 @@ here = machine()
 here
 
 # %% [markdown]
-# What it means for you:
+# What that means for you:
 
-# %% tags=["hide-input"]
-GIB = 2**30
-memory = here.memory_bytes / GIB if here.memory_bytes else None
-print(
-    f"Cores: {here.cores}. "
-    + (
-        "Panels will feel quick."
-        if here.cores >= 4
-        else "Two cores are enough; the times in the map were measured on two."
-    )
-)
-if memory is not None:
-    print(
-        f"Memory: {memory:.0f} GiB. "
-        + (
-            "Every chapter fits."
-            if memory >= 6
-            else "Close other programs before the sections called “On a real model”."
-        )
-    )
-print(
-    f"GPU: {here.gpu}. It will be used wherever it helps."
-    if here.gpu
-    else "GPU: none, and none is needed. The kernels' chapters then run their plain versions."
-)
-print(
-    f"Triton {here.triton}: GPU kernels can run, or be stepped through without a GPU."
-    if here.triton
-    else "Triton: not installed, which is usual without an NVIDIA GPU. Nothing in the default run needs it."
-)
+# %%
+start_here.what_it_means(here)
 
 # %% [markdown]
 # ## The map
 #
 # The workbook follows the sections of the survey *Efficient Methods for Natural Language Processing*
-# (Treviso et al., 2023, arXiv 2209.00099) and adds what came since. Take the chapters in any order. Each says
-# what it needs.
+# (Treviso et al., 2023, arXiv 2209.00099) and adds later work. Read the chapters in any order: each one
+# says what it needs.
 
 # %% tags=["hide-input", "map"]
 from IPython.display import Markdown
@@ -162,17 +122,17 @@ Markdown(chapter_map())
 # %% [markdown]
 # ## The idea, on five numbers
 #
-# A weight is a real number. Storing it in $b$ bits means choosing one of $2^b$ values for it. The simplest choice
-# is an even grid, and the nearest point of it: *round to nearest*.
+# To store a weight in $b$ bits, choose one of $2^b$ values for it. The simplest choice is an evenly spaced grid, and
+# the nearest point on it: *round to nearest*.
 #
 # For a row of weights with smallest value $\min$ and largest value $\max$, the grid has the step
 #
 # $$s = \frac{\max - \min}{2^b - 1},$$
 #
 # and each weight $w$ is stored as the whole number $q = \operatorname{round}(w / s) + z$, where $z$ is the code
-# that the value 0 gets. Reading back gives $\hat w = s\,(q - z)$.
+# of the value 0. Reading it back gives $\hat w = s\,(q - z)$.
 #
-# Five weights, three bits, by hand:
+# Five weights and three bits, by hand:
 
 # %% tags=["nbval-check-output"]
 import torch
@@ -187,14 +147,15 @@ print("codes     ", q.int().tolist())
 print("read back ", [round(v, 2) for v in (s * (q - z)).tolist()])
 
 # %% [markdown]
-# Eight codes, from 0 to 7. The smallest and the largest weight stay what they were. The small ones in between had
-# to move: −0.2 became −0.3, because the step is 0.3. **The extremes set the step, and everyone pays
-# for it.** That is why it matters who shares a scale: one large weight in a matrix makes the grid coarse for all.
+# There are eight codes, from 0 to 7. The smallest and the largest weight keep their values. Those in between may
+# move: −0.2 became −0.3, because the step is 0.3. **The extremes set the step, and every weight that shares the grid
+# pays for it.** One large weight makes the grid coarse for all of them. This is why smaller groups brought
+# Paris back.
 
 # %% [markdown]
 # ## The code
 #
-# This is the function that does it for a whole matrix, from the package itself. Chapters never show a copy.
+# This function does the same for a whole matrix. It is printed from the package; chapters never show a copy.
 
 # %%
 from effnb.inference import quantization
@@ -203,7 +164,7 @@ from effnb.lab import show
 show(quantization.formats.choose_grid, quantization.quantize)
 
 # %% [markdown]
-# And on our five numbers it says the same:
+# On our five numbers it agrees:
 
 # %% tags=["nbval-check-output"]
 stored = quantization.quantize(w.unsqueeze(0), bits=3)
@@ -213,275 +174,65 @@ print("read back ", [round(v, 2) for v in stored.dequantize()[0].tolist()])
 # %% [markdown]
 # ## Turn the knob
 #
-# The model is `mini-5m`, a Llama-style decoder of five million weights that was trained for this workbook on
-# novels, the Bible and descriptions of software packages.
+# Here is `mini-5m` in a panel. It was trained on novels, the Bible and descriptions of software packages, and its weights
+# have 32 bits.
 #
-# **Predict first.** The original has 32 bits per weight. How few bits can you take before the text it
-# writes changes? Before it stops being English? Write down two numbers, then move the slider.
+# **Predict first.** How few bits can you use before the text it writes changes? And before it stops being
+# English? Write down two numbers, then move the slider.
 
 # %%
-from effnb.core.modules import linears
-from effnb.evaluation import perplexity, ranked_choice, stored_bytes
-from effnb.lab import corpora, knob, load, panel
-
-PROMPT = "Anne was"
-GROUPS = {"matrix": "tensor", "row": "row", "128 weights": 128, "64 weights": 64, "32 weights": 32}
-
-
-def bench(loaded):
-    """Fixed data for one model: 2,045 tokens of an unseen novel, 40 questions about unseen packages."""
-    text = "\n\n".join(corpora.documents("novels", "test")[:3])
-    ids = torch.tensor(
-        loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False)[:2045]
-    )
-    return ids, corpora.choice_items(40, context_characters=120, choice_characters=40)
-
-
-def look(model, loaded, data):
-    """Quality, size and a few words of one model."""
-    ids, questions = data
-    prompt = loaded.tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False).to(
-        model.device
-    )
-    words = model.generate(
-        **prompt, max_new_tokens=20, do_sample=False, repetition_penalty=1.3, pad_token_id=0
-    )
-    return {
-        "perplexity": perplexity(model, ids).perplexity,
-        "choice": ranked_choice(model, loaded.tokenizer, questions),
-        "text": loaded.tokenizer.decode(words[0], skip_special_tokens=True).replace("\n", " "),
-    }
-
+start_here.rounding_panel("mini-5m", frames=[2, 3, 4, 8])
 
 # %% [markdown]
-# `bench` fixes the data, `look` asks one model. A panel needs three more functions: one from the knobs' positions to a
-# result, one that draws the result, and one that puts it into words. They are folded here; open the cell if you are
-# curious, or if you want to build a panel of your own.
-
-
-# %% tags=["hide-input"]
-def rounding_panel(name, frames=None):
-    """Bits and grouping for any causal language model: one of ours, or a folder of yours."""
-    loaded = load(name)
-    data = bench(loaded)
-    with torch.inference_mode():
-        before = look(loaded.model, loaded, data) | {"bytes": stored_bytes(loaded.model)}
-    layer_name, layer = next(iter(linears(loaded.model).items()))
-
-    def compute(bits, scale):
-        packed = quantization.rtn(loaded.model, bits, group_size=GROUPS[scale])
-        after = look(quantization.dequantized(packed), loaded, data)
-        one = packed.get_submodule(layer_name).quantized
-        return after | {"bits": bits, "bytes": stored_bytes(packed), "one": one, "scale": scale}
-
-    def draw(result, fig):
-        left, right = fig.subplots(1, 2, width_ratios=[3, 2])
-        row, rounded = layer.weight[0].detach(), result["one"].dequantize()[0]
-        left.hist(row, bins=60, color="0.75")
-        for level in rounded.unique():
-            left.axvline(float(level), color=PALETTE[0], linewidth=0.8)
-        left.set_title(f"one row of weights on its {result['bits']}-bit grid")
-        left.set_xlabel("weight")
-        left.set_ylabel("weights")
-        size = result["bytes"] / before["bytes"]
-        loss = result["perplexity"] / before["perplexity"]
-        for y, times, colour in ((1, size, PALETTE[2]), (0, loss, PALETTE[1])):
-            right.barh(y, times - 1, left=1, color=colour, height=0.5)
-            right.annotate(f"{times:.2f} ×", (max(times, 1) * 1.08, y), va="center")
-        right.axvline(1, color="0.3")
-        right.set_xscale("log")
-        right.set_xlim(0.1, max(10, 4 * loss))
-        right.set_ylim(-0.6, 1.6)
-        right.xaxis.set_major_formatter("{x:g}")
-        right.set_yticks([1, 0], ["size", "perplexity"])
-        right.set_title("times the original's")
-
-    def text(result):
-        was, now = before["choice"], result["choice"]
-        return "\n".join(
-            [
-                f"Perplexity: {result['perplexity']:.4g}",
-                f"Original's: {before['perplexity']:.4g}",
-                f"Right answers: {now.accuracy:.0%} ± {now.standard_error:.0%}",
-                f"Original's right answers: {was.accuracy:.0%}",
-                f"Stored: {result['bytes'] / 2**20:.2f} MiB",
-                f"Original's size: {before['bytes'] / 2**20:.2f} MiB",
-                f"Bits per weight: {result['one'].bits_per_weight:.2f}",
-                f"The original writes: {before['text']} …",
-                f"Rounded, it writes: {result['text']} …",
-            ]
-        )
-
-    return panel(
-        compute,
-        draw,
-        text=text,
-        title=f"Round {name} to nearest",
-        caption="Left: the grid that the chosen bits put one row of weights on. Right: what the whole model saves and loses.",
-        frames=frames,
-        bits=knob(2, 8, default=4),
-        scale=knob(list(GROUPS), default="row", label="a scale for each"),
-    )
-
+# With one scale per row, the numbers hardly change down to four bits. Below that they do. Now set the second knob to
+# *matrix* and go down again: at two bits, one coarse grid for each matrix leaves nothing of the model.
+#
+# The text behaves differently. It can change while perplexity does not: the model always writes its likeliest
+# token, and where two tokens are almost equally likely, a tiny change of the weights decides between them and changes everything
+# that follows. A *different* text is not always a *worse* one. Nor do 40 questions reveal a small loss: compare
+# the change with the ± beside it. This is why panels show several measures.
+#
+# These two functions do the measuring:
 
 # %%
-rounding_panel("mini-5m")
+show(start_here.bench, start_here.look)
 
 # %% [markdown]
-# With a scale for each row the numbers hardly move down to four bits. Then they begin to. Now put the second knob on
-# *matrix* and go down again: at two bits one coarse grid for everything leaves nothing of the model.
+# ## Does it hold?
 #
-# The text is another matter. It can differ while perplexity stays where it was: the model always writes its likeliest
-# token, and where two are almost equally likely the smallest change tips the balance, and everything after it. A
-# *different* text is not yet a *worse* one. Nor do 40 questions show a small loss: compare the change with the ± beside
-# it. That is why every panel of this workbook shows more than one measure, and none of them alone decides.
-#
-# The panel stores a few positions of its slider in this page, so it moves even on the web page, where nothing
-# runs. All other positions and knobs need a running kernel: *Run → Run All Cells*.
-
-# %% [markdown]
-# ## An exercise
-#
-# Exercises come with a stub, a check that tells you what is wrong, a folded hint, and a folded solution.
-# Try this one. The *symmetric* grid centres on zero, so it needs no zero point: its step is the largest magnitude
-# of the row divided by the largest code, and the codes go from $-(2^{b-1}-1)$ to $2^{b-1}-1$.
-
-# %% tags=["hide-input"]
-from effnb.lab import Exercise
-
-cases = [
-    (torch.tensor([[1.0, -2.0, 0.5], [0.1, 0.2, -0.7]]), 4),
-    (torch.tensor([[-3.0, 1.0], [0.5, 0.25], [4.0, -8.0]]), 3),
-]
-symmetric_step = Exercise(
-    "The symmetric step",
-    minutes=3,
-    difficulty="easy",
-    reference=lambda weight, bits: quantization.formats.choose_grid(weight, bits, symmetric=True)[
-        0
-    ],
-    cases=cases,
-    wrong={
-        "This is one step for the whole matrix; each row has a largest magnitude of its own": lambda weight, bits: (
-            weight.abs().max() / (2 ** (bits - 1) - 1)
-        ),
-        "This takes the largest magnitude of each column; a row is one output, dimension 1 has to go": lambda weight, bits: (
-            weight.abs().amax(0) / (2 ** (bits - 1) - 1)
-        ),
-        "A negative weight can be the largest in magnitude: take the absolute value first": lambda weight, bits: (
-            weight.amax(1) / (2 ** (bits - 1) - 1)
-        ),
-        "Of the 2^b codes half are negative: the largest code is 2^(b-1) - 1, not 2^b - 1": lambda weight, bits: (
-            weight.abs().amax(1) / (2**bits - 1)
-        ),
-        "The largest code is 2^(b-1) - 1: the code 2^(b-1) does not fit into b bits with a sign": lambda weight, bits: (
-            weight.abs().amax(1) / 2 ** (bits - 1)
-        ),
-    },
-    atol=1e-3,  # the package stores its steps in half precision
-)
-print(symmetric_step)
-
-
-# %% tags=["exercise", "nbval-check-output"]
-def my_step(weight, bits):
-    """Step of the symmetric grid of each row; weight has shape (rows, columns)."""
-    raise NotImplementedError
-
-
-_ = symmetric_step.check(my_step)
-
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
-#
-# With three bits and the row (1, −2, 0) the largest code is 3, and the step 2 / 3. `Tensor.amax` takes
-# the dimension that it should remove.
-#
-# </details>
-
-
-# %% tags=["solution", "nbval-check-output"]
-def my_step(weight, bits):
-    """The largest magnitude of each row, divided by the largest code."""
-    return weight.abs().amax(dim=1) / (2 ** (bits - 1) - 1)
-
-
-_ = symmetric_step.check(my_step)
-# %% [markdown]
-# ## Claims and verdicts
-#
-# The papers behind this workbook make claims. Each chapter restates its claims, runs an experiment for each, and prints
-# a verdict that is computed from the measurement: it *holds*, *holds in part*, *does not hold at this scale*, or
+# The papers behind this workbook make claims. Each chapter restates its claims, runs an experiment for each, and computes
+# a verdict from the measurement: it *holds*, *holds in part*, *does not hold at this scale*, or
 # *cannot be tested here*. "Does not hold" is as good a result as "holds".
 #
-# A first example. Claim S-I3 says, among other things, that quantisation cuts memory and computation. Below are
-# four bits in groups of 64 on `mini-5m`: bytes and operations are counted; the loss is compared window by window on
-# the held-out novel, so that it gets an interval.
+# Here is a first example. Claim S-I3 says, among other things, that quantization cuts memory and computation. We test four bits in
+# groups of 64 on `mini-5m`. Bytes and operations are counted. The loss is compared window by window on the
+# held-out novel, so it has an interval.
 
 # %%
-from effnb.evaluation import flops
-from effnb.evaluation.quality import token_losses
-from effnb.lab import Evidence, claims_table, verdict
+from effnb.lab import claims_table, load
 
-model = load("mini-5m")
-ids, _ = bench(model)
-windows = ids[:2040].view(17, 120)
-packed = quantization.rtn(model.model, 4, group_size=64)
-rounded = quantization.dequantized(packed)
-with torch.inference_mode():
-    loss_before = token_losses(model.model, windows).mean(1).tolist()
-    loss_after = token_losses(rounded, windows).mean(1).tolist()
-operations = flops(lambda: packed(input_ids=windows)) / flops(
-    lambda: model.model(input_ids=windows)
-)
-
-claims_table(
-    verdict(
-        "S-I3",
-        parts=[
-            Evidence.exact(
-                "memory: bytes as stored, four bits / original",
-                stored_bytes(packed) / stored_bytes(model.model),
-                expect="lower",
-                bound=0.5,
-            ),
-            Evidence.paired(
-                "quality: loss in nats per token, four bits - original",
-                loss_after,
-                loss_before,
-                expect="equal",
-                margin=0.1,
-            ),
-            Evidence.exact(
-                "computation: operations counted, four bits / original",
-                operations,
-                expect="lower",
-                bound=0.95,
-            ),
-        ],
-        note="Rounding to nearest only. Training with quantisation, mixed precision and faster kernels "
-        "are for the chapter on quantisation.",
-    )
-)
+mini = load("mini-5m")
+packed = quantization.rtn(mini.model, bits=4, group_size=64)
+claims_table(start_here.quantization_saves(mini, packed))
 
 # %% [markdown]
-# The verdict is computed from the three lines above it. The third line is the lesson: weights that are *stored* in four
-# bits and read back before the multiplication save memory and no operations. To save time as well, a kernel has to
-# compute on the packed weights, and that is a chapter of its own.
+# The third line is the lesson. Weights that are *stored* in four bits but read back before the multiplication save memory and
+# no operations. To save time as well, a kernel has to compute on the packed weights; the chapter *Co-design*
+# is about such kernels.
 
 # %% [markdown]
 # ## What it costs and saves
 #
-# The cost card says the same with a clock. Times are medians, measured on this machine just now; on a shared machine,
-# look at the ratios only.
+# The cost card adds the clock. Its times are medians, measured on this machine just now. If other programs are
+# running, trust only the ratios.
 
 # %%
 from effnb.evaluation import measure
 from effnb.lab import cost_card
 
-prompt = ids[None, :256]
+prompt = start_here.bench(mini)[0][None, :256]
 cost_card(
-    measure(model.model, prompt, decode_tokens=8, runs=3),
+    measure(mini.model, prompt, decode_tokens=8, runs=3),
     measure(packed, prompt, decode_tokens=8, runs=3),
     labels=("original", "four bits, packed"),
 )
@@ -493,7 +244,7 @@ cost_card(
 
 # %% tags=["nbval-check-output"]
 for attempt in (
-    lambda: quantization.rtn(model.model, bits=12),
+    lambda: quantization.rtn(mini.model, bits=12),
     lambda: quantization.rtn(packed, bits=4),
     lambda: load("mini-6m"),
 ):
@@ -505,24 +256,60 @@ for attempt in (
 # %% [markdown]
 # ## Your own model
 #
-# The panel takes any causal language model in the Hugging Face format: give the folder that holds its `config.json`, its
-# `model.safetensors` and its tokenizer. Nothing is unpickled and no code from the folder runs. A name from the hub works too
-# if you have one: `load("your/model", source="hub")`.
+# The panel takes any causal language model in the Hugging Face format. Give it the folder that holds `config.json`,
+# `model.safetensors` and the tokenizer. Nothing is unpickled, and no code from the folder runs. If you can reach the model
+# hub, `load("your/model", source="hub")` fetches a model from there.
 #
-# Here it is with a model a quarter of the size. Predict first: will it bear *fewer* bits than `mini-5m`, or
-# need more?
+# Here is a model a quarter of the size. Predict first: will it tolerate *fewer* bits than `mini-5m`, or need
+# more?
 
 # %%
 MY_MODEL = "mini-1m"  # or a folder, such as "models/my-model"
 
-rounding_panel(MY_MODEL, frames=[2, 3, 4, 8])
+start_here.rounding_panel(MY_MODEL, frames=[2, 3, 4])
+
+# %% [markdown]
+# ## An exercise
+#
+# Each exercise comes with a stub, a check that says what is wrong, a folded hint and a folded solution.
+# Try this one. A *symmetric* grid is centred on zero and needs no zero point. Its step is the largest magnitude
+# in the row divided by the largest code, and its codes run from $-(2^{b-1}-1)$ to $2^{b-1}-1$.
+
+# %%
+print(start_here.symmetric_step)
+
+
+# %% tags=["exercise", "nbval-check-output"]
+def my_step(weight, bits):
+    """Step of the symmetric grid of each row; weight has shape (rows, columns)."""
+    raise NotImplementedError
+
+
+_ = start_here.symmetric_step.check(my_step)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# With three bits and the row (1, −2, 0), the largest code is 3 and the step is 2 / 3. `Tensor.amax` takes
+# the dimension to reduce over.
+#
+# </details>
+
+
+# %% tags=["solution", "nbval-check-output"]
+def my_step(weight, bits):
+    """The largest magnitude of each row, divided by the largest code."""
+    return weight.abs().amax(dim=1) / (2 ** (bits - 1) - 1)
+
+
+_ = start_here.symmetric_step.check(my_step)
 
 # %% [markdown]
 # ## Where next?
 #
-# If you came for one knob: *bits* are in section 5, *Quantisation*. If you want to know how the numbers on this page are
-# made, read `effnb/evaluation/quality.py`; it is short. What the data and the models are, where they
-# come from and what is wrong with them stands in `data/DATASHEET.md`.
+# If you came to quantize a model, open *Quantization* in section 5. If you want to know how the numbers on this page are
+# computed, read `effnb/evaluation/quality.py`; it is short. `data/DATASHEET.md` describes the data and the models: what they are,
+# where they come from, and what is wrong with them.
 #
 # **Further reading.** Treviso et al., *Efficient Methods for Natural Language Processing: A Survey*, TACL 2023,
 # arXiv 2209.00099. Gholami et al., *A Survey of Quantization Methods for Efficient Neural Network Inference*, 2021,

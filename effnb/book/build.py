@@ -42,7 +42,15 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from traitlets import default
 
-from effnb.lab.chapters import NOTEBOOKS, Measured, chapter_map, run_time_sentence, update_readme
+from effnb.book import first_cell
+from effnb.lab.chapters import (
+    NOTEBOOKS,
+    Measured,
+    chapter_map,
+    live_costs,
+    run_time_sentence,
+    update_readme,
+)
 from effnb.lab.devices import cores
 
 TAGS = {
@@ -263,7 +271,7 @@ def settle(notebook: Notebook, name: str, measured: Measured) -> None:
     notebook.metadata.measured = nbformat.from_dict(asdict(measured))
     notebook.metadata.language_info = nbformat.from_dict(LANGUAGE)
     minutes = notebook.metadata.get("effnb", {}).get("minutes")
-    sentence = run_time_sentence(minutes, measured) + "\n"
+    sentence = run_time_sentence(minutes, measured, live_costs(notebook.metadata)) + "\n"
     for cell in notebook.cells:
         if "run-time" in tags(cell):
             cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=sentence)]
@@ -380,6 +388,8 @@ def problems(path: Path) -> list[str]:
     """What is wrong with one chapter, given by its `.py` file, as sentences."""
     source = read_source(path)
     found = list(_source_problems(path, source))
+    if path.resolve().is_relative_to(NOTEBOOKS.resolve()):
+        found += first_cell.problems(source, name_of(path, NOTEBOOKS))
     built_path = path.with_suffix(".ipynb")
     if not built_path.exists():
         return [*found, "it has never been built; run `make notebooks`."]

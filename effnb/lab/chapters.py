@@ -45,10 +45,10 @@ TABLE: dict[str, tuple[str, str]] = {  # path below notebooks/: title, what it i
     "04_finetuning/3_multitask": ("Many tasks", "one model for many tasks; prompting"),
     "05_inference/1_pruning": ("Pruning", "removing weights, heads and layers"),
     "05_inference/2_low_rank": ("Low rank", "thin factors in place of wide matrices"),
-    "05_inference/3_quantization": ("Quantisation", "fewer bits for weights and activations"),
+    "05_inference/3_quantization": ("Quantization", "fewer bits for weights and activations"),
     "05_inference/4_self_distilled_quantization": (
-        "Self-distilled quantisation",
-        "a model that teaches its own quantised copy",
+        "Self-distilled quantization",
+        "a model that teaches its own quantized copy",
     ),
     "05_inference/5_distillation": ("Distillation", "a small student of a large teacher"),
     "05_inference/6_retrieval_distillation": (
@@ -60,7 +60,7 @@ TABLE: dict[str, tuple[str, str]] = {  # path below notebooks/: title, what it i
         "early exits, cascades, speculative decoding",
     ),
     "05_inference/8_matryoshka": ("Matryoshka", "one embedding that can be cut to any length"),
-    "06_hardware/1_training_memory": ("Training memory", "optimiser state, off-loading, recompute"),
+    "06_hardware/1_training_memory": ("Training memory", "optimizer state, offloading, recompute"),
     "06_hardware/2_codesign": ("Co-design", "kernels, partitioning, number formats"),
     "06_hardware/3_edge": ("Edge", "models for small devices"),
     "07_evaluation/1_evaluation": ("Evaluation", "cost measured fairly; Pareto fronts; energy"),
@@ -94,6 +94,19 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Live:
+    """What a panel on a real model takes where it computes instead of reading what is stored.
+
+    Attributes:
+        seconds: Time of one of its positions.
+        mebibytes: Peak resident memory of the process that computes it.
+    """
+
+    seconds: float
+    mebibytes: int
+
+
+@dataclass(frozen=True)
 class Chapter:
     """One notebook of the workbook.
 
@@ -104,6 +117,7 @@ class Chapter:
         written: Whether the built notebook exists.
         minutes: Minutes to read it, exercises included; None when it is not written.
         measured: What executing it took; None when it is not written.
+        live: What its panel on a real model takes; None when no stored result says so.
     """
 
     name: str
@@ -112,6 +126,7 @@ class Chapter:
     written: bool
     minutes: int | None = None
     measured: Measured | None = None
+    live: Live | None = None
 
     @property
     def section(self) -> str:
@@ -142,7 +157,25 @@ def _chapter(name: str, folder: Path) -> Chapter:
             "{minutes: 20}` under `jupyter:` in its header and run `make notebooks`."
         )
     measured = metadata.get("measured")
-    return Chapter(name, title, about, True, minutes, Measured(**measured) if measured else None)
+    live = live_costs(metadata, folder)
+    measured = Measured(**measured) if measured else None
+    return Chapter(name, title, about, True, minutes, measured, live)
+
+
+def live_costs(metadata: dict, folder: Path = NOTEBOOKS) -> Live | None:
+    """What a chapter's real model takes, from the stored result that its header names.
+
+    The header says `effnb: {minutes: 10, live: NAME}`, and `data/results/NAME.json` holds `live`
+    with `seconds` and `mebibytes`, measured when the result was computed.
+    """
+    name = metadata.get("effnb", {}).get("live")
+    if name is None:
+        return None
+    try:
+        path = folder.parent / "data" / "results" / f"{name}.json"
+        return Live(**json.loads(path.read_text(encoding="utf-8"))["data"]["live"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # the page itself says that its stored result is missing or damaged
 
 
 def minutes_to_run(measured: Measured) -> str:
@@ -153,34 +186,51 @@ def minutes_to_run(measured: Measured) -> str:
 
 
 def chapter_map(folder: Path = NOTEBOOKS, prefix: str = "") -> str:
-    """The chapters as a Markdown table, those not written yet marked so.
+    """The chapters that are written as a Markdown table; those that are not, folded below it.
 
     Args:
         folder: The notebooks.
         prefix: Path from the page that shows the table to the notebooks, such as `notebooks/`.
     """
+    everything = chapters(folder)
     lines = ["| section | chapter | about | read | run |", "|---|---|---|---|---|"]
-    section = ""
-    for chapter in chapters(folder):
-        shown = chapter.section if chapter.section != section else ""
-        section = chapter.section
-        title, read, run = chapter.title, "*not written yet*", ""
-        if chapter.written:
-            title = f"[{chapter.title}]({prefix}{chapter.name}.ipynb)"
-            read = f"{chapter.minutes} min"
-            run = minutes_to_run(chapter.measured) if chapter.measured else ""
-        lines.append(f"| {shown} | {title} | {chapter.about} | {read} | {run} |")
+    for shown, chapter in _by_section([c for c in everything if c.written]):
+        title = f"[{chapter.title}]({prefix}{chapter.name}.ipynb)"
+        run = minutes_to_run(chapter.measured) if chapter.measured else ""
+        lines.append(f"| {shown} | {title} | {chapter.about} | {chapter.minutes} min | {run} |")
+    missing = [c for c in everything if not c.written]
+    if missing:
+        count = f"{len(missing)} chapter{' is' if len(missing) == 1 else 's are'} not written yet"
+        lines += ["", f"<details><summary>{count}</summary>", ""]
+        lines += ["| section | chapter | about |", "|---|---|---|"]
+        lines += [f"| {shown} | {c.title} | {c.about} |" for shown, c in _by_section(missing)]
+        lines += ["", "</details>"]
     return "\n".join(lines)
 
 
-def run_time_sentence(minutes: int | None, measured: Measured | None) -> str:
+def _by_section(rows: list[Chapter]) -> list[tuple[str, Chapter]]:
+    """Chapters, each with its section's title where a section begins."""
+    before = ["", *(chapter.section for chapter in rows)]
+    return [("" if c.section == last else c.section, c) for last, c in zip(before, rows)]
+
+
+def run_time_sentence(
+    minutes: int | None, measured: Measured | None, live: Live | None = None
+) -> str:
     """How long a chapter takes, as printed at its top."""
     if minutes is None or measured is None:
         return "This chapter's time and memory are measured when it is built (`make notebooks`)."
+    real = ""
+    if live is not None:
+        real = (
+            f" Where its real model computes, a position takes about {live.seconds:.2g} s and the "
+            f"memory grows to {math.ceil(live.mebibytes / 100) * 100:,} MiB."
+        )
     return (
         f"Reading: about {minutes} minutes, exercises included. Running all cells: "
         f"{measured.seconds} s and {measured.mebibytes:,} MiB of memory, measured on "
         f"{measured.cores} CPU core{'' if measured.cores == 1 else 's'} when this page was built."
+        f"{real}"
     )
 
 
@@ -196,7 +246,7 @@ def run_time(name: str, folder: Path = NOTEBOOKS) -> None:
     if name not in TABLE:
         raise ValueError(f"there is no chapter {name!r}; the map has {', '.join(TABLE)}.")
     chapter = _chapter(name, folder)
-    print(run_time_sentence(chapter.minutes, chapter.measured))
+    print(run_time_sentence(chapter.minutes, chapter.measured, chapter.live))
 
 
 def update_readme(readme: Path, folder: Path = NOTEBOOKS) -> bool:

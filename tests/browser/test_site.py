@@ -367,7 +367,7 @@ def test_a_panel_answers_keyboard_mouse_and_finger(book):
     said = panel.get_by_role("status")
     page.wait_for_function("e => e.textContent", arg=said.element_handle())
     assert f"bits {second}." in said.text_content()
-    assert "Perplexity" in said.text_content()
+    assert "Probability of “Paris”" in said.text_content()
     knob.scroll_into_view_if_needed()
     box = knob.bounding_box()
     page.mouse.click(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
@@ -393,7 +393,7 @@ def test_a_button_says_how_to_run_the_chapter(book):
     assert not command.is_visible()
     page.get_by_text("Run this chapter").click()
     assert command.is_visible()
-    assert page.get_by_text("notebooks/00_start_here.ipynb").is_visible()
+    assert page.get_by_text("my/00_start_here.ipynb").is_visible()
     assert page.get_by_text("py .make/setup.py lab", exact=True).is_visible()
 
 
@@ -422,7 +422,7 @@ def test_a_printed_chapter_is_sensible(book, tmp_path):
     panel = page.locator("section.panel").first
     assert panel.locator("img:visible").count() == 1
     assert panel.locator("input:visible").count() == 0
-    assert "Perplexity" in visible_numbers(panel)
+    assert "Probability of “Paris”" in visible_numbers(panel)
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == "rgb(255, 255, 255)"
     wide = page.evaluate(
@@ -443,5 +443,5 @@ def test_it_can_be_read_without_scripts(browser, served):
     assert page.locator(".katex").first.is_visible()
     panel = page.locator("section.panel").first
     assert panel.locator("img:visible").count() == 1
-    assert "Perplexity" in visible_numbers(panel)
+    assert "Probability of “Paris”" in visible_numbers(panel)
     context.close()

@@ -1,4 +1,4 @@
-"""`make lab` on machines that lack something, and on those that lack nothing.
+"""`make lab` and `make test` on machines that lack something, and on those that lack nothing.
 
 Each test runs the real Makefile in a small copy of the checkout. Where an environment would take
 minutes to install, its Python is a script that writes down what it was asked.
@@ -85,9 +85,21 @@ def complaint(done):
 
 def environment_of(folder):
     """The module `.make/environment.py` of a checkout."""
-    spec = importlib.util.spec_from_file_location("environment", folder / ".make/environment.py")
+    return module_of(folder, "environment")
+
+
+def module_of(folder, name):
+    """A module of a checkout's `.make`, which finds those beside it as a script does."""
+    place = str(folder / ".make")
+    spec = importlib.util.spec_from_file_location(name, folder / ".make" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    for other in ("browser", "copies"):
+        sys.modules.pop(other, None)
+    sys.path.insert(0, place)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(place)
     return module
 
 
@@ -296,8 +308,9 @@ def test_what_is_installed_and_that_it_is_installed_once(copy):
     asked = log.read_text().splitlines()
     assert len(asked) == 1  # nothing of pip
     assert f"root_dir={copy}" in asked[0]
-    assert "/lab/tree/notebooks/00_start_here.ipynb" in asked[0]
-    assert asked[0].endswith(arguments.removeprefix("LAB_ARGS="))
+    assert "/lab/tree/my/00_start_here.ipynb" in asked[0]
+    root = " --allow-root" if os.geteuid() == 0 else ""
+    assert asked[0].endswith(arguments.removeprefix("LAB_ARGS=") + root)
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "data/model-wheels.txt"])
@@ -456,7 +469,7 @@ def lab(copy, tmp_path):
     script(copy / ".venv/bin/python", f'exec "{sys.executable}" "$@"\n')
     mark_installed(copy, "lab")
     port = free_port()
-    options = f"--no-browser --port {port}" + (" --allow-root" if os.name != "nt" else "")
+    options = f"--no-browser --port {port}"  # and where we are root, nothing about it
     log = tmp_path / "lab.log"
     private = {
         f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")
@@ -492,8 +505,11 @@ def lab(copy, tmp_path):
 
 def test_the_lab_that_opens(lab, copy):
     address, token, log = lab
-    # It opens on the first notebook, from the top of the checkout.
-    assert f"/lab/tree/notebooks/00_start_here.ipynb?token={token}" in log.read_text()
+    # It opens on a copy of the first notebook, from the top of the checkout.
+    assert f"/lab/tree/my/00_start_here.ipynb?token={token}" in log.read_text()
+    assert fetch(f"{address}/api/contents/my/00_start_here.ipynb?token={token}")[0] == 200
+    if os.geteuid() == 0:  # as in most containers
+        assert "You are root" in log.read_text()
     assert fetch(f"{address}/api/contents/README.md?token={token}")[0] == 200
     # Nobody enters without the token, and nobody from elsewhere.
     assert fetch(f"{address}/api/contents")[0] == 403
@@ -530,3 +546,285 @@ def test_a_pair_whose_py_is_older_still_opens(lab, copy):
     status, body = fetch(f"{address}/api/contents/notebooks/pair.ipynb?token={token}")
     assert status == 200
     assert "new" in body
+
+
+# --- the learner's copies -----------------------------------------------------------------------
+
+
+CHAPTER = "05_inference/1_pruning"
+
+
+@pytest.fixture
+def chapters(copy):
+    """A checkout that is installed and has two chapters and a picture; its copies are made."""
+    recording(copy)
+    mark_installed(copy, "lab")
+    for name in (CHAPTER, "05_inference/3_quantization"):
+        path = copy / "notebooks" / f"{name}.ipynb"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(START | {"metadata": {"edition": 1, "name": name}}))
+        path.with_suffix(".py").write_text("# %%")
+    (copy / "notebooks/images").mkdir()
+    (copy / "notebooks/images/panel.png").write_bytes(b"a picture")
+    open_lab(copy)
+    return copy
+
+
+def open_lab(folder, *arguments):
+    """Run `make lab` in a checkout whose JupyterLab is a recorder; what it said."""
+    done = make(folder, "lab", f"PYTHON={sys.executable}", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def new_edition(folder, name=CHAPTER, edition=2):
+    """Let a chapter become newer, as `git pull` does; its content."""
+    path = folder / "notebooks" / f"{name}.ipynb"
+    path.write_text(json.dumps(START | {"metadata": {"edition": edition, "name": name}}))
+    return path.read_bytes()
+
+
+def mine(folder, name=CHAPTER):
+    """The learner's copy of a chapter."""
+    return folder / "my" / f"{name}.ipynb"
+
+
+def test_learners_get_copies_with_pictures_and_without_sources(chapters):
+    for path in (chapters / "notebooks").rglob("*"):
+        if path.is_file() and path.suffix != ".py":
+            twin = chapters / "my" / path.relative_to(chapters / "notebooks")
+            assert twin.read_bytes() == path.read_bytes()
+    assert list((chapters / "my").rglob("*.py")) == []
+    asked = (chapters / "asked.txt").read_text()
+    assert "/lab/tree/my/00_start_here.ipynb" in asked
+
+
+def test_what_a_learner_changes_git_does_not_see(chapters):
+    subprocess.run(["git", "init", "-q"], cwd=chapters, check=True)
+    shutil.copy(ROOT / ".gitignore", chapters)
+    seen = ["git", "status", "--porcelain", "--untracked-files=all"]
+    before = subprocess.run(seen, cwd=chapters, capture_output=True, check=True).stdout
+    assert b"notebooks/00_start_here.ipynb" in before
+    assert b"my/" not in before
+    mine(chapters).write_text("worked on")
+    after = subprocess.run(seen, cwd=chapters, capture_output=True, check=True).stdout
+    assert after == before
+
+
+def test_a_changed_copy_is_never_written_over(chapters):
+    mine(chapters).write_text("a learner's work")
+    assert "newer" not in open_lab(chapters)  # it is changed, and the chapter is the same
+    new_edition(chapters)
+    for _ in range(2):  # it says so every time
+        said = open_lab(chapters)
+        assert f"There is a newer {CHAPTER}" in said
+        assert f"make lab RESET={CHAPTER}" in said
+        assert mine(chapters).read_text() == "a learner's work"
+
+
+def test_an_unchanged_copy_follows_its_chapter(chapters):
+    newer = new_edition(chapters)
+    said = open_lab(chapters)
+    assert CHAPTER in said
+    assert mine(chapters).read_bytes() == newer
+    assert CHAPTER not in open_lab(chapters)
+
+
+def test_a_copy_whose_record_is_lost_counts_as_changed(chapters):
+    record = chapters / "my" / ".given.json"
+    record.write_text("{ cut")
+    new_edition(chapters)
+    before = mine(chapters).read_bytes()
+    assert f"newer {CHAPTER}" in open_lab(chapters)
+    assert mine(chapters).read_bytes() == before
+
+
+def test_a_copy_is_reset_and_the_old_one_is_kept(chapters):
+    newer = new_edition(chapters)
+    for work, kept in (("first", 1), ("second", 2)):
+        mine(chapters).write_text(work)
+        said = open_lab(chapters, f"RESET={CHAPTER}")
+        assert mine(chapters).read_bytes() == newer
+        found = sorted(mine(chapters).parent.glob("1_pruning.kept-*.ipynb"))
+        assert len(found) == kept
+        assert any(path.read_text() == work and path.name in said for path in found)
+    # Nothing is put away where nothing was changed, and copies that were kept stay.
+    open_lab(chapters, "RESET=1_pruning")
+    assert len(list(mine(chapters).parent.glob("1_pruning.kept-*"))) == 2
+
+
+def test_a_chapter_that_is_not_there_is_not_reset(chapters):
+    mine(chapters).write_text("work")
+    done = make(chapters, "lab", f"PYTHON={sys.executable}", f"RESET={CHAPTER} 9_nothing")
+    assert "no chapter '9_nothing'" in complaint(done)
+    assert mine(chapters).read_text() == "work"  # nor is the other, before all names are known
+
+
+def test_authors_open_the_chapters_themselves(chapters):
+    newer = new_edition(chapters)
+    (chapters / "asked.txt").write_text("")
+    open_lab(chapters, "AUTHOR=1")
+    assert "/lab/tree/notebooks/00_start_here.ipynb" in (chapters / "asked.txt").read_text()
+    assert mine(chapters).read_bytes() != newer
+    # A variable of the shell, such as an author's name, asks for nothing.
+    done = make(chapters, "lab", f"PYTHON={sys.executable}", AUTHOR="Ada", RESET=CHAPTER)
+    assert done.returncode == 0
+    assert "/lab/tree/my/" in (chapters / "asked.txt").read_text().splitlines()[-1]
+
+
+def test_copies_that_cannot_be_written_are_a_sentence(copy):
+    recording(copy)
+    mark_installed(copy, "lab")
+    (copy / "my").write_text("a file of the learner's")
+    said = complaint(make(copy, "lab", f"PYTHON={sys.executable}"))
+    assert "AUTHOR=1" in said
+    assert (copy / "my").read_text() == "a file of the learner's"
+
+
+def test_root_is_told_what_was_allowed_and_others_are_not(chapters, monkeypatch, capsys):
+    module = environment_of(chapters)
+    asked = []
+    monkeypatch.setattr(module.os, "execve", lambda _, command, variables: asked.append(command))
+    for root in (True, False):
+        monkeypatch.setattr(module, "is_root", lambda root=root: root)
+        module.open_lab(["--no-browser"])
+        assert ("--allow-root" in asked[-1]) == root
+        said = [line for line in capsys.readouterr().out.splitlines() if "root" in line]
+        assert len(said) == root
+    monkeypatch.setattr(module, "is_root", lambda: True)
+    module.open_lab(["--allow-root"])  # asked for: nothing to say
+    assert asked[-1].count("--allow-root") == 1
+    assert "root" not in capsys.readouterr().out
+
+
+def test_the_lab_lets_waiting_threads_sleep_unless_told_otherwise(chapters, monkeypatch):
+    module = environment_of(chapters)
+    seen = []
+    monkeypatch.setattr(module.os, "execve", lambda _, command, variables: seen.append(variables))
+    for name in ("OMP_WAIT_POLICY", *module.QUIET_WAITING):
+        monkeypatch.delenv(name, raising=False)
+    module.open_lab([])
+    assert seen[-1].items() >= module.QUIET_WAITING.items()
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    module.open_lab([])
+    assert seen[-1]["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    module.open_lab([])
+    assert "GOMP_SPINCOUNT" not in seen[-1]
+
+
+# --- a browser for the tests --------------------------------------------------------------------
+
+
+@pytest.fixture
+def browser(copy, tmp_path, monkeypatch):
+    """The module `.make/browser.py`, on a machine without any browser."""
+    home = tmp_path / "home"
+    (home / "bin").mkdir(parents=True)
+    module = module_of(copy, "browser")
+    monkeypatch.setenv("PATH", str(home / "bin"))
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("EFFNB_BROWSER", "PLAYWRIGHT_BROWSERS_PATH", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(module, "MAC", ())
+    assert module.find() is None
+    return module
+
+
+WORKS = "echo Chromium 156\n"
+BROKEN = "echo 'libnss3.so: cannot open shared object file' >&2; exit 127\n"
+
+
+@pytest.mark.parametrize("name", ["chromium", "google-chrome-stable", "microsoft-edge", "chrome"])
+def test_a_browser_on_the_path_is_found(browser, tmp_path, name):
+    script(tmp_path / "home/bin/chromium-browser", BROKEN)  # as a stub that wants a shop
+    assert browser.find() is None
+    there = script(tmp_path / "home/bin" / name, WORKS)
+    assert browser.find() == str(there)
+
+
+def test_a_fetched_browser_and_a_named_one_are_found(browser, tmp_path, monkeypatch):
+    cache = tmp_path / "home/.cache/ms-playwright"
+    script(cache / "chromium-900/chrome-linux/chrome", BROKEN)
+    fetched = script(cache / "chromium-1200/chrome-linux64/chrome", WORKS)
+    assert browser.find() == str(fetched)
+    named = script(tmp_path / "elsewhere/my-browser", WORKS)
+    monkeypatch.setenv("EFFNB_BROWSER", str(named))
+    assert browser.find() == str(named)
+
+
+def test_a_browser_is_installed_by_the_way_that_the_machine_has(browser, tmp_path, capfd):
+    bin_ = tmp_path / "home/bin"
+    log = tmp_path / "log"
+    log.write_text("")
+    fetched = tmp_path / "home/.cache/ms-playwright/chromium-1/chrome-linux/chrome"
+    python = script(
+        tmp_path / "python",
+        f'PATH=/usr/bin:/bin; echo "python $@" >> "{log}"; mkdir -p "{fetched.parent}"\n'
+        f'printf \'#!/bin/sh\\n{WORKS.strip()}\' > "{fetched}"; chmod +x "{fetched}"\n',
+    )
+    browser.provide(python, root=False)
+    assert log.read_text().splitlines() == ["python -m playwright install chromium"]
+    assert browser.find() == str(fetched)
+    browser.provide(python, root=False)  # once
+    assert len(log.read_text().splitlines()) == 1
+    fetched.unlink()
+    log.write_text("")
+    # As root, the system's packages come first; where they do not help, playwright follows.
+    script(bin_ / "apt-get", f'echo "apt-get $@" >> "{log}"; exit 100\n')
+    browser.provide(python, root=True)
+    asked = log.read_text().splitlines()
+    assert [line.split()[0] for line in asked] == ["apt-get", "apt-get", "python"]
+    assert "chromium" in asked[1]
+    assert asked[2].endswith("install --with-deps chromium")
+    assert "none was found" in capfd.readouterr().out
+
+
+def run_of_tests(copy, tmp_path, *paths, **changes):
+    """A run of three tests, one of which needs a browser, with this repository's conftest.py."""
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, copy / name)
+    (copy / "tests/browser").mkdir(parents=True, exist_ok=True)
+    (copy / "tests/test_plain.py").write_text("def test_one():\n    pass\n")
+    (copy / "tests/browser/test_page.py").write_text(
+        "import os\nimport pytest\n\n@pytest.fixture\ndef browser():\n"
+        "    return os.environ['EFFNB_BROWSER']\n\n"
+        "def test_page(browser):\n    assert browser.endswith('chromium')\n\n"
+        "def test_words():\n    pass\n"
+    )
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "EFFNB"))}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "--maxprocesses=2", "-p", "no:cacheprovider", *paths],
+        cwd=copy,
+        env=kept | {"PATH": str(tmp_path), "HOME": str(tmp_path)} | changes,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_without_a_browser_all_else_runs_and_the_run_fails_with_one_sentence(
+    copy, tmp_path, processes
+):
+    done = run_of_tests(copy, tmp_path, f"--numprocesses={processes}")
+    assert done.returncode == 1
+    assert "2 passed" in done.stdout
+    assert "skipped" not in done.stdout
+    assert "error" not in done.stdout.lower()
+    assert done.stdout.count("No Chromium, Google Chrome or Microsoft Edge") == 2
+    assert done.stdout.index("No Chromium") < done.stdout.index("[100%]")
+
+
+def test_with_a_browser_everything_runs(copy, tmp_path):
+    script(tmp_path / "chromium", WORKS)
+    done = run_of_tests(copy, tmp_path, "--numprocesses=2")
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
+
+
+def test_a_run_that_needs_no_browser_asks_for_none(copy, tmp_path):
+    done = run_of_tests(copy, tmp_path, "--numprocesses=0", "tests/test_plain.py")
+    assert done.returncode == 0, done.stdout
+    assert "No Chromium" not in done.stdout

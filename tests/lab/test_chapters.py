@@ -53,13 +53,35 @@ def test_the_map_links_what_is_written_and_marks_what_is_not(tmp_path):
     notebook(tmp_path, "05_inference/1_pruning")
     notebook(tmp_path, "05_inference/2_low_rank", seconds=40)
     lines = chapters.chapter_map(tmp_path, "notebooks/").splitlines()
-    assert len(lines) == 2 + 29
     row = "[Pruning](notebooks/05_inference/1_pruning.ipynb)"
-    assert lines[2 + 14] == (
+    assert lines[2] == (
         f"| Inference | {row} | removing weights, heads and layers | 12 min | 2 min |"
     )
-    assert lines[2 + 15].endswith("| 12 min | under 1 min |")
-    assert sum("*not written yet*" in line for line in lines) == 27
+    assert lines[3].endswith("| 12 min | under 1 min |")
+    # What cannot be opened yet is folded.
+    assert lines[4:7] == ["", "<details><summary>27 chapters are not written yet</summary>", ""]
+    assert lines[-2:] == ["", "</details>"]
+    folded = lines[9:-2]
+    assert len(folded) == 27
+    assert not any("](" in line for line in folded)
+
+
+def test_a_chapter_tells_what_its_real_model_takes(tmp_path):
+    folder = tmp_path / "notebooks"
+    notebook(folder, "00_start_here", minutes=10, seconds=20)
+    path = folder / "00_start_here.ipynb"
+    metadata = json.loads(path.read_text())["metadata"]
+    metadata["effnb"]["live"] = "capital"
+    path.write_text(json.dumps({"metadata": metadata}))
+    assert chapters.chapters(folder)[0].live is None  # not measured yet
+    stored = tmp_path / "data" / "results" / "capital.json"
+    stored.parent.mkdir(parents=True)
+    stored.write_text(json.dumps({"data": {"live": {"seconds": 4.6, "mebibytes": 1834}}}))
+    tour = chapters.chapters(folder)[0]
+    assert tour.live == chapters.Live(4.6, 1834)
+    said = chapters.run_time_sentence(tour.minutes, tour.measured, tour.live)
+    assert "about 4.6 s" in said
+    assert "1,900 MiB" in said
 
 
 def test_minutes_that_are_missing_are_asked_for(tmp_path):

@@ -4,6 +4,8 @@ nbval executes each chapter once, beside these tests, and visits every position 
 the way. Here each chapter gets a class of its own, so that several can be tested at a time.
 """
 
+import ast
+
 import nbformat
 import pytest
 
@@ -20,6 +22,34 @@ def verdicts(notebook):
     ]
 
 
+def names(source):
+    """The names that a cell binds, and those that it uses, wherever in the cell."""
+    bound, used = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            (bound if isinstance(node.ctx, ast.Store) else used).add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).split(".")[0])
+    return bound, used
+
+
+def needs_solutions(notebook):
+    """Names that a later cell would not find, or find as a blank stub, without the solutions."""
+    missing, found = set(), []
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        bound, used = names(cell.source)
+        if "solution" in build.tags(cell):
+            missing |= bound - {"_"}
+        else:
+            found += sorted((used - bound) & missing)
+            missing -= bound
+    return found
+
+
 def chapter_tests(path):
     """The tests of one chapter, as a class."""
 
@@ -30,6 +60,10 @@ def chapter_tests(path):
         def test_it_is_on_the_map(self):
             assert build.name_of(path) in chapters.TABLE
 
+        def test_no_cell_needs_a_solution(self):
+            assert needs_solutions(build.read_source(path)) == []
+
+        @pytest.mark.full  # nbval's execution and the test above show the same
         def test_its_edition_for_learners_runs_and_answers_not_yet(self, monkeypatch):
             monkeypatch.delenv("EFFNB_SWEEP", raising=False)
             notebook = build.learners_edition(path)
@@ -69,3 +103,21 @@ def test_a_chapter_that_needs_its_solution_would_be_found(tmp_path, line):
     notebook = build.learners_edition(path)
     with pytest.raises(build.BuildError, match="NameError: name 'answer' is not defined"):
         build.execute(notebook, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("solution", "later", "needed"),
+    [
+        ("answer = 1", "print(answer)", ["answer"]),
+        ("def answer():\n    return 1", "print(answer())", ["answer"]),
+        ("import math as m", "print(m.pi)", ["m"]),
+        ("answer = 1", "answer = 2\nprint(answer)", []),
+        ("_ = exercise.check(1)", "print(_)", []),
+        ("print(1)", "print(answer)", []),
+    ],
+)
+def test_a_cell_that_needs_a_solution_is_found_without_running_it(solution, later, needed):
+    stub = nbformat.v4.new_code_cell("def answer():\n    raise NotImplementedError")
+    solved = nbformat.v4.new_code_cell(solution, metadata={"tags": ["solution"]})
+    notebook = nbformat.v4.new_notebook(cells=[stub, solved, nbformat.v4.new_code_cell(later)])
+    assert needs_solutions(notebook) == needed

@@ -334,8 +334,8 @@ def bar_html(written: Written) -> str:
             f"<span>{chapter.measured.seconds} s to run</span>",
             f"<span>{chapter.measured.mebibytes:,} MiB of memory</span>",
         ]
-    said = run_time_sentence(chapter.minutes, chapter.measured)
-    path = f"notebooks/{chapter.name}.ipynb"
+    said = run_time_sentence(chapter.minutes, chapter.measured, chapter.live)
+    path = f"my/{chapter.name}.ipynb"  # the learner's copy
     return (
         f'<div class="chapter-bar"><p class="chapter-facts" title="{html.escape(said)}">'
         f"{''.join(facts)}</p>"

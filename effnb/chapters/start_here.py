@@ -1,0 +1,398 @@
+"""The tour: SmolLM2 is asked for the capital of France, and mini-5m is rounded and measured.
+
+A position of the first panel takes seconds on a real model, so a page that is built or tested shows
+what `data/sweep_tour.py` stored, and so does a kernel in which the model is not installed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from effnb.core.modules import linears
+from effnb.evaluation import flops, perplexity, ranked_choice, stored_bytes
+from effnb.evaluation.quality import token_losses
+from effnb.inference import quantization
+from effnb.lab import PALETTE, Evidence, Exercise, corpora, knob, load, panel, results, verdict
+from effnb.lab.devices import Machine
+from effnb.lab.models import LoadedModel, ModelUnavailable
+from effnb.lab.panels import Panel
+
+# --- the capital of France ------------------------------------------------------------------------
+
+PROMPT = "The capital of France is"
+ANSWER = " Paris"
+BITS = (2, 8)
+SCALES = {"row": "row", "32 weights": 32}
+WORDS = 10
+"""Tokens of the answer that are shown."""
+STORED = "tour_capital"
+
+
+@torch.inference_mode()
+def ask(model: torch.nn.Module, loaded: LoadedModel) -> dict[str, Any]:
+    """The likeliest words after the question, and what the model writes when it takes them.
+
+    Returns:
+        "answer", the text; "paris", the probability of the right next token; "next", the five
+        likeliest tokens with their probabilities.
+    """
+    prompt = loaded.tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    chances = model(**prompt).logits[0, -1].float().softmax(-1)
+    likeliest = chances.topk(5)
+    right = loaded.tokenizer.encode(ANSWER)[0]
+    words = model.generate(
+        **prompt, max_new_tokens=WORDS, do_sample=False, pad_token_id=loaded.tokenizer.eos_token_id
+    )
+    said = loaded.tokenizer.decode(
+        words[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return {
+        "answer": " ".join(said.split()),
+        "paris": round(chances[right].item(), 4),
+        "next": [
+            [" ".join(loaded.tokenizer.decode([token]).split()) or "(space)", round(chance, 4)]
+            for token, chance in zip(likeliest.indices.tolist(), likeliest.values.tolist())
+        ],
+    }
+
+
+def rounded(loaded: LoadedModel, bits: int, scale: str) -> dict[str, Any]:
+    """What the model answers when each weight is rounded to the nearest of $2^b$ values."""
+    packed = quantization.rtn(loaded.model, bits, group_size=SCALES[scale])
+    size = stored_bytes(packed)
+    return ask(quantization.dequantized(packed), loaded) | {"bytes": size}
+
+
+@cache
+def _model() -> LoadedModel:
+    """SmolLM2, read when the first position is computed and kept."""
+    return load("smollm2-135m")
+
+
+def _found(bits: int, scale: str) -> dict[str, Any]:
+    """The answer at one position: computed here where that is possible, else the stored one."""
+    stored = results.read(STORED)
+    source = f"stored on {stored.provenance.date}"
+    row = next(r for r in stored.data["table"] if (r["bits"], r["scale"]) == (bits, scale))
+    if results.live():
+        try:
+            row, source = rounded(_model(), bits, scale), "computed here, just now"
+        except ModelUnavailable:
+            source += ", since the model is not installed here"
+    return {**row, "bits": bits, "source": source, "original": stored.data["original"]}
+
+
+def _draw(found: dict[str, Any], figure: Any) -> None:
+    """The five likeliest next words, and the size."""
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    names = [_drawable(word) for word, _ in found["next"]]
+    chances = [chance for _, chance in found["next"]]
+    colours = [PALETTE[2] if word == ANSWER.strip() else "0.7" for word, _ in found["next"]]
+    left.barh(range(5), chances, color=colours, height=0.6)
+    for place, chance in enumerate(chances):
+        left.annotate(f"{chance:.0%}", (chance + 0.02, place), va="center")
+    left.set_yticks(range(5), names)
+    left.invert_yaxis()
+    left.set_xlim(0, 1.15)
+    left.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+    left.set_title(f"{PROMPT} …")
+    left.set_xlabel("probability of the next token")
+    sizes = [found["original"]["bytes"] / 2**20, found["bytes"] / 2**20]
+    right.barh([0, 1], sizes, color=["0.7", PALETTE[0]], height=0.5)
+    for place, size in enumerate(sizes):
+        right.annotate(f"{size:.0f}", (size + 8, place), va="center")
+    right.set_xlim(0, sizes[0] * 1.25)
+    right.set_yticks([0, 1], ["original", f"{found['bits']} bits"])
+    right.invert_yaxis()
+    right.set_title("size")
+    right.set_xlabel("MiB")
+
+
+def _drawable(word: str) -> str:
+    """A token in signs that every font has, and that matplotlib does not take for mathematics."""
+    return word.encode("ascii", "replace").decode().replace("$", r"\$")[:14]
+
+
+def _words(found: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            f"The model answers: {PROMPT} {found['answer']} …",
+            f"The original answers: {PROMPT} {found['original']['answer']} …",
+            f"Probability of “Paris”: {found['paris']:.0%}",
+            f"Original's: {found['original']['paris']:.0%}",
+            f"Size: {found['bytes'] / 2**20:.0f} MiB",
+            f"Original's size: {found['original']['bytes'] / 2**20:.0f} MiB",
+            f"Answer: {found['source']}",
+        ]
+    )
+
+
+def capital_panel() -> Panel:
+    """Bits and grouping for SmolLM2, and what it says is the capital of France."""
+    return panel(
+        _found,
+        _draw,
+        text=_words,
+        title="Round SmolLM2's weights, and ask it for the capital of France",
+        caption="Left: the model's five likeliest next words, “Paris” in green where it is among "
+        "them. Right: the model's size.",
+        frames=[2, 3, 4, 6, 8],
+        bits=knob(*BITS, default=8),
+        scale=knob(list(SCALES), label="a scale for each"),
+    )
+
+
+def answers(*positions: tuple[int, str]) -> None:
+    """Print the stored answers at some positions, one a line."""
+    stored = results.read(STORED).data
+    print(f"original              {stored['original']['answer']}")
+    for bits, scale in positions:
+        row = next(r for r in stored["table"] if (r["bits"], r["scale"]) == (bits, scale))
+        print(f"{bits} bits, {scale:<13} {row['answer']}")
+
+
+# --- the result first -----------------------------------------------------------------------------
+
+KINDS = {"tensor": "one scale per matrix", "row": "one per row", "64": "one per 64 weights"}
+
+
+def draw_sweep(figure: Any) -> None:
+    """Perplexity and answers of mini-5m over bits per weight, for each way to share a scale."""
+    table = results.read("rtn_sweep").data["table"]
+    for axes, key in zip(figure.subplots(1, 2), ("perplexity", "accuracy")):
+        for colour, (kind, label) in zip(PALETTE, KINDS.items()):
+            rows = [row for row in table if row["group_size"] == kind]
+            bits = [row["layer_bits"] for row in rows]
+            axes.plot(bits, [row[key] for row in rows], "o-", color=colour, label=label)
+        axes.axhline(table[0][key], color="0.45", linestyle="--", label="original")
+        axes.set_xlabel("bits stored per weight")
+    left, right = figure.axes
+    left.set_yscale("log")
+    left.set_title("perplexity (lower is better)")
+    left.legend()
+    right.set_title("right answers (higher is better)")
+    right.yaxis.set_major_formatter("{x:.0%}")
+
+
+def describe_sweep() -> str:
+    """The same picture in words."""
+    table = results.read("rtn_sweep").data["table"]
+    original = table[0]
+
+    def at(kind: str, bits: int) -> dict[str, Any]:
+        return next(r for r in table if r["group_size"] == kind and r["bits"] == bits)
+
+    return (
+        "Left, three falling curves of perplexity over bits per weight. At 8 bits all three lie on "
+        f"the original's {original['perplexity']:.1f}. At 3 bits: "
+        f"{at('tensor', 3)['perplexity']:.0f} with one scale per matrix, "
+        f"{at('row', 3)['perplexity']:.0f} per row, "
+        f"{at('64', 3)['perplexity']:.0f} per 64 weights. "
+        f"Right, the share of right answers: {original['accuracy']:.0%} for the original, "
+        f"{at('tensor', 2)['accuracy']:.0%} at 2 bits with one scale per matrix."
+    )
+
+
+# --- this machine ---------------------------------------------------------------------------------
+
+
+def what_it_means(here: Machine) -> None:
+    """Print what a machine's cores, memory and GPU mean for the workbook, a line each."""
+    quick = "Panels will feel quick."
+    enough = "Two cores are enough; the times in the map were measured on two."
+    print(f"Cores: {here.cores}. {quick if here.cores >= 4 else enough}")
+    if here.memory_bytes:
+        memory = here.memory_bytes / 2**30
+        close = "Close other programs before the sections called “On a real model”."
+        print(f"Memory: {memory:.0f} GiB. {'Every chapter fits.' if memory >= 6 else close}")
+    if here.gpu:
+        print(f"GPU: {here.gpu}. It is used wherever it helps.")
+    else:
+        print("GPU: none, and none is needed: kernels then run their plain PyTorch versions.")
+    if here.triton:
+        print(f"Triton {here.triton}: GPU kernels run, or are stepped through without a GPU.")
+    else:
+        print("Triton: not installed, as usual without an NVIDIA GPU; no chapter needs it.")
+
+
+# --- rounding any model ---------------------------------------------------------------------------
+
+OPENING = "Anne was"
+GROUPS = {"matrix": "tensor", "row": "row", "128 weights": 128, "64 weights": 64, "32 weights": 32}
+
+
+def bench(loaded: LoadedModel) -> tuple[torch.Tensor, list]:
+    """2,045 tokens of a held-out novel, and 40 questions about held-out software packages."""
+    text = "\n\n".join(corpora.documents("novels", "test")[:3])
+    ids = loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False)[:2045]
+    return torch.tensor(ids), corpora.choice_items(40, context_characters=120, choice_characters=40)
+
+
+def look(model: torch.nn.Module, loaded: LoadedModel, data: tuple) -> dict[str, Any]:
+    """Perplexity, ranked choice and a few words of one model."""
+    ids, questions = data
+    prompt = loaded.tokenizer(OPENING, return_tensors="pt", add_special_tokens=False)
+    words = model.generate(
+        **prompt.to(model.device),
+        max_new_tokens=20,
+        do_sample=False,
+        repetition_penalty=1.3,
+        pad_token_id=0,
+    )
+    return {
+        "perplexity": perplexity(model, ids).perplexity,
+        "choice": ranked_choice(model, loaded.tokenizer, questions),
+        "text": loaded.tokenizer.decode(words[0], skip_special_tokens=True).replace("\n", " "),
+    }
+
+
+def rounding_panel(name: str, frames: list[int] | None = None) -> Panel:
+    """Bits and grouping for any causal language model.
+
+    Args:
+        name: One of ours, or the folder of yours.
+        frames: The numbers of bits that a page without a kernel stores.
+    """
+    loaded = load(name)
+    data = bench(loaded)
+    with torch.inference_mode():
+        before = look(loaded.model, loaded, data) | {"bytes": stored_bytes(loaded.model)}
+    layer_name, layer = next(iter(linears(loaded.model).items()))
+
+    def compute(bits: int, scale: str) -> dict[str, Any]:
+        packed = quantization.rtn(loaded.model, bits, group_size=GROUPS[scale])
+        after = look(quantization.dequantized(packed), loaded, data)
+        one = packed.get_submodule(layer_name).quantized
+        return after | {"bits": bits, "bytes": stored_bytes(packed), "one": one, "before": before}
+
+    def draw(found: dict[str, Any], figure: Any) -> None:
+        _draw_rounding(found, layer.weight[0].detach(), figure)
+
+    return panel(
+        compute,
+        draw,
+        text=_rounding_words,
+        title=f"Round {name} to nearest",
+        caption="Left: one row of weights, and the grid that the chosen bits put it on. Right: "
+        "what the whole model saves in size and loses in perplexity.",
+        frames=frames,
+        bits=knob(2, 8, default=4),
+        scale=knob(list(GROUPS), default="row", label="a scale for each"),
+    )
+
+
+def _draw_rounding(found: dict[str, Any], row: torch.Tensor, figure: Any) -> None:
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    left.hist(row, bins=60, color="0.75")
+    for level in found["one"].dequantize()[0].unique():
+        left.axvline(float(level), color=PALETTE[0], linewidth=0.8)
+    left.set_title(f"one row of weights on its {found['bits']}-bit grid")
+    left.set_xlabel("weight")
+    left.set_ylabel("weights")
+    before = found["before"]
+    size = found["bytes"] / before["bytes"]
+    loss = found["perplexity"] / before["perplexity"]
+    for y, times, colour in ((1, size, PALETTE[2]), (0, loss, PALETTE[1])):
+        right.barh(y, times - 1, left=1, color=colour, height=0.5)
+        right.annotate(f"{times:.2f} ×", (max(times, 1) * 1.08, y), va="center")
+    right.axvline(1, color="0.3")
+    right.set_xscale("log")
+    right.set_xlim(0.1, max(10, 4 * loss))
+    right.set_ylim(-0.6, 1.6)
+    right.xaxis.set_major_formatter("{x:g}")
+    right.set_yticks([1, 0], ["size", "perplexity"])
+    right.set_title("times the original's")
+
+
+def _rounding_words(found: dict[str, Any]) -> str:
+    before, was, now = found["before"], found["before"]["choice"], found["choice"]
+    return "\n".join(
+        [
+            f"Perplexity: {found['perplexity']:.4g}",
+            f"Original's: {before['perplexity']:.4g}",
+            f"Right answers: {now.accuracy:.0%} ± {now.standard_error:.0%}",
+            f"Original's right answers: {was.accuracy:.0%}",
+            f"Size: {found['bytes'] / 2**20:.2f} MiB",
+            f"Original's size: {before['bytes'] / 2**20:.2f} MiB",
+            f"Bits per weight: {found['one'].bits_per_weight:.2f}",
+            f"The original writes: {before['text']} …",
+            f"Rounded, it writes: {found['text']} …",
+        ]
+    )
+
+
+# --- the claim ------------------------------------------------------------------------------------
+
+
+def quantization_saves(loaded: LoadedModel, packed: torch.nn.Module) -> Any:
+    """The verdict on claim S-I3: what a packed model saves in memory and operations, and loses."""
+    windows = bench(loaded)[0][:2040].view(17, 120)
+    rounded_model = quantization.dequantized(packed)
+    with torch.inference_mode():
+        before = token_losses(loaded.model, windows).mean(1).tolist()
+        after = token_losses(rounded_model, windows).mean(1).tolist()
+    operations = flops(lambda: packed(input_ids=windows))
+    operations /= flops(lambda: loaded.model(input_ids=windows))
+    memory = stored_bytes(packed) / stored_bytes(loaded.model)
+    return verdict(
+        "S-I3",
+        parts=[
+            Evidence.exact(
+                "memory: bytes as stored, four bits / original",
+                memory,
+                expect="lower",
+                bound=0.5,
+            ),
+            Evidence.paired(
+                "quality: loss in nats per token, four bits - original",
+                after,
+                before,
+                expect="equal",
+                margin=0.1,
+            ),
+            Evidence.exact(
+                "computation: operations counted, four bits / original",
+                operations,
+                expect="lower",
+                bound=0.95,
+            ),
+        ],
+        note="Rounding to nearest only. The chapter on quantization tests training with "
+        "quantization, mixed precision and faster kernels.",
+    )
+
+
+# --- the exercise ---------------------------------------------------------------------------------
+
+symmetric_step = Exercise(
+    "The symmetric step",
+    minutes=3,
+    difficulty="easy",
+    reference=lambda weight, bits: quantization.formats.choose_grid(weight, bits, symmetric=True)[
+        0
+    ],
+    cases=[
+        (torch.tensor([[1.0, -2.0, 0.5], [0.1, 0.2, -0.7]]), 4),
+        (torch.tensor([[-3.0, 1.0], [0.5, 0.25], [4.0, -8.0]]), 3),
+    ],
+    wrong={
+        "This is one step for the whole matrix; each row needs the largest magnitude in that row": (
+            lambda weight, bits: weight.abs().max() / (2 ** (bits - 1) - 1)
+        ),
+        "This takes the largest magnitude of each column; a row is one output, so reduce over "
+        "dimension 1": lambda weight, bits: weight.abs().amax(0) / (2 ** (bits - 1) - 1),
+        "A negative weight can be the largest in magnitude: take the absolute value first": (
+            lambda weight, bits: weight.amax(1) / (2 ** (bits - 1) - 1)
+        ),
+        "Half of the 2^b codes are negative: the largest code is 2^(b-1) - 1, not 2^b - 1": (
+            lambda weight, bits: weight.abs().amax(1) / (2**bits - 1)
+        ),
+        "The largest code is 2^(b-1) - 1: the code 2^(b-1) does not fit into b bits with a sign": (
+            lambda weight, bits: weight.abs().amax(1) / 2 ** (bits - 1)
+        ),
+    },
+    atol=1e-3,  # the package stores its steps in half precision
+)
