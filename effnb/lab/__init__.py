@@ -18,7 +18,8 @@ _HOMES = {
     "figures": ("PALETTE", "figure", "style"),
     "listing": ("show",),
     "models": ("load",),
-    "panels": ("knob", "panel"),
+    "panels": ("guess", "guesses", "knob", "panel"),
+    "tables": ("NOT_MEASURED", "table"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = (*_HOMES, "corpora", "results")

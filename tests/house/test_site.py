@@ -283,9 +283,9 @@ def test_links_change_with_their_targets(tmp_path, book, reference):
     assert web.prose(page, "`[t](../nowhere.ipynb)`") == "`[t](../nowhere.ipynb)`"
     unwritten = next(one for one in book.chapters if not one.written)
     assert web.prose("00_start_here", f"[later]({unwritten.name}.ipynb)") == "later"
-    code = web.prose(page, "[code](../../effnb/lab/panels.py#L7)")
-    assert code == '<a href="../source/effnb/lab/panels.py.html#L-7">code</a>'
-    assert web.sources == {"effnb/lab/panels.py"}
+    code = web.prose(page, "[code](../../effnb/lab/checks.py#L7)")
+    assert code == '<a href="../source/effnb/lab/checks.py.html#L-7">code</a>'
+    assert web.sources == {"effnb/lab/checks.py"}
 
 
 def test_paths_and_anchors():
@@ -506,7 +506,7 @@ def test_names_lead_to_where_they_are_defined(package, reference):
     assert package.shortest("effnb.planted.inner.double") == "effnb.planted"
     rtn = "effnb.inference.quantization.rtn"
     assert reference.find(rtn) == f"{rtn}.rtn"  # a function stands before the module of its name
-    assert reference.find("effnb.lab.panel") == "effnb.lab.panels.panel"  # looked up when used
+    assert reference.find("effnb.lab.panel") == "effnb.lab.panels.interactive.panel"  # looked up when used
     code = (
         "from effnb.inference import quantization as q\nq.rtn(1)\nfrom effnb.lab import load\nload"
     )
