@@ -15,10 +15,13 @@ _HOMES = {
     "checks": ("Exercise",),
     "claims": ("Evidence", "claims_table", "verdict"),
     "devices": ("device", "machine"),
+    "axes": ("name_lines",),
+    "differences": ("paired",),
     "figures": ("PALETTE", "figure", "style"),
     "listing": ("show",),
     "models": ("load",),
     "panels": ("guess", "guesses", "knob", "panel"),
+    "quality": ("Curves", "Quality", "Subject", "quality_panel"),
     "tables": ("NOT_MEASURED", "table"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
