@@ -25,6 +25,7 @@ from effnb.lab.panels.knobs import Values
 from effnb.lab.panels.positions import Position
 from effnb.lab.panels.question import Question
 from effnb.lab.panels.readout import CSS, as_csv, as_table, compared, csv_link, numbers, pairs
+from effnb.lab.panels.saved import SAVED, hidden_while_live
 
 if TYPE_CHECKING:
     from effnb.lab.panels.interactive import Panel
@@ -35,11 +36,6 @@ PATIENCE = 1.0
 _DEAD = (
     '<div class="effnb-dead" role="alert">The kernel behind this panel has stopped, so its knobs '
     "no longer move. Below is what it showed last; run the cell again to go on.</div>"
-)
-# The saved copy hides what the front end says instead of widgets that no longer exist.
-_SAVED_CSS = (
-    "<style>.jp-OutputArea-child:not(:has(.effnb-panel)):has(+ .jp-OutputArea-child .effnb-saved)"
-    "{display:none!important}</style>"
 )
 
 
@@ -95,9 +91,7 @@ class View:
         self.box.add_class("effnb-live")
         saved = f"effnb-saved-{self.box.model_id}"
         self._saved_class, self._saved, self._saved_html = saved, False, ""
-        # While these widgets live, the plain copy is out of sight.
-        hide = f"<style>.{saved},.jp-OutputArea-child:has(.{saved}){{display:none}}</style>"
-        self._head = heading(panel, hide)
+        self._head = heading(panel, hidden_while_live(saved))
         self._dead = piece(_DEAD)
         self._said: tuple[Position, Position | None, Picture | None] | None = None
         self._following = True
@@ -262,9 +256,7 @@ class View:
             '<div class="effnb-note">Saved from a running panel; run this cell to turn its knobs.'
             "</div>"
         )
-        made = (
-            f'<div class="effnb-saved {self._saved_class}">{CSS}{_SAVED_CSS}{"".join(parts)}</div>'
-        )
+        made = f'<div class="effnb-saved {self._saved_class}">{CSS}{SAVED}{"".join(parts)}</div>'
         return made, "\n".join(filter(None, lines))
 
 
