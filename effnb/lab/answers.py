@@ -97,7 +97,7 @@ class Solution:
         button = widgets.Button(
             description=words,
             tooltip="Your own answer stays as it is",
-            layout=widgets.Layout(width="auto"),
+            layout=widgets.Layout(width="auto", align_self="flex-start"),
         )
         shown = piece("")
         box = widgets.VBox([button, shown])
@@ -112,5 +112,5 @@ class Solution:
 
         button.on_click(turn)
         display({**view_bundle(box), "text/plain": repr(self)}, raw=True)
-        note = f'<div class="effnb-saved {saved}">{SAVED}<p>{html.escape(repr(self))}</p></div>'
+        note = f'<div class="effnb-saved {saved}">{SAVED}<em>{html.escape(repr(self))}</em></div>'
         display({"text/html": note, "text/plain": ""}, raw=True)

@@ -130,11 +130,21 @@ class Made:
         question: What was asked.
         guess: What was guessed; None when the question was skipped.
         answer: What came out, in words; empty where the panel itself is the answer.
+        unit: Unit of a guessed number.
     """
 
     question: str
     guess: str | float | None
     answer: str
+    unit: str = ""
+
+    def words(self) -> str:
+        """The guess in words."""
+        if self.guess is None:
+            return "skipped"
+        if isinstance(self.guess, str):
+            return self.guess
+        return f"{self.guess:.4g} {self.unit}".strip()
 
 
 _made: dict[str, Made] = {}
@@ -163,7 +173,8 @@ def _load() -> None:
         return
     try:
         for one in json.loads(path.read_text(encoding="utf-8")):
-            _made.setdefault(one["question"], Made(one["question"], one["guess"], one["answer"]))
+            made = Made(one["question"], one["guess"], one["answer"], one.get("unit", ""))
+            _made.setdefault(made.question, made)
     except (OSError, ValueError, KeyError, TypeError):
         return
 
@@ -202,7 +213,7 @@ class Guesses:
             [
                 {
                     "question": one.question,
-                    "guess": "skipped" if one.guess is None else say(one.guess),
+                    "guess": one.words(),
                     "answer": one.answer or "see the panel",
                 }
                 for one in self.made

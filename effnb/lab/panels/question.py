@@ -56,7 +56,7 @@ class Question:
             return
         self._value, self.done = value, True
         self._show()
-        keep(Made(self._guess.question, value, ""))
+        keep(Made(self._guess.question, value, "", self._guess.unit))
         self._unlock()
 
     def settle(self, result: Any) -> None:
@@ -67,7 +67,7 @@ class Question:
         if self._guess.answer is not None:
             answer = self._guess.say(self._guess.answer(result))
         self._show()
-        keep(Made(self._guess.question, self._value, answer))
+        keep(Made(self._guess.question, self._value, answer, self._guess.unit))
 
     def _show(self) -> None:
         self._asked.value = _asked(self._guess) + _said(self._words())

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from urllib.parse import quote
 
 CSS = """<style>
-.effnb-panel{max-width:760px;padding:12px 16px 14px;margin:4px 0;border-radius:10px;
+.effnb-panel,.effnb-saved{max-width:760px;padding:12px 16px 14px;margin:4px 0;border-radius:10px;
 border:1px solid color-mix(in srgb,currentColor 16%,transparent);
 background:color-mix(in srgb,currentColor 2.5%,transparent);
 overflow:visible;box-sizing:border-box}
@@ -19,8 +19,8 @@ overflow:visible;box-sizing:border-box}
 color:inherit!important}
 .effnb-panel .widget-html,.effnb-panel .widget-html-content{line-height:1.45;height:auto;margin:0;
 overflow:visible}
-.effnb-panel .effnb-title{font-weight:600;font-size:1.08em;padding:0 0 6px}
-.effnb-panel .effnb-caption{opacity:.8;padding:8px 0 0;max-width:68ch}
+:is(.effnb-panel,.effnb-saved) .effnb-title{font-weight:600;font-size:1.08em;padding:0 0 6px}
+:is(.effnb-panel,.effnb-saved) .effnb-caption{opacity:.8;padding:8px 0 0;max-width:68ch}
 .effnb-controls{flex-flow:row wrap;gap:2px 22px;overflow:visible;padding:0 0 8px}
 .effnb-controls .widget-label{width:auto;
 min-width:64px;padding-right:10px;text-align:left;font-weight:600}
@@ -75,7 +75,9 @@ border-bottom:1px solid color-mix(in srgb,currentColor 14%,transparent)}
 .effnb-compare tbody th{font-weight:500}.effnb-compare td.now{font-weight:600}
 .effnb-scroll{overflow-x:auto;max-width:100%}
 .effnb-visited summary{cursor:pointer;padding:4px 0}
-.effnb-dead{display:none}
+.effnb-dead,.effnb-where{display:none}
+.effnb-dead{margin:4px 0 8px}
+.effnb-live.jupyter-widgets-disconnected .effnb-where{display:block;font-weight:600;padding:0 0 6px}
 .effnb-panel.jupyter-widgets-disconnected::before,
 .effnb-panel .jupyter-widgets-disconnected::before{display:none!important}
 .effnb-live.jupyter-widgets-disconnected .effnb-dead{display:block}

@@ -194,7 +194,10 @@ class View:
         """
         position, pinned, overlaid = self._said
         made = (overlaid or position.picture).html(position.alt) + numbers(position.text)
-        if not live:
+        where = self._panel.positions.where(position.values, position.ignored)
+        if live:  # in sight when the controls are gone
+            made = f'<div class="effnb-where">{html.escape(where)}</div>{made}'
+        else:
             made = made.replace(' role="status" aria-live="polite" aria-atomic="true"', "")
         if pinned is None:
             return made
