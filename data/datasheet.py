@@ -27,7 +27,7 @@ import numpy as np
 from baselines import HELD_OUT, encode, load_tokenizer
 
 from effnb.lab import corpora, results
-from effnb.lab._files import DamagedFile, data_folder
+from effnb.lab._files import data_folder
 from effnb.lab.models import SHIPPED
 
 HERE = Path(__file__).resolve().parent
@@ -147,10 +147,8 @@ def merged_sections(archive: Path) -> dict[str, int]:
 
 def measure(archive: Path | None) -> dict:
     """Everything about the corpora that takes more than a moment."""
-    try:
-        before = results.read("corpora").data
-    except DamagedFile:
-        before = {}
+    stored = results.read("corpora", any_model=True)
+    before = stored.data if stored else {}
     merged = merged_sections(archive) if archive else before.get("merged_sections", {})
     tokenizer = load_tokenizer()
     data: dict = {"merged_sections": merged, "splits": {}, "duplicates": {}, "copied": {}}
@@ -460,10 +458,10 @@ def table_recall() -> list[str]:
 
 def _scores() -> dict[str, dict]:
     """Stored scores of the models whose weights are still those that were scored."""
-    try:
-        data = results.read("models").data
-    except DamagedFile:
+    stored = results.read("models", any_model=True)  # each is compared by itself, below
+    if not stored:
         return {}
+    data = stored.data
     manifest = _json(data_folder() / "models" / "MANIFEST.json")
     return {
         name: data[name]
