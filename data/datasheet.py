@@ -163,6 +163,14 @@ def measure(archive: Path | None) -> dict:
             }  # fmt: skip
             if split != "train":
                 data["copied"][f"{name}, {split}"] = round(copied(texts, training), 4)
+    every = [text for name in corpora.NAMES for text in corpora.documents(name, "train")]
+    for name in corpora.NAMES:
+        share = copied(corpora.documents(name, "test"), every)
+        data["copied"][f"{name}, test, in all corpora's training text"] = round(share, 4)
+    for work in sorted({m.work for m in corpora.manuals("test")}):
+        texts = [m.text for m in corpora.manuals("test") if m.work == work]
+        share = copied(texts, corpora.documents("manuals", "train"))
+        data["copied"][f"manuals, test: {work}"] = round(share, 4)
     for work in sorted({c.work for c in corpora.novels("test")}):
         texts = [c.text for c in corpora.novels("test") if c.work == work]
         share = copied(texts, corpora.documents("novels", "train"))
@@ -261,6 +269,20 @@ def _chapters(chapters: list[corpora.Chapter]) -> list[object]:
     counts = Counter(c.split for c in chapters)
     words = sum(len(c.text.split()) for c in chapters)
     return [chapters[0].year, *(counts[split] for split in corpora.SPLITS), f"{words:,}"]
+
+
+def table_manuals() -> list[str]:
+    """Works of the manuals, with their licence and their documents by split."""
+    works: dict[str, list[corpora.Manual]] = {}
+    for manual in corpora.manuals():
+        works.setdefault(manual.work, []).append(manual)
+    rows = []
+    for work, found in works.items():
+        splits = Counter(manual.split for manual in found)
+        words = sum(len(manual.text.split()) for manual in found)
+        counts = [f"{splits[split]:,}" for split in corpora.SPLITS]
+        rows.append((work, found[0].licence, *counts, f"{words:,}"))
+    return _table(["work", "licence", *corpora.SPLITS, "words"], rows, numbers=2)
 
 
 def table_sections() -> list[str]:
