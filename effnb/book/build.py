@@ -43,7 +43,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from traitlets import default
 
-from effnb.book import limits
+from effnb.book import limits, methods
 from effnb.book.limits import tags
 from effnb.lab.chapters import NOTEBOOKS, Measured, chapter_map, run_time_sentence, update_readme
 from effnb.lab.devices import cores
@@ -646,6 +646,7 @@ def main(arguments: list[str] | None = None, folder: Path = NOTEBOOKS) -> int:
             renew_maps(folder)
             if folder == NOTEBOOKS:
                 update_readme(NOTEBOOKS.parent / "README.md")
+                methods.update_readme(NOTEBOOKS.parent / "README.md")
         everything = not options.chapters
         found = (
             check(folder)
