@@ -49,7 +49,7 @@ import torch
 
 from effnb.lab import PALETTE, figure, results
 
-stored = results.read("quantization_methods")
+stored = results.read("05_inference/3_quantization/methods")
 rows = stored.data["table"]
 original = rows[0]
 
@@ -399,7 +399,7 @@ show(quantization.smooth_scales, quantization.awq_scales)
 # What each answer is worth, from the stored sweep. First eight and six bits for weights *and* inputs, one scale for a token's inputs or for a whole batch's:
 
 # %% tags=["nbval-check-output"]
-table = results.read("quantization_outliers").data["table"]
+table = results.read("05_inference/3_quantization/outliers").data["table"]
 
 
 def cell(method, injected, bits, per=None):
@@ -483,7 +483,7 @@ show(quantization.quantize_ste)
 # **PEQA** (Kim et al., 2023) it is the scales alone, so that a task is a few kilobytes. All of them on the same 30 batches, three seeds each:
 
 # %% tags=["nbval-check-output"]
-trained = results.read("quantization_training").data["table"]
+trained = results.read("05_inference/3_quantization/training").data["table"]
 
 
 def mean(method, bits, key):
@@ -509,7 +509,7 @@ for method in ("RTN", "GPTQ", "PEQA on GPTQ", "LoRA on GPTQ", "QAT", "QAT, LSQ")
 # same steps on a model that nobody rounded.
 
 # %% tags=["nbval-check-output"]
-control = results.read("quantization_control").data["table"]
+control = results.read("05_inference/3_quantization/control").data["table"]
 
 
 def thousandths(after, before):
@@ -736,7 +736,7 @@ panel(
 # squared rounding error). The sensitivities took minutes and are stored; the exact allocation is a second's work:
 
 # %% tags=["nbval-check-output"]
-mixed = results.read("quantization_mixed").data
+mixed = results.read("05_inference/3_quantization/mixed").data
 sensitivity = {n: {int(b): c for b, c in by.items()} for n, by in mixed["sensitivity"].items()}
 sizes = quantization.layer_bytes(model, mixed["choices"], group_size=mixed["group_size"])
 budget = sum(size[3] for size in sizes.values())
@@ -800,8 +800,8 @@ for name, added in mixed["additivity"].items():
 # %% tags=["hide-input"]
 from effnb.lab import Evidence, claims_table, verdict
 
-speed = results.read("quantization_speed")
-domains = results.read("quantization_domains").data["table"]
+speed = results.read("05_inference/3_quantization/speed")
+domains = results.read("05_inference/3_quantization/domains").data["table"]
 
 
 def windows(method, group_size, bits):
@@ -936,7 +936,7 @@ claims_table(s_i3, c_3, c_7)
 # languages that the model never learned. Below it the original's loss, and the entropy of the predictions: how flat they are.
 
 # %% tags=["nbval-check-output"]
-entropy = results.read("quantization_domains").data["entropy"]
+entropy = results.read("05_inference/3_quantization/domains").data["entropy"]
 SHORT = {", groups of 64": " /64", ", per row": " /row", " bits": ""}
 
 
@@ -996,7 +996,7 @@ cost_card(
 # %% tags=["nbval-check-output"]
 print("                                             KiB of 8 texts of 511 tokens  bits per")
 print("keys: outliers      bits grouped by perplexity  packed  latest     all       number")
-for r in results.read("quantization_cache").data["table"]:
+for r in results.read("05_inference/3_quantization/cache").data["table"]:
     if r["bits"] in (2, 16) and (r["keys"] == "channel" or r["bits"] == 2):
         parts = "".join(f"{r[k] / 2**10:8.0f}" for k in ("packed_bytes", "latest_bytes", "bytes"))
         print(
@@ -1014,7 +1014,7 @@ for r in results.read("quantization_cache").data["table"]:
 # from its one-line synopsis among 400. The curve is stored; the setting below it is computed when you run the page.
 
 # %% tags=["hide-input"]
-minilm = results.read("quantization_minilm").data["table"]
+minilm = results.read("05_inference/3_quantization/minilm").data["table"]
 
 
 def draw_minilm(fig):
@@ -1081,7 +1081,7 @@ if results.live():
         )
         print(name, f"{retrieval(*vectors).recall_at_1:.0%}")
 else:
-    print(results.read("quantization_minilm"))
+    print(results.read("05_inference/3_quantization/minilm"))
 
 # %% [markdown]
 # `smollm2-135m` is a language model of 135 million weights. A warning: the file it comes from has its linear weights on a 4-bit grid
@@ -1089,7 +1089,7 @@ else:
 # of 32, and lose by that. Three bits are the test here, and speed.
 
 # %% tags=["nbval-check-output"]
-smollm2 = results.read("quantization_smollm2").data["table"]
+smollm2 = results.read("05_inference/3_quantization/smollm2").data["table"]
 for r in smollm2:
     group = (
         ""
@@ -1129,7 +1129,7 @@ if results.live():
             f"{label:9} perplexity {math.exp(loss):6.1f} here, {math.exp(sum(at['windows'][:2]) / 2):6.1f} stored"
         )
 else:
-    print(results.read("quantization_smollm2"))
+    print(results.read("05_inference/3_quantization/smollm2"))
 
 # %% [markdown]
 # And speed. Decoding one token reads every weight once. Not the embedding, of which it reads one row; but in float32 the output head *is* the embedding, and is read as a whole:
