@@ -2,7 +2,7 @@
 # jupyter:
 #   effnb:
 #     minutes: 10
-#     live: tour_capital
+#     live: 00_start_here/capital
 #   jupytext:
 #     notebook_metadata_filter: kernelspec,effnb
 #     cell_metadata_filter: tags,-all
@@ -88,7 +88,7 @@ figure(
 # take minutes, so they were computed once and stored. A stored result always says where it comes from:
 
 # %%
-results.read("rtn_sweep")
+results.read("00_start_here/rtn")
 
 # %% [markdown]
 # ## What can this machine do?

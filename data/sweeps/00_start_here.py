@@ -2,18 +2,25 @@
 
     python data/sweeps/00_start_here.py    # some minutes on one CPU core
 
-Written to `data/results/00_start_here/rtn.json`: round-to-nearest at every bit-width and grouping
-on `mini-5m`, measured as `effnb.lab.bench` says.
+rtn: round-to-nearest at every bit-width and grouping on `mini-5m`, measured as `effnb.lab.bench`
+says. capital: what SmolLM2 says is the capital of France at each position of the tour's first
+panel: the answer, the five likeliest next tokens, bytes as stored, and what a position takes when
+it is computed live (the quickest one's seconds, the peak memory of this process).
 """
 
 from __future__ import annotations
 
 import math
 import sys
+import time
 
+import psutil
 from torch import nn
 
+from effnb.chapters import start_here
+from effnb.evaluation import stored_bytes
 from effnb.inference.quantization import QuantizedLinear, dequantized, rtn
+from effnb.lab import load
 from effnb.lab.bench import file_bytes
 from effnb.lab.sweeps import Bench, run
 
@@ -49,7 +56,24 @@ def rounding() -> dict:
     }
 
 
-PARTS = {"rtn": rounding}
+def capital() -> dict:
+    """SmolLM2's answer at every position, and the original's."""
+    loaded = load("smollm2-135m", device="cpu")
+    original = start_here.ask(loaded.model, loaded) | {"bytes": stored_bytes(loaded.model)}
+    table, seconds, process, peak = [], [], psutil.Process(), 0
+    for scale in start_here.SCALES:
+        for bits in range(start_here.BITS[0], start_here.BITS[1] + 1):
+            began = time.perf_counter()
+            row = {"bits": bits, "scale": scale} | start_here.rounded(loaded, bits, scale)
+            seconds.append(time.perf_counter() - began)
+            peak = max(peak, process.memory_info().rss)
+            table.append(row)
+            print(row, flush=True)
+    live = {"seconds": round(min(seconds), 1), "mebibytes": round(peak / 2**20)}
+    return {"prompt": start_here.PROMPT, "original": original, "table": table, "live": live}
+
+
+PARTS = {"rtn": rounding, "capital": capital}
 
 if __name__ == "__main__":
     sys.exit(run(PARTS, __file__, __doc__.splitlines()[0]))

@@ -1,7 +1,7 @@
 """The tour: SmolLM2 is asked for the capital of France, and mini-5m is rounded and measured.
 
 A position of the first panel takes seconds on a real model, so a page that is built or tested shows
-what `data/sweep_tour.py` stored, and so does a kernel in which the model is not installed.
+what `data/sweeps/00_start_here.py` stored, and so does a kernel in which the model is not installed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BITS = (2, 8)
 SCALES = {"row": "row", "32 weights": 32}
 WORDS = 10
 """Tokens of the answer that are shown."""
-STORED = "tour_capital"
+STORED = "00_start_here/capital"
 
 
 @torch.inference_mode()
@@ -161,7 +161,7 @@ KINDS = {"tensor": "one scale per matrix", "row": "one per row", "64": "one per 
 
 def draw_sweep(figure: Any) -> None:
     """Perplexity and answers of mini-5m over bits per weight, for each way to share a scale."""
-    table = results.read("rtn_sweep").data["table"]
+    table = results.read("00_start_here/rtn").data["table"]
     for axes, key in zip(figure.subplots(1, 2), ("perplexity", "accuracy")):
         for colour, (kind, label) in zip(PALETTE, KINDS.items()):
             rows = [row for row in table if row["group_size"] == kind]
@@ -179,7 +179,7 @@ def draw_sweep(figure: Any) -> None:
 
 def describe_sweep() -> str:
     """The same picture in words."""
-    table = results.read("rtn_sweep").data["table"]
+    table = results.read("00_start_here/rtn").data["table"]
     original = table[0]
 
     def at(kind: str, bits: int) -> dict[str, Any]:

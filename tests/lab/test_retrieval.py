@@ -10,7 +10,7 @@ GROUPS = {"row": "row", "64": "64 weights"}
 
 @pytest.fixture
 def stored():
-    return results.read("quantization_minilm").data
+    return results.read("05_inference/3_quantization/minilm").data
 
 
 def test_minilm_at_two_bits_is_worse_and_gptq_brings_some_of_it_back(stored):
