@@ -13,7 +13,7 @@ from typing import Any
 _HOMES = {
     "cards": ("cost_card",),
     "checks": ("Exercise",),
-    "claims": ("Evidence", "claims_table", "verdict"),
+    "claims": ("claims_table", "judge"),
     "devices": ("device", "machine"),
     "figures": ("PALETTE", "figure", "style"),
     "listing": ("show",),
