@@ -97,11 +97,9 @@ def wanting(rows, chapter, claims=None):
                     found[claim.id, part.name] = f"no {part.value} in {sorted(fitting[0])}"
                 elif missing := [k for k in part.equal if k not in fitting[0]]:
                     found[claim.id, part.name] = f"no {missing}"
-            sides = [
-                chosen(rows, {"model": part.model, **a})
-                for a in (part.method, part.baseline or part.method)
-            ]
-            if part.seeds and not any("seed" in row for side in sides for row in side):
+            sides = [a for a in (part.method, part.baseline) if a is not None]
+            drawn = [row for a in sides for row in chosen(rows, {"model": part.model, **a})]
+            if part.seeds and not any("seed" in row for row in drawn):
                 found[claim.id, part.name] = "no seeds"
     return found
 

@@ -142,3 +142,13 @@ def test_partitioning(work, by_clock, outcomes, verdict):
     assert found.outcome == verdict
     assert "compiler" in by_name["compiler"].why
     assert by_name["bytes"].numbers()[0] == pytest.approx(0.012)
+
+
+@pytest.mark.parametrize("companion", [pruning, low_rank, quantization, codesign])
+def test_what_is_stored_can_be_judged(companion):
+    """Whatever has been measured by now; parts that were not say so."""
+    found = companion.stored()
+    assert {one.name for one in found} <= set(companion.TABLES)
+    every = [*pruning.stored(), *quantization.stored(), *low_rank.stored(), *codesign.stored()]
+    for name, judged in {**JUDGES, "C-7": pruning.c_7}.items():
+        assert judged(*every).claim.id == name

@@ -630,3 +630,25 @@ def test_stored_results_bring_their_day(register):
     found = judge("S-I3", StoredResult("x", {"table": rows}, about))
     assert (found.outcome, found.post_hoc) == (HOLDS, True)
     assert not judge("S-I3", rows=rows).post_hoc  # measured just now
+
+
+def test_tables_that_are_not_measured_yet_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("effnb.lab.results.data_folder", lambda: tmp_path)
+    assert claims.available("no_such_table") == []
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "broken.json").write_text("{")
+    with pytest.raises(DamagedFile, match="broken"):
+        claims.available("no_such_table", "broken")
+
+
+def test_the_same_run_in_two_tables_counts_once(register):
+    register(row())
+    about = Provenance("python data/sweep.py", TODAY, "cpu", {})
+    one, other = (
+        StoredResult(name, {"table": [plain(date=TODAY), *more]}, about)
+        for name, more in (("a", runs("quality", -0.1)), ("b", []))
+    )
+    assert judge("S-I3", one, other).outcome == HOLDS
+    changed = StoredResult("b", {"table": [plain(documents=[1.0] * 24)]}, about)
+    with pytest.raises(ValueError, match="two stored rows of one seed"):
+        judge("S-I3", one, changed)

@@ -34,7 +34,7 @@ from effnb.lab.claims.registry import (
     digest_of,
     ledger,
 )
-from effnb.lab.claims.rows import chosen, measure, rows_of
+from effnb.lab.claims.rows import available, chosen, measure, rows_of
 from effnb.lab.claims.table import MIME, claims_table, verdicts_in
 from effnb.lab.claims.verdicts import (
     FAILS,
@@ -69,6 +69,7 @@ __all__ = [
     "UNTESTED",
     "VERDICTS",
     "Verdict",
+    "available",
     "changed_registrations",
     "chosen",
     "claims_from",

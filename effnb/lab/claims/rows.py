@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from effnb.lab import results
+from effnb.lab._files import DamagedFile
 from effnb.lab.claims.evidence import (
     LEAST_SEEDS,
     Evidence,
@@ -28,11 +30,35 @@ from effnb.lab.results import StoredResult
 Row = Mapping[str, Any]
 
 
+def available(*names: str) -> list[StoredResult]:
+    """The stored results that exist, of those named.
+
+    Raises:
+        DamagedFile: When one is damaged.
+    """
+    found = []
+    for name in names:
+        try:
+            found.append(results.read(name))
+        except DamagedFile as problem:
+            if "is missing" not in str(problem):
+                raise
+    return found
+
+
 def rows_of(*stored: StoredResult) -> list[dict[str, Any]]:
-    """The rows of stored tables; each takes the day it was measured on with it, as "date"."""
-    return [
-        {"date": one.provenance.date} | dict(row) for one in stored for row in one.data["table"]
-    ]
+    """The rows of stored tables; each takes the day it was measured on with it, as "date".
+
+    A run that several tables hold alike, such as that of the original model, is taken once.
+    """
+    rows: list[dict[str, Any]] = []
+    known: list[dict[str, Any]] = []
+    for one in stored:
+        for row in one.data["table"]:
+            if row not in known:
+                known.append(row)
+                rows.append({"date": one.provenance.date} | dict(row))
+    return rows
 
 
 def chosen(rows: Sequence[Row], about: Row) -> list[Row]:

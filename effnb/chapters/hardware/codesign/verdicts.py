@@ -8,8 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from effnb.lab.claims import Verdict, judge
+from effnb.lab.claims import Verdict, available, judge
 from effnb.lab.results import StoredResult
+
+TABLES = tuple(f"codesign_claims_{part}" for part in ("mini", "smollm2"))
+"""The stored tables that the verdicts rest on."""
+
+
+def stored() -> list[StoredResult]:
+    """Those of the tables that have been measured."""
+    return available(*TABLES)
+
 
 EXPERTS = 16
 LAYER = f"one layer of {EXPERTS} experts"

@@ -6,8 +6,16 @@ those of `python data/sweep_claims_low_rank.py`.
 
 from __future__ import annotations
 
-from effnb.lab.claims import Verdict, judge
+from effnb.lab.claims import Verdict, available, judge
 from effnb.lab.results import StoredResult
+
+TABLES = tuple(f"low_rank_claims_{part}" for part in ("mini", "smollm2"))
+"""The stored tables that the verdicts rest on."""
+
+
+def stored() -> list[StoredResult]:
+    """Those of the tables that have been measured."""
+    return available(*TABLES)
 
 
 def c_4(*stored: StoredResult) -> Verdict:

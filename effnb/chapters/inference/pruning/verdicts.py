@@ -6,8 +6,20 @@ those of `python data/sweep_claims_pruning.py`; any that are given are searched 
 
 from __future__ import annotations
 
-from effnb.lab.claims import Verdict, judge
+from effnb.lab.claims import Verdict, available, judge
 from effnb.lab.results import StoredResult
+
+TABLES = tuple(
+    f"pruning_claims_{part}"
+    for part in ("mini", "domains", "learning", "lottery", "smollm2", "speed")
+)
+"""The stored tables that the verdicts rest on."""
+
+
+def stored() -> list[StoredResult]:
+    """Those of the tables that have been measured."""
+    return available(*TABLES)
+
 
 SETTING = (
     "mini-5m and SmolLM2 are judged on chapters of a novel that neither mini-5m nor any "

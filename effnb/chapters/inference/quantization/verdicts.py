@@ -7,10 +7,31 @@ those of `python data/sweep_claims_quantization.py`; C-7 also takes those of pru
 from __future__ import annotations
 
 from effnb.chapters.inference.pruning.verdicts import c_7
-from effnb.lab.claims import Verdict, judge
+from effnb.lab.claims import Verdict, available, judge
 from effnb.lab.results import StoredResult
 
-__all__ = ["c_3", "c_7", "s_i3"]
+TABLES = tuple(
+    f"quantization_claims_{part}"
+    for part in (
+        "mini",
+        "domains",
+        "mixed",
+        "training",
+        "smollm2",
+        "smollm2_mixed",
+        "smollm2_training",
+        "speed",
+    )
+)
+"""The stored tables that the verdicts rest on."""
+
+
+def stored() -> list[StoredResult]:
+    """Those of the tables that have been measured."""
+    return available(*TABLES)
+
+
+__all__ = ["TABLES", "c_3", "c_7", "s_i3", "stored"]
 
 
 def s_i3(*stored: StoredResult) -> Verdict:
