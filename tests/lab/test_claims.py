@@ -652,3 +652,25 @@ def test_the_same_run_in_two_tables_counts_once(register):
     changed = StoredResult("b", {"table": [plain(documents=[1.0] * 24)]}, about)
     with pytest.raises(ValueError, match="two stored rows of one seed"):
         judge("S-I3", one, changed)
+
+
+def test_a_planted_bound_in_a_built_chapter_is_found(register):
+    register(row(), row("speed"))
+    found = judge("S-I3", rows=[*runs("quality", -0.1), plain()]).data()
+    assert claims.unregistered(found) == []
+    found["parts"][0]["bound"] = 0.5
+    assert claims.unregistered(found) == [
+        "S-I3 judges 'quality' by the bound 0.5, and 0.0 is registered"
+    ]
+    found["parts"][0]["name"] = "another"
+    assert len(claims.unregistered(found)) == 2
+
+
+def test_built_chapters_judge_what_is_registered():
+    """Chapters that were built before anything was registered carry no names of parts."""
+    found = []
+    for path in sorted((data_folder().parent / "notebooks").rglob("*.ipynb")):
+        for one in verdicts_in(json.loads(path.read_text(encoding="utf-8"))):
+            if any("name" in each for each in one["parts"]):
+                found += claims.unregistered(one)
+    assert found == []

@@ -48,6 +48,7 @@ from effnb.lab.claims.verdicts import (
     judge,
     judged,
     outcome_of,
+    unregistered,
 )
 
 __all__ = [
@@ -91,6 +92,7 @@ __all__ = [
     "rows_of",
     "student_point",
     "student_tail",
+    "unregistered",
     "untested",
     "verdicts_in",
 ]

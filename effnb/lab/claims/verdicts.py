@@ -221,6 +221,27 @@ def claim_named(name: str) -> Claim:
     return ledger()[name]
 
 
+def unregistered(verdict: Mapping[str, Any]) -> list[str]:
+    """Where a verdict that a chapter carries differs from what is registered, in words.
+
+    Args:
+        verdict: As `Verdict.data` gives it.
+    """
+    parts, claim = {part.get("name"): part for part in verdict["parts"]}, claim_named(verdict["id"])
+    more, fewer = parts.keys() - claim.parts.keys(), claim.parts.keys() - parts.keys()
+    found = [f"{claim.id} judges {name!r}, which is not registered" for name in more]
+    found += [f"{claim.id} does not judge {name!r}" for name in fewer]
+    for name in parts.keys() & claim.parts.keys():
+        for key in ("expect", "bound", "margin"):
+            registered = getattr(claim.parts[name], key)
+            if parts[name][key] != registered:
+                found.append(
+                    f"{claim.id} judges {name!r} by the {key} {parts[name][key]}, and "
+                    f"{registered} is registered"
+                )
+    return sorted(found)
+
+
 def joint(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One verdict from those that several chapters carry on the same claim.
 
