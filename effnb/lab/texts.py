@@ -148,7 +148,7 @@ def windows_of(
 def domain_windows(
     tokenizer: PreTrainedTokenizerBase, count: int, length: int
 ) -> dict[str, Int[Tensor, "windows time"]]:
-    """Windows of each kind of held-out text: known domains, and languages no model learned."""
+    """Windows spread evenly over each kind of held-out text: known domains, unknown languages."""
     texts = {
         "novel": [c.text for c in corpora.novels("test") if c.kind == "novel"],
         "Bible": [c.text for c in corpora.novels("test") if c.kind == "bible"],
@@ -158,4 +158,9 @@ def domain_windows(
             for name, code in (("German", "de"), ("French", "fr"), ("Japanese", "ja"))
         },
     }
-    return {name: windows_of(tokenizer, of, count, length) for name, of in texts.items()}
+    found = {}
+    for name, of in texts.items():
+        windows = windows_of(tokenizer, of, 1_000_000, length)
+        number = min(count, len(windows))
+        found[name] = windows[[i * len(windows) // number for i in range(number)]]
+    return found

@@ -8,13 +8,13 @@ Each part is written to `data/results/05_inference/3_quantization/<part>.json`:
 methods    rounding to nearest, GPTQ and AWQ at 2 to 8 bits, and the other formats, on `mini-5m`
 outliers   the same and W8A8 / W6A6 after function-preserving outlier injection
 domains    what quantization costs on novels, the Bible, package descriptions and translations
-mixed      bits chosen per layer under a budget, against uniform bits of equal size
+mixed      bits chosen per layer under a budget, against uniform bits of equal size and data
 training   quantization after, while fine-tuning, and in training: quality and cost, three seeds
 control    the same training steps without any rounding, three seeds
 cache      the key-value cache at 2, 4 and 8 bits
 minilm     retrieval quality of `minilm-l6` at every number of bits from 2 to 8
 smollm2    `smollm2-135m` at 3 and 4 bits: quality
-speed      `smollm2-135m`: tokens per second of packed layers beside float32
+speed      `smollm2-135m`: tokens per second of packed layers beside float32, and their loss
 
 Quality is measured as `effnb.lab.bench` says; the loss of each window is stored, so that two
 settings can be compared pair by pair.
@@ -184,11 +184,11 @@ def mixed() -> dict:
     """2, 3 or 4 bits for each layer, against the same bits for all, at equal bytes."""
     bench = Bench()
     choices, group_size = (2, 3, 4), 64
-    given = calibration(bench.loaded, 0, (8, 256))
+    given = calibration(bench.loaded, 0)  # as much as every other method sees
     sizes = quantization.layer_bytes(bench.model, choices, group_size=group_size)
     rounding = partial(quantization.quantize, group_size=group_size)
     rounded = partial(quantization.rtn, group_size=group_size)
-    traces = quantization.hessian_traces(bench.model, given[::2], samples=8)
+    traces = quantization.hessian_traces(bench.model, given, samples=8)
     costs = {
         "loss": quantization.loss_sensitivity(bench.model, given, choices, rounding=rounding),
         "output": quantization.output_sensitivity(bench.model, given, choices, rounding=rounding),
@@ -419,7 +419,9 @@ def speed() -> dict:
         "float32": loaded.model,
         "int8": quantization.fast(loaded.model, 8),
         "int4": quantization.fast(loaded.model, 4),
+        "int4, 4-bit head": quantization.fast(loaded.model, 4, head=4),
     }
+    windows = windows_of(loaded, held_out_novel(), 4)
     rates: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(5):  # interleaved: what else the machine does meets all of them alike
         for name, model in models.items():
@@ -434,7 +436,15 @@ def speed() -> dict:
             name: round(median(rates[name]) / median(rates["float32"]), 3) for name in models
         },
         "bytes": {name: file_bytes(model) for name, model in models.items()},
+        "loss": {name: mean_loss(model, windows) for name, model in models.items()},
     }
+
+
+@torch.inference_mode()
+def mean_loss(model: nn.Module, windows: torch.Tensor) -> float:
+    """The quality of the very model that is timed, in nats per token."""
+    losses = [float(token_losses(model, window[None]).mean()) for window in windows]
+    return round(sum(losses) / len(losses), 5)
 
 
 _ALL = (methods, outliers, domains, mixed, training, control, cache, minilm, smollm2, speed)
