@@ -1,6 +1,6 @@
 """The measurements behind the verdicts of `notebooks/05_inference/1_pruning`.
 
-    python data/sweeps/05_inference/1_pruning_claims.py [mini] [domains] [learning] [lottery] [smollm2] [speed]
+    python data/sweeps/05_inference/1_pruning_claims.py [PART ...]
 
 mini      half of the weights, and of the structures, removed from `mini-5m`, and random controls
 domains   the loss on every kind of text after 70 % were removed, on all held-out documents

@@ -37,6 +37,7 @@ from effnb.core.modules import clone
 from effnb.core.outliers import inject_key_outliers, inject_outliers
 from effnb.core.training import TrainingSettings, train
 from effnb.evaluation import decode_tokens_per_second, retrieval
+from effnb.evaluation.quality import token_losses
 from effnb.finetuning import lora
 from effnb.inference import quantization
 from effnb.inference.quantization import QuantizedLinear, dequantized
@@ -49,7 +50,9 @@ from effnb.lab.sweeps import (
     SMOLLM2_WINDOWS,
     calibration,
     domain_windows,
+    held_out_novel,
     timed,
+    windows_of,
 )
 
 

@@ -1,6 +1,6 @@
 """The measurements behind the verdicts of `notebooks/05_inference/3_quantization`.
 
-    python data/sweeps/05_inference/3_quantization_claims.py [mini] [domains] [mixed] [training] [smollm2] ...
+    python data/sweeps/05_inference/3_quantization_claims.py [PART ...]
 
 mini              rounding to nearest and GPTQ on `mini-5m`, five draws of calibration text
 domains           the loss on every kind of text, on all held-out documents

@@ -6,9 +6,9 @@ mini     attention that filters keys, lowers bits and drops tokens and heads, on
          every random choice five times
 smollm2  filtered keys and dropped tokens on `smollm2-135m`
 
-What is measured of every run is said in `effnb/lab/claims_bench.py`; where keys are filtered, also the share
-of the 16 best keys of each document that the filter finds. S-H4 is judged by the tables of
-`sweep_codesign.py`.
+What is measured of every run is said in `effnb/lab/claims_bench.py`; where keys are filtered, also
+the share of the 16 best keys of each document that the filter finds. S-H4 is judged by the tables
+of `2_codesign.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The verdicts of the chapter on pruning, from its stored measurements.
 
 What is compared, and with which bounds, is registered in `data/claims.json`. The stored tables are
-those of `python data/sweeps/05_inference/1_pruning_claims.py`; any that are given are searched for the rows.
+those of `data/sweeps/05_inference/1_pruning_claims.py`; any that are given are searched for rows.
 """
 
 from __future__ import annotations

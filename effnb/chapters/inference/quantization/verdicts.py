@@ -1,7 +1,7 @@
 """The verdicts of the chapter on quantization, from its stored measurements.
 
 What is compared, and with which bounds, is registered in `data/claims.json`. The stored tables are
-those of `python data/sweeps/05_inference/3_quantization_claims.py`; C-7 also takes those of pruning.
+those of `data/sweeps/05_inference/3_quantization_claims.py`; C-7 also takes those of pruning.
 """
 
 from __future__ import annotations
