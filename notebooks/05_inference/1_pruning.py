@@ -1086,8 +1086,8 @@ figure(
 #
 # ## Does it hold?
 #
-# Three rows of the claims ledger belong to this chapter. The verdicts are computed from stored measurements: windows of the held-out novel
-# are compared pair by pair, and runs with different calibration or training data seed by seed.
+# Three rows of the claims ledger belong to this chapter. What is compared, and with which bounds, was registered before the measurement. The
+# verdicts are computed from stored runs: five seeds, each judged on whole documents, and the intervals allow for both.
 #
 # One word on C-1. The article that makes the claim files **LoRAPrune** under *unstructured* pruning, beside SparseGPT. Its own paper removes whole heads and neurons, and so does the code here.
 
@@ -1118,100 +1118,17 @@ for name, shape in shape_after.items():
     print(f"  {name}: {shape}")
 
 # %% tags=["hide-input"]
-from effnb.lab import Evidence, claims_table, verdict
+from effnb.chapters.inference.pruning.verdicts import c_1, c_7, s_i1, stored
+from effnb.chapters.inference.quantization import verdicts as quantization_verdicts
+from effnb.lab import claims_table
 
 domains = results.read("05_inference/1_pruning/domains").data["table"]
 recovered = results.read("05_inference/1_pruning/recovery").data["table"]
+measured = stored()
 
 
 def by_seed(method, pattern, sparsity):
     return [r["loss"] for r in pick(method, pattern, sparsity)]
-
-
-def cut_by_seed(method, amount):
-    return [r["loss"] for r in pick_structured(method, amount)]
-
-
-def speedup(name, what):
-    """Dense time over the pruned model's, in each round of the interleaved run."""
-    return [a / b for a, b in zip(timing("dense")[what], timing(name)[what])]
-
-
-sparse = pick("SparseGPT", "layer", 0.5)[0]
-s_i1 = verdict(
-    "S-I1",
-    parts=[
-        Evidence.exact(
-            "memory: bytes at 50 %, bitmap / dense",
-            sparse["bitmap_bytes"] / sparse["dense_bytes"],
-            expect="lower",
-            bound=1.0,
-        ),
-        Evidence.repeated(
-            "computation: SmolLM2 reads, speed with a third of the heads and half of the neurons gone / dense",
-            speedup("a third of heads, 50 % of neurons", "prefill"),
-            expect="higher",
-            bound=1.0,
-        ),
-        Evidence.repeated(
-            "computation: SmolLM2 reads, speed with half of the single weights zero / dense",
-            speedup("magnitude, 50 %", "prefill"),
-            expect="higher",
-            bound=1.0,
-            margin=0.25,  # half of the products are left out: anything real would show
-        ),
-        Evidence.paired(
-            "unimportant: nats with half removed, LLM-Pruner - random",
-            cut_by_seed("LLM-Pruner", 0.5),
-            cut_by_seed("random", 0.5),
-            expect="lower",
-        ),
-        Evidence.paired(
-            "at fine-tuning: nats on German at 90 %, movement - magnitude at once",
-            learned("movement, hard", 0.9),
-            learned("magnitude at once", 0.9),
-            expect="lower",
-        ),
-        Evidence.paired(
-            "at pre-training: nats with an eighth of the weights, ticket - random mask",
-            round_loss(first, "losses", 3),
-            round_loss(first, "random mask", 0),
-            expect="lower",
-        ),
-    ],
-    note="Zeros in a dense matrix save no time: that part fails by design of the hardware, not of the method.",
-)
-c_1 = verdict(
-    "C-1",
-    parts=[
-        Evidence.exact(
-            "what goes: part of SparseGPT's removed weights in whole rows or columns",
-            single,
-            expect="lower",
-            bound=0.05,
-        ),
-        Evidence.paired(
-            "quality: nats with half removed, SparseGPT - LLM-Pruner",
-            by_seed("SparseGPT", "layer", 0.5),
-            cut_by_seed("LLM-Pruner", 0.5),
-            expect="lower",
-        ),
-        Evidence.repeated(
-            "speed: SmolLM2 writes, half of the layers gone / dense",
-            speedup("50 % of layers", "decode"),
-            expect="higher",
-            bound=1.0,
-        ),
-        Evidence.repeated(
-            "no speed: SmolLM2 writes, half of the single weights zero / dense",
-            speedup("magnitude, 50 %", "decode"),
-            expect="equal",
-            bound=1.0,
-            margin=0.15,
-        ),
-    ],
-    note="LoRAPrune is filed under unstructured by the article and prunes structures by its own paper.",
-)
 
 
 def rows_of(method, sparsity):
@@ -1225,29 +1142,9 @@ def harm(setting, domain):
     return [100 * (a / b - 1) for a, b in zip(losses, domains[0]["domains"][domain])]
 
 
-KNOWN = ("novel", "Bible", "packages")  # what the model was trained on
-CHOOSE, JUDGE = slice(0, 12), slice(12, 24)  # windows of each kind of text
-
-
-def most_and_least(method):
-    """The pair that the first half of the windows points at; the second half judges it."""
-    average = {d: sum(harm((method, 0.7), d)[CHOOSE]) for d in KNOWN}
-    worst, least = max(average, key=average.get), min(average, key=average.get)
-    return Evidence.paired(
-        f"rise of the loss in per cent at 70 %, {method}: {worst} - {least}",
-        harm((method, 0.7), worst)[JUDGE],
-        harm((method, 0.7), least)[JUDGE],
-        expect="higher",
-    )
-
-
-c_7 = verdict(
-    "C-7",
-    parts=[most_and_least(method) for method in ("magnitude", "Wanda", "SparseGPT")],
-    note="Shown means: yes, it hurts some domains more. Of the kinds of text that the model was trained on, the most and the least hurt are picked on "
-    "one half of the windows and compared on the other: the largest of three differences on the same windows would be above 0 by choice alone.",
+claims_table(
+    s_i1(*measured), c_1(*measured), c_7(*measured, *quantization_verdicts.stored())
 )
-claims_table(s_i1, c_1, c_7)
 
 # %% [markdown]
 # *SparseGPT against magnitude*, from half on and in 2:4 (stored; means of three seeds where there is calibration data, one seed for 4:8 and 1:4). The stricter the pattern, the more it pays to move the weights that stay:

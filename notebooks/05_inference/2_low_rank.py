@@ -790,7 +790,10 @@ print(f"{mean(way('prune 2:4 + 4 bits'), 'layer_bits'):.2f} in one walk")
 # interval: which calibration text was drawn (five draws; plain SVD does not depend on it), and on which text the model is judged (the windows of the novel, pair by pair).
 
 # %% tags=["hide-input"]
-from effnb.lab import Evidence, claims_table, verdict
+from effnb.chapters.inference.low_rank.verdicts import c_4, stored
+from effnb.lab import claims_table
+
+smollm2 = results.read("05_inference/2_low_rank/smollm2")
 
 
 def losses(method, kept):
@@ -798,64 +801,12 @@ def losses(method, kept):
     return [r["loss"] for r in sorted(pick(method, kept), key=lambda r: r["seed"])]
 
 
-def windows(method, kept):
-    """Loss of each window of the novel, averaged over the draws."""
-    found = [r["windows"] for r in pick(method, kept)]
-    return [sum(w) / len(w) for w in zip(*found)]
-
-
-def by_draw(method, kept):
-    plain_loss = losses("SVD", kept)[0]
-    return Evidence.repeated(
-        f"{method} - SVD at {kept:.0%} kept: nats per token, by draw of the calibration text",
-        [x - plain_loss for x in losses(method, kept)],
-        expect="lower",
-        bound=0.0,
-    )
-
-
-def by_window(method, kept):
-    return Evidence.paired(
-        f"{method} - SVD at {kept:.0%} kept: nats per token, by window of the novel",
-        windows(method, kept),
-        windows("SVD", kept),
-        expect="lower",
-    )
-
-
-smollm2 = results.read("05_inference/2_low_rank/smollm2")
-
-
 def real(method):
     """The stored rows of SmolLM2."""
     return [r for r in smollm2.data["table"] if r["method"] == method]
 
 
-AWARE = ("ASVD", "SVD-LLM")
-c_4 = verdict(
-    "C-4",
-    parts=[
-        Evidence.exact(
-            "smaller: bytes of the layers at 60% kept / original",
-            pick("SVD", 0.6)[0]["numbers"],
-            expect="lower",
-            bound=0.6,
-        ),
-        *(by_draw(method, kept) for method in AWARE for kept in (0.8, 0.6, 0.4)),
-        *(by_window(method, 0.6) for method in AWARE),
-        *(
-            Evidence.paired(
-                f"SmolLM2, {method} - SVD at 80% kept: nats per token, by window of the novel",
-                next(r["windows"] for r in real(method) if r["kept"] == 0.8),
-                next(r["windows"] for r in real("SVD") if r["kept"] == 0.8),
-                expect="lower",
-            )
-            for method in AWARE
-        ),
-    ],
-    note="mini-5m; 8,192 calibration tokens; the novel is in none of the draws.",
-)
-claims_table(c_4)
+claims_table(c_4(*stored()))
 
 # %% [markdown]
 # It holds on `mini-5m`, at every size and for every draw, at 60 % also window by window; and the gain is small: at 60 % kept it is the difference between a perplexity of 61.2 and one of 60.4. The right answers decide nothing, since all their

@@ -798,114 +798,13 @@ for name, added in mixed["additivity"].items():
 # are compared pair by pair, training runs seed by seed, and domains, whose windows have nothing to do with each other, without pairs.
 
 # %% tags=["hide-input"]
-from effnb.lab import Evidence, claims_table, verdict
+from effnb.chapters.inference.pruning import verdicts as pruning_verdicts
+from effnb.chapters.inference.quantization.verdicts import c_3, c_7, s_i3, stored
+from effnb.lab import claims_table
 
 speed = results.read("05_inference/3_quantization/speed")
 domains = results.read("05_inference/3_quantization/domains").data["table"]
-
-
-def windows(method, group_size, bits):
-    """Loss of each window, averaged over calibration seeds."""
-    found = [r["windows"] for r in pick(method, group_size, bits)]
-    return [sum(w) / len(w) for w in zip(*found)]
-
-
-def both(method, key):
-    """Three seeds at 3 bits, and three at 2."""
-    return by_seed(method, 3, key) + by_seed(method, 2, key)
-
-
-lora_seconds = [a + b for a, b in zip(both("GPTQ", "seconds"), both("LoRA on GPTQ", "seconds"))]
-four = pick("GPTQ", 64, 4)[0]
-s_i3 = verdict(
-    "S-I3",
-    parts=[
-        Evidence.exact(
-            "memory: bytes, four bits in groups of 64 / original",
-            four["bytes"] / original["bytes"],
-            expect="lower",
-            bound=0.5,
-        ),
-        Evidence.repeated(
-            "computation: SmolLM2's tokens/s, packed int4 / float32 (pairs of one run)",
-            [
-                a / b
-                for a, b in zip(
-                    speed.data["tokens_per_second"]["int4"],
-                    speed.data["tokens_per_second"]["float32"],
-                )
-            ],
-            expect="higher",
-            bound=1.0,
-        ),
-        *(
-            Evidence.paired(
-                f"GPTQ limits the loss at {b} bits {label}: nats per window, GPTQ - RTN",
-                windows("GPTQ", group, b),
-                windows("RTN", group, b),
-                expect="lower",
-            )
-            for b, group, label in (
-                (4, 64, "in groups of 64"),
-                (3, 64, "in groups of 64"),
-                (3, "row", "per row"),
-                (2, 64, "in groups of 64"),
-            )
-        ),
-        *(
-            Evidence.paired(
-                f"training limits the loss at {b} bits: nats, QAT - RTN",
-                by_seed("QAT", b),
-                by_seed("RTN", b),
-                expect="lower",
-            )
-            for b in (3, 2)
-        ),
-        Evidence.paired(
-            "mixed precision (by the rise of the loss): nats at the bytes of uniform 3 bits, mixed - uniform",
-            mixed["exact"]["windows"],
-            mixed["uniform"]["windows"],
-            expect="lower",
-        ),
-    ],
-    note="Computation is timed where it was stored, on a CPU; the ratio is of one interleaved run.",
-)
-c_3 = verdict(
-    "C-3",
-    parts=[
-        Evidence.paired(
-            "cost: seconds in all, GPTQ and LoRA / GPTQ",
-            lora_seconds,
-            both("GPTQ", "seconds"),
-            expect="higher",
-            ratio=True,
-        ),
-        Evidence.paired(
-            "cost: seconds in all, QAT / GPTQ and LoRA",
-            both("QAT", "seconds"),
-            lora_seconds,
-            expect="higher",
-            ratio=True,
-        ),
-        Evidence.exact(
-            "cost: bytes of the optimiser's moments, QAT / LoRA",
-            mean("QAT", 2, "trainable") / mean("LoRA on GPTQ", 2, "trainable"),
-            expect="higher",
-            bound=1.0,
-        ),
-        *(
-            Evidence.paired(
-                f"quality at {b} bits: nats, {later} - {earlier}",
-                by_seed(later, b),
-                by_seed(earlier, b),
-                expect="lower",
-            )
-            for b in (3, 2)
-            for later, earlier in (("LoRA on GPTQ", "GPTQ"), ("QAT", "LoRA on GPTQ"))
-        ),
-    ],
-    note="30 steps of 1,024 tokens for everything that trains. Seconds are those of the stored run, at 3 and at 2 bits; LoRA's include the GPTQ that it starts from.",
-)
+measured = stored()
 
 
 def harm(setting, domain):
@@ -914,18 +813,7 @@ def harm(setting, domain):
     return [100 * (a / b - 1) for a, b in pairs]
 
 
-KNOWN = ("novel", "Bible", "packages")  # what the model was trained on
-c_7 = verdict(
-    "C-7",
-    parts=[
-        Evidence.extremes(
-            f"rise of the loss in per cent, {setting}", {d: harm(setting, d) for d in KNOWN}
-        )
-        for setting in ("RTN, 3 bits, per row", "RTN, 2 bits, groups of 64")
-    ],
-    note="Holds means: yes, it hurts some domains more. Compared are the most and the least hurt of the three kinds of text that the model was trained on: chosen by every other window, judged by the rest.",
-)
-claims_table(s_i3, c_3, c_7)
+claims_table(s_i3(*measured), c_3(*measured), c_7(*pruning_verdicts.stored(), *measured))
 
 # %% [markdown]
 # Three readings. *GPTQ* helps in proportion to what rounding to nearest loses: much at two bits, little at four in groups of 64, nothing that these windows could show at three. *Cost*: quantising

@@ -1113,7 +1113,8 @@ for hidden in (512, 2048, 8192):
 # Two rows of the claims ledger belong to this chapter. Quality and recall were measured, window by window, and the processes are real. Cycles and energy of the chips were not measured by anyone here, so no verdict rests on them.
 
 # %% tags=["hide-input"]
-from effnb.lab import Evidence, claims_table, verdict
+from effnb.chapters.hardware.codesign.verdicts import s_h3, s_h4, stored
+from effnb.lab import claims_table
 
 
 def windows(rows, key="windows"):
@@ -1123,103 +1124,7 @@ def windows(rows, key="windows"):
 
 
 saved = simulate_decode_attention(chip, sizes, 512, SHARES["SpAtten, everything"]).dram_bytes
-s_h3 = verdict(
-    "S-H3",
-    parts=[
-        Evidence.paired(
-            "predicts: share of the 16 best keys found by products of 2 and 4 bits - share of keys kept",
-            windows(filtered, "recall_windows"),
-            windows(filtered, "pair_share_windows"),
-            expect="higher",
-        ),
-        Evidence.paired(
-            "ultra-low bits: nats, keys filtered by 2 and 4 bits - all keys",
-            windows(filtered),
-            windows(pick("original")),
-            expect="equal",
-            margin=0.05,
-        ),
-        Evidence.paired(
-            "mixed precision: nats, 6 high bits and the low ones on demand - original",
-            windows(pick("bits", msb_bits=6, threshold=0.1)),
-            windows(pick("original")),
-            expect="equal",
-            margin=0.05,
-        ),
-        Evidence.paired(
-            "removes tokens by summed attention: nats with half of them, importance - random",
-            windows(pick("tokens", keep=0.5, choose="importance")),
-            windows(pick("tokens", keep=0.5, choose="random")),
-            expect="lower",
-        ),
-        Evidence.paired(
-            "removes tokens by averaged attention: nats with half of them, importance - random",
-            windows(pick("tokens", keep=0.5, choose="average")),
-            windows(pick("tokens", keep=0.5, choose="random")),
-            expect="lower",
-        ),
-        Evidence.paired(
-            "removes heads: nats with half of them, importance - random",
-            windows(pick("heads", keep=0.5, choose="importance")),
-            windows(pick("heads", keep=0.5, choose="random")),
-            expect="lower",
-        ),
-        Evidence.exact(
-            "bytes of keys and values that SpAtten's choices leave (counted by the cost model) / all",
-            saved / full.dram_bytes,
-            expect="lower",
-            bound=0.5,
-        ),
-    ],
-    note="mini-5m, 8 windows of 512 tokens, 2 seeds of each random choice. Speed and energy of the chips cannot be tested here: "
-    "that takes the chips; the page simulates cycles.",
-)
-
-# %% tags=["hide-input"]
-
-WHAT = "time scales: seconds by the clock, 1 process / 2 processes on 2 cores"
-if not clock:  # then anything that two cores allow at all is possible, and nothing is decided
-    by_clock = Evidence(
-        f"{WHAT}: not measured", 1.0, 0.0, 2.0, "higher", 1.0, samples=0, kind="none"
-    )
-else:
-    by_clock = Evidence.paired(WHAT, seconds_of(1), seconds_of(2), expect="higher", ratio=True)
-
-
-def worked(devices):
-    """Processor seconds of the busiest process, all numbers of experts behind each other."""
-    return [s for r in grown if r["devices"] == devices for s in r["busy_seconds"]]
-
-
-s_h4 = verdict(
-    "S-H4",
-    parts=[
-        Evidence.exact(
-            "partitioning changes nothing: largest difference, 1 to 4 processes - loop over tokens",
-            worst,
-            expect="lower",
-            bound=1e-6,
-        ),
-        Evidence.exact(
-            "communication does not outgrow the work: bytes per operation on 4 processes, 16 experts / 4 experts",
-            per_thousand(stored_run(16, 4)) / per_thousand(stored_run(4, 4)),
-            expect="lower",
-            bound=1.1,
-        ),
-        Evidence.paired(
-            "work scales: processor seconds of the busiest process, 1 process / 4 processes",
-            worked(1),
-            worked(4),
-            expect="higher",
-            ratio=True,
-            bound=2,
-        ),
-        by_clock,
-    ],
-    note="Real processes over gloo on one machine, 4 to 16 experts; the exchanges are written by hand, where GShard's compiler puts them. "
-    "The compiler and a cluster's network cannot be tested here. Attention's co-designs are judged by S-H3.",
-)
-claims_table(s_h3, s_h4)
+claims_table(s_h3(*stored()), s_h4(experts, clock))
 
 # %% [markdown]
 # ## What it costs and saves
