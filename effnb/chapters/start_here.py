@@ -1,7 +1,7 @@
 """The tour: SmolLM2 is asked for the capital of France, and mini-5m is rounded and measured.
 
 A position of the first panel takes seconds on a real model, so a page that is built or tested shows
-what `data/sweeps/00_start_here.py` stored, and so does a kernel in which the model is not installed.
+what `data/sweeps/00_start_here.py` stored, and so does a kernel where the model is not installed.
 """
 
 from __future__ import annotations

@@ -195,8 +195,8 @@ def ranked_choice(
 
     Raises:
         ValueError: When there are no questions, one has an empty context or continuation, the
-            scoring is unknown, or "pmi" is asked for without a start. When a question has more tokens
-            than the model has positions, or the model sees the tokens it is to foresee.
+            scoring is unknown, or "pmi" is asked for without a start. When a question has more
+            tokens than the model has positions, or the model sees the tokens it is to foresee.
     """
     if scoring not in ("per_byte", "pmi"):
         raise ValueError(f"scoring is {scoring!r}; it must be 'per_byte' or 'pmi'.")
