@@ -1142,9 +1142,7 @@ def harm(setting, domain):
     return [100 * (a / b - 1) for a, b in zip(losses, domains[0]["domains"][domain])]
 
 
-claims_table(
-    s_i1(*measured), c_1(*measured), c_7(*measured, *quantization_verdicts.stored())
-)
+claims_table(s_i1(*measured), c_1(*measured), c_7(*measured, *quantization_verdicts.stored()))
 
 # %% [markdown]
 # *SparseGPT against magnitude*, from half on and in 2:4 (stored; means of three seeds where there is calibration data, one seed for 4:8 and 1:4). The stricter the pattern, the more it pays to move the weights that stay:
