@@ -91,7 +91,7 @@ def measured(sweeps, name, parts):
     for part in parts:
         table = sweeps.bench.Table("no_such_result", "python data/sweep.py")
         getattr(sweeps, name).PARTS[part](table)
-        rows += table.rows
+        rows += [row for row in table.rows if row not in rows]  # as `rows_of` does
     return rows
 
 

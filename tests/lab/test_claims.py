@@ -649,6 +649,8 @@ def test_the_same_run_in_two_tables_counts_once(register):
         for name, more in (("a", runs("quality", -0.1)), ("b", []))
     )
     assert judge("S-I3", one, other).outcome == HOLDS
+    other.data["table"][0]["documents"][0] *= 1.0001  # another machine
+    assert judge("S-I3", one, other).outcome == HOLDS
     changed = StoredResult("b", {"table": [plain(documents=[1.0] * 24)]}, about)
     with pytest.raises(ValueError, match="two stored rows of one seed"):
         judge("S-I3", one, changed)

@@ -9,6 +9,7 @@ and of training), and what was measured, as a list over documents or repeated ti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,16 +42,28 @@ def available(*names: str) -> list[StoredResult]:
 def rows_of(*stored: StoredResult) -> list[dict[str, Any]]:
     """The rows of stored tables; each takes the day it was measured on with it, as "date".
 
-    A run that several tables hold alike, such as that of the original model, is taken once.
+    A run that several tables hold alike, such as that of the original model, is taken once; two
+    machines may differ in the last digits.
     """
     rows: list[dict[str, Any]] = []
     known: list[dict[str, Any]] = []
     for one in stored:
         for row in one.data["table"]:
-            if row not in known:
+            if not any(_alike(row, other) for other in known):
                 known.append(row)
                 rows.append({"date": one.provenance.date} | dict(row))
     return rows
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two stored values are the same but for a thousandth."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[k], other[k]) for k in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-3)
+    return one == other
 
 
 def chosen(rows: Sequence[Row], about: Row) -> list[Row]:
