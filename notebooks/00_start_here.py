@@ -177,11 +177,10 @@ print("read back ", [round(v, 2) for v in stored.dequantize()[0].tolist()])
 # Here is `mini-5m` in a panel. It was trained on novels, the Bible and descriptions of software packages, and its weights
 # have 32 bits.
 #
-# **Predict first.** How few bits can you use before the text it writes changes? And before it stops being
-# English? Write down two numbers, then move the slider.
+# This panel asks for a guess before it answers; you may skip it. Then move the slider. How few bits can you use before the text it writes changes? And before it stops being English?
 
 # %%
-start_here.rounding_panel("mini-5m", frames=[2, 3, 4, 8])
+start_here.rounding_panel("mini-5m", frames=[2, 3, 4], predict=start_here.TWO_BITS)
 
 # %% [markdown]
 # With one scale per row, the numbers hardly change down to four bits. Below that they do. Now set the second knob to
@@ -201,24 +200,32 @@ show(start_here.bench, start_here.look)
 # ## Does it hold?
 #
 # The papers behind this workbook make claims. Each chapter restates its claims, runs an experiment for each, and computes
-# a verdict from the measurement: it *holds*, *holds in part*, *does not hold at this scale*, or
-# *cannot be tested here*. "Does not hold" is as good a result as "holds".
+# a verdict from the measurement: it *holds*, *holds in part*, *does not hold at this scale*,
+# is *undecided*, or *cannot be tested here*. "Does not hold" is as good a result as "holds".
 #
-# Here is a first example. Claim S-I3 says, among other things, that quantization cuts memory and computation. We test four bits in
-# groups of 64 on `mini-5m`. Bytes and operations are counted. The loss is compared window by window on the
-# held-out novel, so it has an interval.
+# Here is a first example: round every weight of `mini-5m` to four bits, in groups of 64, and look at three numbers, computed just now.
 
 # %%
-from effnb.lab import claims_table, load
+from effnb.lab import load
 
 mini = load("mini-5m")
 packed = quantization.rtn(mini.model, bits=4, group_size=64)
-claims_table(start_here.quantization_saves(mini, packed))
+start_here.saved(mini, packed)
 
 # %% [markdown]
-# The third line is the lesson. Weights that are *stored* in four bits but read back before the multiplication save memory and
+# The second line is the lesson. Weights that are *stored* in four bits but read back before the multiplication save memory and
 # no operations. To save time as well, a kernel has to compute on the packed weights; the chapter *Co-design*
 # is about such kernels.
+#
+# One setting on one model decides no claim. Claim S-I3 says that quantization cuts memory and computation, that training with it limits the loss of quality,
+# and that mixed precision helps. The chapter *Quantization* tests it: what is compared, and with which bounds, was registered before the
+# measurement, and the verdict is computed from stored runs. A part that has not been measured on the present models reads "not tested".
+
+# %%
+from effnb.chapters.inference.quantization import verdicts
+from effnb.lab import claims_table
+
+claims_table(verdicts.s_i3(*verdicts.stored()))
 
 # %% [markdown]
 # ## What it costs and saves
@@ -260,13 +267,13 @@ for attempt in (
 # `model.safetensors` and the tokenizer. Nothing is unpickled, and no code from the folder runs. If you can reach the model
 # hub, `load("your/model", source="hub")` fetches a model from there.
 #
-# Here is a model a quarter of the size. Predict first: will it tolerate *fewer* bits than `mini-5m`, or need
+# Here is a model a quarter of the size. What do you expect: will it tolerate *fewer* bits than `mini-5m`, or need
 # more?
 
 # %%
 MY_MODEL = "mini-1m"  # or a folder, such as "models/my-model"
 
-start_here.rounding_panel(MY_MODEL, frames=[2, 3, 4])
+start_here.rounding_panel(MY_MODEL, frames=[2, 3])
 
 # %% [markdown]
 # ## An exercise

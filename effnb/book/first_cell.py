@@ -26,7 +26,6 @@ except ModuleNotFoundError as missing:
 
 run_time("{name}")"""
 UNTIL_REBUILT = {
-    "05_inference/2_low_rank",
     "05_inference/3_quantization",
     "06_hardware/2_codesign",
 }

@@ -15,10 +15,11 @@ from effnb.core.modules import linears
 from effnb.evaluation import flops, perplexity, ranked_choice, stored_bytes
 from effnb.evaluation.quality import token_losses
 from effnb.inference import quantization
-from effnb.lab import PALETTE, Evidence, Exercise, corpora, knob, load, panel, results, verdict
+from effnb.lab import PALETTE, Exercise, corpora, knob, load, panel, results
+from effnb.lab.bench import file_bytes
 from effnb.lab.devices import Machine
 from effnb.lab.models import LoadedModel, ModelUnavailable
-from effnb.lab.panels import Panel
+from effnb.lab.panels import Guess, Panel
 
 # --- the capital of France ------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ def capital_panel() -> Panel:
         title="Round SmolLM2's weights, and ask it for the capital of France",
         caption="Left: the model's five likeliest next words, “Paris” in green where it is among "
         "them. Right: the model's size.",
-        frames=[2, 3, 4, 6, 8],
+        frames={"bits": [2, 3, 4, 8], "scale": None},
         bits=knob(*BITS, default=8),
         scale=knob(list(SCALES), label="a scale for each"),
     )
@@ -249,12 +250,28 @@ def look(model: torch.nn.Module, loaded: LoadedModel, data: tuple) -> dict[str, 
     }
 
 
-def rounding_panel(name: str, frames: list[int] | None = None) -> Panel:
+def _times(found: dict[str, Any]) -> float:
+    """Perplexity as a multiple of the original's, in three digits."""
+    return float(f"{found['perplexity'] / found['before']['perplexity']:.3g}")
+
+
+TWO_BITS = Guess(
+    "At 2 bits, with one scale per row, how many times the original's perplexity will it be?",
+    answer=_times,
+    at={"bits": 2},
+)
+"""What the panel on `mini-5m` asks before it answers."""
+
+
+def rounding_panel(
+    name: str, frames: list[int] | None = None, predict: Guess | None = None
+) -> Panel:
     """Bits and grouping for any causal language model.
 
     Args:
         name: One of ours, or the folder of yours.
         frames: The numbers of bits that a page without a kernel stores.
+        predict: What is asked before the panel answers.
     """
     loaded = load(name)
     data = bench(loaded)
@@ -279,6 +296,7 @@ def rounding_panel(name: str, frames: list[int] | None = None) -> Panel:
         caption="Left: one row of weights, and the grid that the chosen bits put it on. Right: "
         "what the whole model saves in size and loses in perplexity.",
         frames=frames,
+        predict=predict,
         bits=knob(2, 8, default=4),
         scale=knob(list(GROUPS), default="row", label="a scale for each"),
     )
@@ -327,42 +345,23 @@ def _rounding_words(found: dict[str, Any]) -> str:
 # --- the claim ------------------------------------------------------------------------------------
 
 
-def quantization_saves(loaded: LoadedModel, packed: torch.nn.Module) -> Any:
-    """The verdict on claim S-I3: what a packed model saves in memory and operations, and loses."""
+@torch.inference_mode()
+def saved(loaded: LoadedModel, packed: torch.nn.Module) -> None:
+    """Print what a packed model saves in memory and operations, and what it loses.
+
+    Args:
+        loaded: The original.
+        packed: The same model, with packed weights in its layers.
+    """
     windows = bench(loaded)[0][:2040].view(17, 120)
-    rounded_model = quantization.dequantized(packed)
-    with torch.inference_mode():
-        before = token_losses(loaded.model, windows).mean(1).tolist()
-        after = token_losses(rounded_model, windows).mean(1).tolist()
+    after = token_losses(quantization.dequantized(packed), windows).mean().item()
+    loss = after - token_losses(loaded.model, windows).mean().item()
+    memory = file_bytes(packed) / file_bytes(loaded.model)
     operations = flops(lambda: packed(input_ids=windows))
     operations /= flops(lambda: loaded.model(input_ids=windows))
-    memory = stored_bytes(packed) / stored_bytes(loaded.model)
-    return verdict(
-        "S-I3",
-        parts=[
-            Evidence.exact(
-                "memory: bytes as stored, four bits / original",
-                memory,
-                expect="lower",
-                bound=0.5,
-            ),
-            Evidence.paired(
-                "quality: loss in nats per token, four bits - original",
-                after,
-                before,
-                expect="equal",
-                margin=0.1,
-            ),
-            Evidence.exact(
-                "computation: operations counted, four bits / original",
-                operations,
-                expect="lower",
-                bound=0.95,
-            ),
-        ],
-        note="Rounding to nearest only. The chapter on quantization tests training with "
-        "quantization, mixed precision and faster kernels.",
-    )
+    print(f"memory       {memory:.2f} of the bytes of the file with 16 bits a weight")
+    print(f"operations   {operations:.2f} of the original's, counted")
+    print(f"loss        {loss:+.3f} nats a token")
 
 
 # --- the exercise ---------------------------------------------------------------------------------
