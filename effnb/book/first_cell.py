@@ -29,7 +29,6 @@ UNTIL_REBUILT = {
     "05_inference/1_pruning",
     "05_inference/2_low_rank",
     "05_inference/3_quantization",
-    "06_hardware/2_codesign",
 }
 """Chapters that were built before there was such a cell; one that is rebuilt leaves this list."""
 
