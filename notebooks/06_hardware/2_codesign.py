@@ -717,8 +717,8 @@ for row in pick("energon", choose="importance"):
 
 # %% [markdown]
 # **Why the sum and the average differ.** In a model that reads from left to right, an early token has been seen by more queries than a late one, so the sum favours it whether it matters or not. Dividing by the number of queries corrects that.
-# (An encoder does not have the problem: there, every token sees every other.) **Why coarse products may suffice.** Energon needs only the order of the scores, near the threshold, and not their values. These are windows of one small model that was not
-# fine-tuned for pruning; whole documents, and five random choices for each comparison, decide under *Does it hold?*
+# (An encoder does not have the problem: there, every token sees every other.) **Why coarse products may suffice.** Energon needs only the order of the scores, near the threshold, and not their values. These are eight windows, and a model that was not
+# fine-tuned for pruning; under *Does it hold?* more chapters of the novel and five random choices for each comparison decide.
 
 # %% [markdown]
 # ## Turn the knob: what to leave out
@@ -1148,7 +1148,7 @@ for hidden in (512, 2048, 8192):
 # %% [markdown]
 # ## Does it hold?
 #
-# Two rows of the claims ledger belong to this chapter. What is compared, and with which bounds, was registered before the measurement. S-H3 is judged document by document, and each choice by importance against five random ones.
+# Two rows of the claims ledger belong to this chapter. What is compared, and with which bounds, is registered; the table says where a measurement is older than that. S-H3 is judged on a window from each chapter of a held-out novel; a choice by importance is compared with five random ones.
 # S-H4 is judged by real processes on one machine: that results agree, and how many bytes are sent, follows by construction and counts as no evidence; a compiler that places the exchanges, and a cluster, were not tested.
 # Cycles and energy of the chips are simulated, so no verdict rests on them. Parts without a stored run show as *not tested*: the models are trained further, and every sweep then runs again.
 
@@ -1191,7 +1191,7 @@ for r in minilm:
         print(f"{name:26} {r['recall_at_1']:10.1%} {r.get('pair_share', 1):14.0%}")
 
 # %% [markdown]
-# Attention is a much better guide than chance, also without any correction: everyone sees everyone here. Still, half of the tokens is a high price. MiniLM's vector is a mean over tokens, and those that are gone are missing from it. Energon, which drops keys and no token, keeps most of the quality with far fewer pairs.
+# Attention is a better guide than chance here, without any correction: every token sees every other. Removing half of the tokens still costs much. MiniLM's vector is a mean over tokens, and those that are gone are missing from it. Energon, which drops keys and no token, keeps most of the quality with far fewer pairs.
 
 # %% tags=["real-model"]
 from torch.nn.functional import normalize
