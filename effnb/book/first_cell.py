@@ -27,7 +27,6 @@ except ModuleNotFoundError as missing:
 run_time("{name}")"""
 UNTIL_REBUILT = {
     "05_inference/3_quantization",
-    "06_hardware/2_codesign",
 }
 """Chapters that were built before there was such a cell; one that is rebuilt leaves this list."""
 

@@ -31,8 +31,15 @@
 #
 # You need the tour (`00_start_here`), matrices, and attention.
 
-# %% tags=["run-time"]
-from effnb.lab.chapters import run_time
+# %% tags=["run-time", "hide-input"]
+try:
+    from effnb.lab.chapters import run_time
+except ModuleNotFoundError as missing:
+    missing._render_traceback_ = lambda: [
+        "This page needs the package effnb: get the repository that the page comes from, run "
+        "`make lab` in it or `pip install -e .[lab]`, and restart this page's kernel."
+    ]
+    raise
 
 run_time("06_hardware/2_codesign")
 
@@ -200,11 +207,11 @@ print("the roofs' corners:", ridges)
 
 # %% [markdown]
 # More sequences share each fetch of the weights, and 512 of them would lie right of every corner, if each had a context of one token (the last line). With
-# contexts of 1,024 tokens they still wait for memory: each sequence has a cache of its own, which no batch makes smaller. That is why there are methods for the cache alone.
+# contexts of 1,024 tokens they still wait for memory: each sequence has its own cache, which no batch makes smaller. That is why there are methods for the cache alone.
 #
 # ### What few bits and zeros can gain
 #
-# The same formula says what quantised and sparse weights are worth. Least times on an A100's data sheet, as the factor gained over 16 bits. The
+# The same formula says what quantized and sparse weights are worth. Least times on an A100's data sheet, as the factor gained over 16 bits. The
 # *2:4* pattern keeps two weights of four, and the chip multiplies only those, twice as fast:
 
 # %% tags=["nbval-check-output"]
@@ -233,7 +240,7 @@ for name, (bits, faster) in FORMS.items():
 # ### Fusion and tiling
 #
 # Two ways to move fewer bytes without changing a single result. **Fusion:** $k$ element-wise steps over $n$ numbers move $2kn$ numbers when
-# each step is a kernel of its own, and $2n$ when one kernel does them all. A processor's cache can play the kernel: work block by block.
+# each step is a separate kernel, and $2n$ when one kernel does them all. A processor's cache can play the kernel: work block by block.
 
 # %%
 numbers = torch.ones(2**24)
@@ -274,10 +281,11 @@ for t in (1, 2, 4):
 # %% [markdown]
 # ## Turn the knob: the roof
 #
-# **Predict first.** At 64 tokens on an A100, does going from 16 bits to 4 still help? And at which tile does a product of 4,096 by 4,096 stop waiting?
+# The panel opens with a question about a long prompt, whose product is cut into tiles. With a tile chosen, every tile reads its rows and columns from memory; *perfect* reads each number
+# once. (A real GPU's cache lets neighbouring tiles share some of these reads, which this count leaves out.)
 
 # %% tags=["hide-input"]
-from effnb.lab import knob, panel
+from effnb.lab import guess, knob, panel
 
 ROOFS = {"this machine": here, **({gpu_name: gpu} if gpu_measured else {}), **roofline.DATA_SHEETS}
 WEIGHTS = {"dense": 1, "2:4": 2, "90 % zeros, not known": 1}  # how much faster the arithmetic is
@@ -318,6 +326,10 @@ def draw_place(result, fig):
     axes.set_ylabel("trillion operations per second")
 
 
+def waits_for(result):
+    return "memory" if result["roof"].memory_bound(result["work"]) else "arithmetic"
+
+
 def say_place(result):
     work, roof = result["work"], result["roof"]
     return "\n".join(
@@ -325,7 +337,7 @@ def say_place(result):
             f"Roof: {roof.name}",
             f"Intensity: {work.operations_per_byte:.3g} operations per byte",
             f"Corner: {roof.ridge_operations_per_byte:.3g} operations per byte",
-            f"Waits for: {'memory' if roof.memory_bound(work) else 'arithmetic'}",
+            f"Waits for: {waits_for(result)}",
             f"To move: {work.bytes / 2**20:.3g} MiB",
             f"Least time: {roof.least_seconds(work) * 1e6:.3g} µs",
             f"Gain over dense 16 bits: {result['gain']:.2f} times",
@@ -340,7 +352,14 @@ panel(
     text=say_place,
     title="A product under its roof",
     caption="The dot is the best that your setting allows. The dashed line is the corner of the roof. Grey: the roof without hardware for 2:4.",
-    frames=[1, 16, 256, 4096],
+    frames=[1, 16, 256],
+    predict=guess(
+        "an A100 multiplies 4,096 tokens with a 16-bit weight of 4,096 by 4,096, in tiles of 128 by "
+        "128. What does it wait for?",
+        ["memory", "arithmetic"],
+        answer=waits_for,
+        at={"tokens": 4096, "tile": "128"},
+    ),
     tokens=knob([1, 4, 16, 64, 256, 1024, 4096], default=16, label="tokens at once"),
     width=knob([512, 1024, 4096, 8192], default=4096, label="width of the layer"),
     bits=knob([16, 8, 4, 2], default=16, label="bits of a weight"),
@@ -430,8 +449,8 @@ else:
 
 # %% [markdown]
 # Read it from top to bottom. `rows` and `inside` say which outputs this program makes, and which of them exist. The loop takes a span of inputs: it
-# fetches bytes (`packed`), the step of their group (`scale`), and the inputs that belong to the low and to the high half of each byte. A code never becomes a weight in memory: `packed & 15` is
-# multiplied where it lies, in a register. That is all of the gain: half a byte fetched, where 16 bits would be two.
+# fetches bytes (`packed`), the step of their group (`scale`), and the inputs that belong to the low and to the high half of each byte. A code never becomes a weight in memory: in a register, `_values` turns
+# `packed & 15` into a floating-point number and subtracts the zero point; the step is applied to the sum of each span. That is all of the gain: half a byte fetched for a weight, where 16 bits would be two.
 #
 # **Retention** (RetNet) replaces attention's growing cache by a state of fixed size. Its kernel walks over chunks of tokens and stores the state before each:
 
@@ -450,7 +469,8 @@ else:
 
 # %% [markdown]
 # `length` is 16, and 8 in the last chunk: 40 tokens are two chunks and a half, and `present` keeps the rest out. `left` counts how often each token will have decayed when
-# the chunk is over, and the product `tl.dot(tl.trans(k), v)` is the sum of all their outer products, made by the units that multiply matrices.
+# the chunk is over, and the product `tl.dot(tl.trans(k), v, …)` is the sum of all their outer products, made by the units that multiply matrices. A second kernel then computes the outputs from
+# the stored states, all chunks at once.
 
 # %% [markdown]
 # ### How fast the kernels are
@@ -532,9 +552,9 @@ figure(
 # $$s_j = \sum_{\text{layers}} \sum_{\text{heads}} \sum_i P_{ij}.$$
 #
 # Tokens that fall behind are gone for all later layers (**cascade pruning**), and heads with small outputs likewise. Within a layer, values with small probabilities are not read. And keys come in two parts:
-# first their high bits; the low bits only for queries whose attention comes out flat (**progressive quantisation**).
+# first their high bits; the low bits only for queries whose attention comes out flat (**progressive quantization**).
 #
-# **Energon** (Zhou et al., 2021) chooses anew for each query. It multiplies with 2 bits, drops the keys below a threshold, multiplies the rest with 4 bits, drops again, and computes
+# **Energon** (Zhou et al., 2021) chooses the keys again for each query. It multiplies with 2 bits, drops the keys below a threshold, multiplies the rest with 4 bits, drops again, and computes
 # exactly what is left. Our threshold lies between the mean score and the best one: $\theta = \alpha \max + (1-\alpha) \operatorname{mean}$. (The paper's own formula may differ.)
 #
 # By hand, three tokens and one head. Each row is a query's attention; the sums of the columns decide:
@@ -662,7 +682,7 @@ def draw_curves(fig):
 
 figure(
     draw_curves,
-    caption="What pruning attention costs mini-5m. Left is less work, down is better. Energon chooses for each query anew, the others for good.",
+    caption="What pruning attention costs mini-5m. Left is less work, down is better. Energon chooses for each query again, the others for good.",
     alt="Loss over the share of pairs: "
     + "; ".join(
         f"{label}: " + ", ".join(f"{x:.0%} +{y:.2f}" for x, y in curve(method, choose, by))
@@ -696,16 +716,14 @@ for row in pick("energon", choose="importance"):
         )
 
 # %% [markdown]
-# Two findings. **The sum is the wrong score for a model that reads from left to right:** an early token has been seen by more queries than a late one, so that it
-# collects more attention without deserving it. Dropping by the sum is no better than dropping at random; dividing by the number of queries mends it. (An encoder does not have
-# the problem: there, everyone sees everyone. And this is one small model, not fine-tuned for pruning.) **And coarse products are good judges:** at $\alpha = 0$, two and four bits find nearly all of the keys that matter, query by query, and drop most of the others.
+# **Why the sum and the average differ.** In a model that reads from left to right, an early token has been seen by more queries than a late one, so the sum favours it whether it matters or not. Dividing by the number of queries corrects that.
+# (An encoder does not have the problem: there, every token sees every other.) **Why coarse products may suffice.** Energon needs only the order of the scores, near the threshold, and not their values. These are eight windows, and a model that was not
+# fine-tuned for pruning; under *Does it hold?* more chapters of the novel and five random choices for each comparison decide.
 
 # %% [markdown]
 # ## Turn the knob: what to leave out
 #
-# **Predict first:** with a quarter of the tokens left, does the model still write English? And Energon at $\alpha = 0.5$, with hardly any key left?
-#
-# *Keep* belongs to the cascades, *alpha* to Energon. Quality and shares are measured on this model. Bytes and cycles are **simulated** by the cost model of the next section.
+# *Keep* belongs to the cascades, *alpha* to Energon; the knob that a method does not use is greyed. Quality and shares are measured on this model. Bytes and cycles are **simulated** by the cost model of the next section.
 
 # %% tags=["hide-input"]
 from effnb.evaluation import perplexity
@@ -719,7 +737,7 @@ sizes = roofline.Shape.of(model.config)
 
 @torch.inference_mode()
 def right_answers(m):
-    """Ranked choice, each continuation behind a context of its own: pruning judges one text at a time."""
+    """Ranked choice, each continuation behind its own context: pruning judges one text at a time."""
     rows = []
     for item in questions:
         context = bench.tokenizer.encode(item.context, add_special_tokens=False)
@@ -848,6 +866,18 @@ panel(
     draw,
     text=text,
     title="Prune mini-5m's attention",
+    predict=guess(
+        "SpAtten drops tokens by their averaged attention until a quarter is left in the last layer. By how "
+        "many per cent does the perplexity rise?",
+        answer=lambda result: 100 * (result["perplexity"] / plain["perplexity"] - 1),
+        at={"keep": 0.25},
+        unit="%",
+    ),
+    ignored=lambda values: (
+        {"keep": "Energon drops keys by alpha"}
+        if values["method"] == "Energon"
+        else {"alpha": "only Energon has a threshold"}
+    ),
     caption="Left: your setting among the stored curves of the cascades. Right: questions about unseen packages (dashed: the original), the best keys found, and bytes by the cost model.",
     frames=[1.0, 0.5, 0.25],
     keep=knob([1.0, 0.75, 0.5, 0.25, 0.125], default=0.5, label="keep"),
@@ -907,7 +937,7 @@ show(accelerator.simulate_decode_attention)
 #
 # $$C = \lceil 2 f S / E \rceil$$
 #
-# tokens of a group of $S$; $f$ is the **capacity factor**. Who finds an expert full is dropped, and lives on in the residual stream. The layer is a chain of einsums: tokens to their slots, the experts, and back. Cut it along the groups before
+# tokens of a group of $S$; $f$ is the **capacity factor**. A token whose experts are full is dropped: only the residual stream carries it on. The layer is a chain of einsums: tokens to their slots, the experts, and back. Cut it along the groups before
 # the experts and along the experts inside, and the compiler has to add one thing, twice: an **all-to-all** in which every device sends to every other, there and back. Each time,
 #
 # $$\text{bytes sent by a device} = \frac{N-1}{N}\, E\, C \cdot \text{groups} \cdot \text{width} \cdot \text{bytes per number}.$$
@@ -939,8 +969,8 @@ for r in reports:
 # %% [markdown]
 # ### As experts and devices grow
 #
-# The same, stored: 4, 8 and 16 experts on 1, 2 and 4 processes, always the same 2,048 tokens. Bytes were counted where they are sent, operations by PyTorch's own counter, both for the process that has most.
-# *Work* is the time that a processor spent on the busiest process, as a part of what one process alone takes.
+# The same, stored: 4, 8 and 16 experts on 1, 2 and 4 processes, always the same 2,048 tokens. Bytes were counted where they are sent, operations by PyTorch's own counter, both for the busiest process.
+# *Work* is the processor time of the busiest process, as a part of what one process alone takes.
 
 # %% tags=["nbval-check-output"]
 experts = results.read("06_hardware/2_codesign/experts")
@@ -948,7 +978,7 @@ ran, grown = experts.data["sizes"], experts.data["table"]
 
 
 def stored_run(count, devices):
-    """The stored run with so many experts and devices."""
+    """The stored run with this number of experts and devices."""
     return next(r for r in grown if (r["experts"], r["devices"]) == (count, devices))
 
 
@@ -991,15 +1021,15 @@ print(f"with room for all, differs from the loop over tokens by less than 1e-6: 
 experts
 
 # %% [markdown]
-# Devices share weights and work. The exchange grows with them, but to a limit: two devices send half of their tokens away, four send three quarters. More experts, at the same capacity factor, send no more: each has the fewer slots.
-# Operations are shared exactly. The processor's time is not, for sending and receiving is work too.
+# Devices share weights and work. The exchange grows with them, but to a limit: two devices send half of their tokens away, four send three quarters. More experts, at the same capacity factor, send no more: each has fewer slots.
+# Operations are shared exactly. Processor time need not be, as sending and receiving is work too; the last column shows it.
 
 # %% tags=["hide-input"]
 clock = results.read("06_hardware/2_codesign/scaling")
 
 
 def seconds_of(devices, key="seconds"):
-    """Stored seconds with so many processes, all numbers of experts behind each other."""
+    """Stored seconds with this number of processes, all numbers of experts behind each other."""
     return [s for r in clock.data["table"] if r["devices"] == devices for s in r[key]]
 
 
@@ -1023,7 +1053,7 @@ else:
 # %% [markdown]
 # ### Turn the knob: devices
 #
-# Real hidden states of `mini-5m` are routed to experts by a router that was not trained; each device has 128 tokens. **Predict first:** as devices are added, and experts with them, does the exchange eat up the gain? What does it depend on?
+# Real hidden states of `mini-5m` are routed to experts by a router that was not trained; each device has 128 tokens. As devices are added, and experts with them, does the exchange eat up the gain?
 
 # %% tags=["hide-input"]
 with torch.inference_mode():
@@ -1037,7 +1067,7 @@ LINKS = {"network, 10 GB/s": 10e9, "PCIe, 50 GB/s": 50e9, "NVLink, 300 GB/s": 30
 
 
 def spread(devices, each, factor, hidden, link):
-    """Route the tokens of so many devices; what each computes and sends."""
+    """Route the tokens of this number of devices; what each computes and sends."""
     count = max(2, devices * each)
     router = torch.randn(256, count, generator=torch.Generator().manual_seed(0)) / 16
     slots = gshard.capacity(128, count, factor)
@@ -1088,6 +1118,14 @@ panel(
     draw_spread,
     text=say_spread,
     title="More devices, more experts",
+    predict=guess(
+        "each of 32 devices has two experts of width 2,048, linked at 50 GB/s. How many times as long as the "
+        "computation does the exchange take, at least?",
+        answer=lambda result: result["exchange"] / result["compute"],
+        at={"devices": 32},
+        unit="times",
+    ),
+    ignored=lambda values: {"link": "one device sends nothing"} if values["devices"] == 1 else {},
     caption="Left: how many tokens want each expert (measured), and how many it takes. Right: least times of one device, from an A100's data sheet and the link's rate.",
     frames=[2, 4, 32],
     devices=knob([1, 2, 4, 8, 16, 32], default=4),
@@ -1110,21 +1148,15 @@ for hidden in (512, 2048, 8192):
 # %% [markdown]
 # ## Does it hold?
 #
-# Two rows of the claims ledger belong to this chapter. Quality and recall were measured, window by window, and the processes are real. Cycles and energy of the chips were not measured by anyone here, so no verdict rests on them.
+# Two rows of the claims ledger belong to this chapter. What is compared, and with which bounds, is registered; the table says where a measurement is older than that. S-H3 is judged on a window from each chapter of a held-out novel; a choice by importance is compared with five random ones.
+# S-H4 is judged by real processes on one machine: that results agree, and how many bytes are sent, follows by construction and counts as no evidence; a compiler that places the exchanges, and a cluster, were not tested.
+# Cycles and energy of the chips are simulated, so no verdict rests on them. Parts without a stored run show as *not tested*: the models are trained further, and every sweep then runs again.
 
 # %% tags=["hide-input"]
-from effnb.chapters.hardware.codesign.verdicts import s_h3, s_h4, stored
+from effnb.chapters.hardware.codesign import verdicts
 from effnb.lab import claims_table
 
-
-def windows(rows, key="windows"):
-    """Per window, averaged over seeds."""
-    found = [r[key] for r in rows]
-    return [sum(w) / len(w) for w in zip(*found)]
-
-
-saved = simulate_decode_attention(chip, sizes, 512, SHARES["SpAtten, everything"]).dram_bytes
-claims_table(s_h3(*stored()), s_h4(experts, clock))
+claims_table(verdicts.s_h3(*verdicts.stored()), verdicts.s_h4(experts, clock))
 
 # %% [markdown]
 # ## What it costs and saves
@@ -1159,7 +1191,7 @@ for r in minilm:
         print(f"{name:26} {r['recall_at_1']:10.1%} {r.get('pair_share', 1):14.0%}")
 
 # %% [markdown]
-# Attention is a much better guide than chance, also without any correction: everyone sees everyone here. Still, half of the tokens is a high price. MiniLM's vector is a mean over tokens, and those that are gone are missing from it. Energon, which drops keys and no token, keeps most of the quality with far fewer pairs.
+# Attention is a better guide than chance here, without any correction: every token sees every other. Removing half of the tokens still costs much. MiniLM's vector is a mean over tokens, and those that are gone are missing from it. Energon, which drops keys and no token, keeps most of the quality with far fewer pairs.
 
 # %% tags=["real-model"]
 from torch.nn.functional import normalize
@@ -1202,7 +1234,7 @@ print(
 )
 
 # %% [markdown]
-# **A queue that counts everyone.** Places before an expert are counted *within a group*. Count them over all tokens, and who is dropped depends on how many devices there are:
+# **A queue that counts everyone.** Places before an expert are counted *within a group*. Count them over all tokens, and which tokens are dropped depends on how many devices there are:
 
 # %% tags=["nbval-check-output"]
 logits = torch.randn(4, 64, 8, generator=torch.Generator().manual_seed(0))
@@ -1404,7 +1436,7 @@ if INTERPRETED:
             "The last tiles of the result reach past M and N: the store needs a mask too": mistake(
                 "store"
             ),
-            "Every program makes a tile of its own: `tl.program_id` says which": mistake("alone"),
+            "Every program makes its own tile: `tl.program_id` says which": mistake("alone"),
             "Tile i begins at i * SIZE, not at i": mistake("start"),
             "The next row of b begins N numbers later, and that of a K numbers later": mistake(
                 "stride"
@@ -1465,7 +1497,7 @@ seats = Exercise(
     reference=queue,
     cases=[([0, 1, 0, 0, 1], 2, 2), ([2, 2, 2, 0, 1, 2], 3, 1), ([1, 0, 1, 1, 0], 2, 5)],
     wrong={
-        "Who finds the expert full is dropped: its place is -1": lambda c, e, r: [
+        "A token whose expert is full is dropped: its place is -1": lambda c, e, r: [
             c[:i].count(x) for i, x in enumerate(c)
         ],
         "Places are counted for each expert, not over all tokens": lambda c, e, r: [
@@ -1547,7 +1579,7 @@ else:
 # <details><summary>Hint</summary>
 #
 # `rows` and `columns` of a tile: `tl.program_id(0)` and `tl.program_id(1)` say which tile, `tl.arange(0, SIZE)` counts inside. Then, for each tile of inner numbers: `tl.load` a tile of each matrix, `tl.dot` them, add.
-# `rows[:, None] * K + inner[None, :]` is a square of places. `mask=` says which of them exist, `other=0.0` what stands for the rest. At the end `tl.store`, with a mask.
+# `rows[:, None] * K + inner[None, :]` is a square of places. `mask=` says which of them exist, `other=0.0` what the rest reads as. At the end `tl.store`, with a mask.
 #
 # </details>
 
@@ -1639,7 +1671,7 @@ _ = seats.check(places)
 #
 # **Local value pruning** (SpAtten). Within a layer, read only the values of the most probable keys: $o_i = \sum_{j \in \text{top}} P_{ij} v_j$, not normalised again. Use it last: it costs least, and saves only the second half of attention.
 #
-# **Progressive quantisation** (SpAtten). $\max_j P_{ij} < \tau$ decides whether the low bits are fetched: a peaked softmax forgives errors of its scores. What it costs here, as the rise of the loss, and how often the low bits were fetched:
+# **Progressive quantization** (SpAtten). $\max_j P_{ij} < \tau$ decides whether the low bits are fetched: a peaked softmax forgives errors of its scores. What it costs here, as the rise of the loss, and how often the low bits were fetched:
 
 # %% tags=["nbval-check-output"]
 for r in pick("bits"):
@@ -1659,7 +1691,7 @@ for r in pick("bits"):
 #
 # ## Which one?
 #
-# Few tokens at a time: fewer bytes, by bits first. Long prompts: fewer bits alone do not help, only faster arithmetic does, as with 2:4. Element-wise chains: fuse. A long cache on an ordinary GPU: quantise it or evict from it;
+# Few tokens at a time: fewer bytes, by bits first. Long prompts: fewer bits alone do not help, only faster arithmetic does, as with 2:4. Element-wise chains: fuse. A long cache on an ordinary GPU: quantize it or evict from it;
 # choosing keys per query needs a chip, or a kernel that skips whole tiles. More experts than one machine holds: spread them, and make them wide.
 #
 # ## Further reading

@@ -8,6 +8,7 @@ from effnb.chapters.inference.low_rank import verdicts as low_rank
 from effnb.chapters.inference.pruning import verdicts as pruning
 from effnb.chapters.inference.quantization import verdicts as quantization
 from effnb.lab.claims import FAILS, HOLDS, IN_PART, OPEN, UNTESTED, ledger
+from effnb.lab.results import NotMeasured
 
 JUDGES = {
     "S-I1": pruning.s_i1,
@@ -142,6 +143,12 @@ def test_partitioning(work, by_clock, outcomes, verdict):
     assert found.outcome == verdict
     assert "compiler" in by_name["compiler"].why
     assert by_name["bytes"].numbers()[0] == pytest.approx(0.012)
+
+
+@pytest.mark.parametrize("clock", [None, NotMeasured("06_hardware/2_codesign/scaling")])
+def test_a_missing_run_by_the_clock_is_named_as_the_reason(clock):
+    (by_clock,) = [p for p in codesign.s_h4(experts(), clock).parts if p.part.name == "clock"]
+    assert "two idle cores" in by_clock.why
 
 
 @pytest.mark.parametrize("companion", [pruning, low_rank, quantization, codesign])

@@ -49,7 +49,7 @@ def s_h4(experts: StoredResult, scaling: StoredResult | None = None) -> Verdict:
         if row["experts"] == EXPERTS
     ]
     why = {"compiler": "it takes a compiler that places the exchanges, and a cluster to run on"}
-    if scaling is None:
+    if not scaling:  # None, or a result that is not stored here
         why["clock"] = "no run on two idle cores is stored"
     else:
         rows += [
