@@ -518,8 +518,8 @@ quality_panel(
         "TensorGPT": tensorgpt,
     },
     title="Factorize mini-5m",
-    caption="Left: your setting among the stored curves for all layers, on chapters of a novel that it has not seen. Right: questions about unseen packages.",
-    curves=Curves({method: known(method) for method in COLOURS}),
+    caption="Left: your setting beside the stored curves of two methods for all layers, on chapters of a novel that it has not seen. Right: questions about unseen packages.",
+    curves=Curves({method: known(method) for method in ("SVD", "SVD-LLM")}),
     idle={"TensorGPT": "TensorGPT factorizes the embedding"},
     frames={"kept": (20, 40, 60, 80), "method": ("SVD-LLM", "SVD")},
     predict=guess(

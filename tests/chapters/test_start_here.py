@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 
 from effnb.chapters import start_here
+from effnb.inference import quantization
 from effnb.lab import machine, results
 from effnb.lab.models import ModelUnavailable
 
@@ -109,3 +110,21 @@ def test_what_a_machine_means_is_said_for_any_machine(capsys):
         assert "None" not in said
         assert "Memory" not in said
         assert said.count("\n") == 3
+
+
+def test_what_four_bits_save_is_counted_against_a_file_of_16_bits(capsys):
+    loaded = start_here.load("mini-300k")
+    start_here.saved(loaded, quantization.rtn(loaded.model, bits=4, group_size=64))
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = {name: float(value) for name, value, *_ in said}
+    assert 4.5 / 16 < found["memory"] < 1  # embedding and norms stay as they are
+    assert found["operations"] == 1
+    assert abs(found["loss"]) < 0.2
+
+
+def test_the_first_panel_stores_both_knobs_and_the_second_asks_first(monkeypatch):
+    monkeypatch.delenv("EFFNB_SWEEP", raising=False)
+    frames = start_here.capital_panel().frames
+    assert frames == {"bits": (2, 3, 4, 8), "scale": tuple(start_here.SCALES)}
+    answer = start_here.TWO_BITS.answer({"perplexity": 12.0, "before": {"perplexity": 8.0}})
+    assert answer == pytest.approx(1.5)
