@@ -219,7 +219,7 @@ def test_a_new_chapter_appears_everywhere_by_itself(tmp_path, reference):
     assert "Take GPTQ." in found["which"]
     assert f"{CHAPTER}.html#claim-C-3" in found["which"]
     rtn = (tmp_path / "pages" / "api" / "effnb.inference.quantization.rtn.md").read_text("utf-8")
-    assert f"[Quantisation](/{CHAPTER}.ipynb#the-idea)" in rtn
+    assert f"[Quantization](/{CHAPTER}.ipynb#the-idea)" in rtn
     page = (tmp_path / "pages" / f"{CHAPTER}.ipynb").read_text(encoding="utf-8")
     assert "(/00_start_here.ipynb#the-map)" in page
     assert (
