@@ -354,7 +354,7 @@ panel(
     caption="The dot is the best that your setting allows. The dashed line is the corner of the roof. Grey: the roof without hardware for 2:4.",
     frames=[1, 16, 256],
     predict=guess(
-        "an A100 multiplies 4,096 tokens with a 16-bit weight of 4,096 by 4,096, in tiles of 128 by "
+        "An A100 multiplies 4,096 tokens with a 16-bit weight of 4,096 by 4,096, in tiles of 128 by "
         "128. What does it wait for?",
         ["memory", "arithmetic"],
         answer=waits_for,
@@ -1119,7 +1119,7 @@ panel(
     text=say_spread,
     title="More devices, more experts",
     predict=guess(
-        "each of 32 devices has two experts of width 2,048, linked at 50 GB/s. How many times as long as the "
+        "Each of 32 devices has two experts of width 2,048, linked at 50 GB/s. How many times as long as the "
         "computation does the exchange take, at least?",
         answer=lambda result: result["exchange"] / result["compute"],
         at={"devices": 32},
