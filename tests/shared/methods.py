@@ -335,10 +335,15 @@ METHODS: dict[str, Method] = {
         lambda m, b: quantization.awq(m, [b], 8), close_function(0.1), data=True, file="quantized"
     ),
     "W8A8": Method(
-        lambda m, b: quantization.quantize_activations(m), close_function(0.2), file="none"
+        lambda m, b: quantization.quantize_activations(m),
+        close_function(0.2),
+        file="none",
+        cache_bound=0.02,
     ),
     "SmoothQuant": Method(lambda m, b: quantization.smooth(m, [b]), same_function, data=True),
-    "LLM.int8()": Method(lambda m, b: quantization.llm_int8(m), close_function(0.2), file="none"),
+    "LLM.int8()": Method(
+        lambda m, b: quantization.llm_int8(m), close_function(0.2), file="none", cache_bound=0.02
+    ),
     "rotation": Method(lambda m, b: quantization.rotate(m), same_function),
     "KIVI": Method(
         lambda m, b: quantization.kivi(m, 8, residual=8, group_size=8),
