@@ -360,3 +360,24 @@ def test_bad_input_is_one_sentence(llama, tiny_llama):
             quarot(llama, bits, activation_bits)
     with pytest.raises(ValueError, match="clip_ratio is 2"):
         quarot(llama, clip_ratio=2.0)
+
+
+def test_a_rotated_layernorm_is_not_saved_as_its_class(tmp_path):
+    """The class would load LayerNorms with new gains: another model, without a word."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    phi = hf.PhiForCausalLM(
+        hf.PhiConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=4,
+        )
+    ).eval()  # fmt: skip
+    rotated = rotate(phi)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(
+        rotated(input_ids=ids).logits, phi(input_ids=ids).logits, atol=1e-4, rtol=1e-4
+    )
+    with pytest.raises(ValueError, match="rotate again"):
+        rotated.save_pretrained(tmp_path)
+    phi.save_pretrained(tmp_path)  # the argument is as it was

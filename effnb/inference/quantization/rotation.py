@@ -88,6 +88,18 @@ class PlainRMSNorm(nn.Module):
         return (working * scale).to(x.dtype)
 
 
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """In place of `save_pretrained`: the model's class would load its LayerNorms anew.
+
+    Raises:
+        ValueError: Always; says what can be saved instead.
+    """
+    raise ValueError(
+        "rotation has turned this model's LayerNorms into RMSNorms, which its class does not load; "
+        "save the original and the seed, and rotate again."
+    )
+
+
 @dataclass(frozen=True)
 class _Stream:
     """Who reads and writes the residual stream, by name."""
@@ -200,6 +212,7 @@ def _fold_norms(result: nn.Module, stream: _Stream, weights: _Weights) -> None:
         if isinstance(norm, nn.LayerNorm):
             parent, _, leaf = name.rpartition(".")
             setattr(result.get_submodule(parent), leaf, PlainRMSNorm(norm.eps))
+            result.save_pretrained = _refuse_to_save
         else:
             weights.set(norm, "weight", torch.ones_like(gain) - offset)
     if stream.centred:
