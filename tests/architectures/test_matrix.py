@@ -109,8 +109,12 @@ def saved(name, method, result, batch):
         try:
             result.save_pretrained(path)
         except ValueError as error:
-            assert one_sentence(str(error)), error
-            return {"not saved": str(error)}
+            refusal = str(error)
+        else:
+            refusal = ""
+        if refusal:
+            assert one_sentence(refusal), refusal
+            return {"not saved": refusal}
         again = type(result).from_pretrained(path, attn_implementation="eager").eval()
         again.config._experts_implementation = "eager"
     elif method.file == "quantized":
