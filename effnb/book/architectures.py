@@ -1,0 +1,61 @@
+"""Which method works on which model: the table that the tests measured, as a page of the book.
+
+`tests/architectures` runs every method on a tiny random model of every architecture and stores what
+came out in `data/results/architectures.json`; nothing here is typed.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).resolve().parents[2] / "data" / "results" / "architectures.json"
+
+
+def read(path: Path = RESULT) -> dict[str, dict[str, Any]]:
+    """By architecture: its "traits", and by method what it does."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def page(found: dict[str, dict[str, Any]]) -> str:
+    """The table as HTML: one row an architecture, the reasons of refusals folded below it."""
+    rows = []
+    for name, row in found.items():
+        methods = row["methods"]
+        works = [m for m, one in methods.items() if one.get("works") and "left out" not in one]
+        partly = {m: one["left out"] for m, one in methods.items() if "left out" in one}
+        refused = {m: one["refused"] for m, one in methods.items() if "refused" in one}
+        unsaved = {m: one["not saved"] for m, one in methods.items() if "not saved" in one}
+        cells = [
+            f"{len(works)} of {len(methods)}: {html.escape(', '.join(works))}",
+            _reasons(partly, "leaves weights out and says which"),
+            _reasons(refused, "refused in a sentence"),
+        ]
+        if unsaved:
+            cells[0] += _reasons(unsaved, "works, but is not saved as the class")
+        rows.append(
+            f'<tr><th scope="row">{html.escape(name)}<br><small>{html.escape(row["traits"])}'
+            f"</small></th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        )
+    heads = ("Architecture", "Right", "In part", "Refused")
+    head = "".join(f'<th scope="col">{one}</th>' for one in heads)
+    return (
+        f'<table class="architectures"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _reasons(found: dict[str, str], label: str) -> str:
+    """Methods that share a sentence, together; folded."""
+    if not found:
+        return "none"
+    together: dict[str, list[str]] = {}
+    for method, sentence in found.items():
+        together.setdefault(sentence, []).append(method)
+    items = "".join(
+        f"<li>{html.escape(', '.join(methods))}: {html.escape(sentence)}</li>"
+        for sentence, methods in together.items()
+    )
+    return f"<details><summary>{len(found)} {label}</summary><ul>{items}</ul></details>"
