@@ -1,0 +1,1 @@
+"""What belongs to one notebook: exercises, verdicts, drawings, queries of stored results."""

@@ -1,0 +1,1 @@
+"""The companions of the chapters in `notebooks/05_inference`."""
