@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effnb.kernels._launch import check_shape, short
+from effnb.kernels._launch import check_shape, check_whole, short
 
 SPANS = (128, 64, 32)
 """Inputs that are packed together: the byte j of a span holds its codes j and j + span / 2."""
@@ -89,12 +89,19 @@ def pack_int4(
         table: Sixteen numbers for the codes to stand for, in place of an even grid.
         zero: The zero point where there is no tensor of them.
 
+    The tensors are copied, so that whoever gave them may reuse them; but scales and a table that
+    are being learned (`requires_grad`) stay the caller's.
+
     Raises:
         ValueError: Shapes that do not fit, a group size that does not divide or has no kernel, a
-            code above 15, a zero point that is no whole number from 0 to 15, or zero points beside
-            a table.
-        TypeError: Codes that are not bytes, or steps of another type.
+            code above 15, a zero point that is no whole number from 0 to 15, zero points beside a
+            table, or a code whose entry in the table is beyond half precision.
+        TypeError: Codes that are not bytes, steps of another type, or a group size or zero point
+            that is no whole number.
     """
+    group_size, zero = check_whole("group_size", group_size), check_whole("zero", zero)
+    if not 0 <= zero <= 15:
+        raise ValueError(f"zero is {zero}; a zero point is a whole number from 0 to 15.")
     if codes.dtype != torch.uint8:
         raise TypeError(f"the codes are of {short(codes.dtype)}; they must be uint8.")
     if scales.dtype not in (torch.float16, torch.float32):
@@ -125,6 +132,8 @@ def pack_int4(
             raise ValueError(
                 f"a zero point is {zeros[~fits][0].item():g}; they are whole numbers from 0 to 15."
             )
+    if table is not None:
+        table = _usable(table, codes)
     whole = group_size == columns
     span = next(
         s for s in SPANS if s == SPANS[-1] or (s <= columns if whole else group_size % s == 0)
@@ -133,11 +142,35 @@ def pack_int4(
     low, high = padded.unflatten(1, (-1, 2, span // 2)).unbind(2)
     return Int4Weight(
         codes=(low | (high << 4)).flatten(1).contiguous(),
-        scales=scales.contiguous(),
-        zeros=None if zeros is None else zeros.to(torch.uint8).contiguous(),
-        table=None if table is None else table.float().contiguous(),
+        scales=_kept(scales),
+        zeros=None if zeros is None else _kept(zeros.to(torch.uint8)),
+        table=None if table is None else _kept(table.float()),
         zero=zero,
         shape=(rows, columns),
         group_size=group_size,
         span=span,
     )
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy without gaps in memory; of what is being learned, the tensor itself."""
+    if tensor.requires_grad:
+        return tensor.contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _usable(table: Tensor, codes: Tensor) -> Tensor:
+    """The table with 0 for what no code stands for: kernels multiply that by 0 past the end.
+
+    Raises:
+        ValueError: When a code stands for something that half precision does not hold.
+    """
+    used = torch.bincount(codes.reshape(-1).int(), minlength=16) > 0
+    fits = table.detach().abs() <= torch.finfo(torch.float16).max  # and NaN does not
+    wrong = (used & ~fits).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"code {wrong[0]} stands for {table[wrong[0]].item():g}; the numbers of a table must "
+            "be finite and within half precision, up to 65504."
+        )
+    return torch.where(fits, table, 0) if not bool(fits.all()) else table

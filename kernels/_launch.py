@@ -10,8 +10,11 @@ tensors of the CPU. That proves what they compute, very slowly; it is never chos
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,7 +28,8 @@ except ImportError:  # macOS, Windows, and Linux with a torch without CUDA
 
 __all__ = [
     "BACKENDS", "INTERPRETED", "LIMITS", "cdiv", "check_floats", "check_number", "check_shape",
-    "choose", "empty", "jit", "launch", "next_power_of_2", "precision", "short", "tl", "triton",
+    "check_whole", "choose", "empty", "exact", "jit", "launch", "next_power_of_2", "precision",
+    "rows_of", "short", "tl", "triton", "wide_precision",
 ]  # fmt: skip
 
 BACKENDS = (None, "triton", "torch")
@@ -36,6 +40,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter. It is decided when they are decorated: now."""
+
+GRID = (2**31 - 1, 65535, 65535)
+"""How many programs a grid may have along each of its axes. Rows always count along the first."""
 
 LIMITS = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may have, by compute capability."""
@@ -94,14 +101,41 @@ def check_floats(**tensors: Tensor | None) -> None:
             )
 
 
-def check_number(name: str, value: float | None) -> None:
-    """Refuse a tensor where a number belongs: kernels would lose its gradient without a word.
+def check_number(name: str, value: float) -> float:
+    """A number of any kind, NumPy's too, as Python's own, which kernels take.
 
     Raises:
-        TypeError: When it is a tensor.
+        TypeError: When it is none. A tensor is refused too: kernels would lose its gradient
+            without a word.
     """
     if isinstance(value, Tensor):
         raise TypeError(f"{name} is a tensor; it must be a number, to which no gradient leads.")
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; it must be a number.")
+    return float(value)
+
+
+def check_whole(name: str, value: int) -> int:
+    """A whole number of any kind, NumPy's too, as Python's own, which kernels take.
+
+    Raises:
+        TypeError: When it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be a whole number.") from None
+
+
+def exact(*tensors: Tensor | None) -> torch.dtype:
+    """The type in which references compute: float64 if a tensor has it, and float32 otherwise."""
+    found = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if found else torch.float32
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., K) as (rows, K), also where K or the rows are none."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _obstacle(tensors: list[Tensor]) -> str:
@@ -113,7 +147,9 @@ def _obstacle(tensors: list[Tensor]) -> str:
         return "Triton is not installed here."
     if odd:
         return f"the kernel has no {short(odd.pop())}, only float32, float16 and bfloat16."
-    if INTERPRETED:
+    if any(t.is_neg() for t in tensors):
+        return "a tensor is a view that changes the sign of what lies in memory."
+    if INTERPRETED and device.type == "cpu":
         if torch.bfloat16 in kinds:
             return "Triton's interpreter computes bfloat16 wrongly."
         return ""
@@ -164,6 +200,15 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
+def wide_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies float32 numbers that came from inputs of this type.
+
+    Those of 16-bit inputs in TF32: it has the digits of float16 and the range of float32, so that
+    nothing between input and output overflows.
+    """
+    return precision(dtype) if dtype == torch.float32 else "tf32"
+
+
 _allocate = torch.empty  # tests put memory here that is poisoned and has guarded edges
 
 
@@ -180,8 +225,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any)
     """
     if 0 in grid:
         return
-    if any(n > 65535 for n in grid[1:]) or grid[0] > 2**31 - 1:
-        raise ValueError(f"a grid of {grid} programs is larger than a GPU's: split the batch.")
+    if any(n > most for n, most in zip(grid, GRID)):
+        raise ValueError(
+            f"a grid of {grid} programs is larger than a GPU's, {GRID}: split the input."
+        )
     first = next(a for a in arguments if isinstance(a, Tensor))
     if first.device.type != "cuda":
         kernel[grid](*arguments, **settings)

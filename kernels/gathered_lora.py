@@ -10,7 +10,8 @@ $y = y_0 + s_u h B_u^\top$. The first cuts the inputs into parts where there are
 parts are added in a fixed order. Ranks may differ: fill up with zeros (`stack_users`).
 
 **Bytes**, in 16 bits: $2 U r (K + N) + 2M (K + 2N) + 8Mr$ for U users in the batch.
-**Operations**: $2Mr(K + N)$.
+**Operations**: $2Mr(K + N)$; of 16-bit numbers, the second product is in TF32, which has the range
+of float32 where half precision would overflow, and so is the first where A is float32.
 **Bound**: memory, as $r$ is small; the update should take a small part of the layer's time.
 
 Gradients reach x, A, B, s and $y_0$: $\partial x_m = s_u\,(\partial y_m B_u) A_u$ is computed by
@@ -36,14 +37,17 @@ from effnb.kernels._launch import (
     check_floats,
     check_number,
     check_shape,
+    check_whole,
     choose,
     empty,
+    exact,
     jit,
     launch,
     next_power_of_2,
-    precision,
+    rows_of,
     short,
     tl,
+    wide_precision,
 )
 from effnb.kernels.bench import BenchCase
 from effnb.kernels.compile import CompileCase
@@ -58,13 +62,17 @@ __all__ = ["UserBatch", "gathered_lora", "gathered_reference", "lora_update", "s
 def gathered_reference(
     x: Tensor, A: Tensor, B: Tensor, index: Tensor, scaling: Tensor, base: Tensor | None = None
 ) -> Tensor:
-    """Every row with its user's update, in plain PyTorch; the update in the type of A."""
-    used = index >= 0
-    user = index.clamp(min=0)
-    h = torch.einsum("mk,mrk->mr", x.to(A.dtype), A[user])
-    update = torch.einsum("mr,mnr->mn", h, B[user]) * scaling.to(A.dtype)[user].unsqueeze(1)
-    update = torch.where(used.unsqueeze(1), update, 0).to(x.dtype)
-    return update if base is None else base + update
+    """Every row with its user's update, in plain PyTorch: in float32 or float64, rounded once."""
+    kind = exact(x, A, scaling, base)
+    mine = (index >= 0).nonzero().flatten()
+    user = index[mine]
+    h = torch.einsum("mk,mrk->mr", x[mine].to(kind), A[user].to(kind))
+    update = torch.einsum("mr,mnr->mn", h, B[user].to(kind)) * scaling[user].to(kind).unsqueeze(1)
+    if base is None:
+        out = torch.zeros(len(x), B.shape[1], dtype=kind, device=x.device)
+    else:
+        out = base.to(kind)
+    return out.index_add(0, mine, update).to(x.dtype)
 
 
 def stack_users(updates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -81,6 +89,12 @@ def stack_users(updates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
     """
     if not updates:
         raise ValueError("there is no user to stack.")
+    for user, (a, b) in enumerate(updates):
+        if a.ndim != 2 or b.ndim != 2:
+            raise ValueError(
+                f"A and B of user {user} have shapes {tuple(a.shape)} and {tuple(b.shape)}; they "
+                "must be matrices."
+            )
     k, n = updates[0][0].shape[-1], updates[0][1].shape[0]
     for user, (a, b) in enumerate(updates):
         check_shape(f"A of user {user}", a, (a.shape[0], k), f"A of user 0 with {k} inputs")
@@ -99,15 +113,16 @@ def stack_users(updates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
 def _down(
     x, a, rows, users, h, stride_xm, stride_xk, stride_au, stride_ar, stride_ak,
     K: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): h of the rows of tile i, from the j-th part of the inputs."""
     kind: tl.constexpr = x.dtype.element_ty
+    inner: tl.constexpr = kind if a.dtype.element_ty == kind else tl.float32
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     EACH: tl.constexpr = (BLOCKS + PARTS - 1) // PARTS
     tile = tl.program_id(0)
     user = tl.load(users + tile).to(tl.int64)
-    lines = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    lines = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ms = tl.load(rows + lines).to(tl.int64)
     rs = tl.arange(0, BLOCK_R)
     there = (ms >= 0) & (user >= 0)
@@ -120,36 +135,34 @@ def _down(
         part = x + ms[:, None] * stride_xm + ks[None, :] * stride_xk
         part = tl.load(part, mask=mask, other=0.0)
         mask = (ks < K)[:, None] & (rs < RANK)[None, :] & (user >= 0)
-        down = tl.load(a_rows + ks[:, None] * stride_ak, mask=mask, other=0.0).to(kind)
-        thin = tl.dot(part, down, thin, input_precision=PRECISION)
+        down = tl.load(a_rows + ks[:, None] * stride_ak, mask=mask, other=0.0).to(inner)
+        thin = tl.dot(part.to(inner), down, thin, input_precision=WIDE)
     # Every line of every tile is written, also those without a row: h is as long as the tiles.
-    place = tl.program_id(1) * tl.num_programs(0) * BLOCK_M + lines
-    tl.store(h + place.to(tl.int64)[:, None] * RANK + rs[None, :], thin, mask=(rs < RANK)[None, :])
+    place = tl.program_id(1).to(tl.int64) * tl.num_programs(0) * BLOCK_M + lines
+    tl.store(h + place[:, None] * RANK + rs[None, :], thin, mask=(rs < RANK)[None, :])
 
 
 @jit
 def _up(
     h, b, rows, users, scaling, base, out, stride_bu, stride_bn, stride_br, stride_0m, stride_0n,
     N: tl.constexpr, RANK: tl.constexpr, BASE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): outputs j BLOCK_N ... of the rows of tile i; of no user, the base alone."""
     kind: tl.constexpr = out.dtype.element_ty
     tile = tl.program_id(0)
     user = tl.load(users + tile).to(tl.int64)
-    lines = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    lines = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ms = tl.load(rows + lines).to(tl.int64)
     ns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rs = tl.arange(0, BLOCK_R)
-    thin = tl.load(
-        h + lines.to(tl.int64)[:, None] * RANK + rs[None, :], mask=(rs < RANK)[None, :], other=0.0
-    )
+    thin = tl.load(h + lines[:, None] * RANK + rs[None, :], mask=(rs < RANK)[None, :], other=0.0)
     mask = (rs < RANK)[:, None] & (ns < N)[None, :] & (user >= 0)
     up = b + user * stride_bu + ns.to(tl.int64)[None, :] * stride_bn
     up += rs.to(tl.int64)[:, None] * stride_br
-    up = tl.load(up, mask=mask, other=0.0).to(kind)
+    up = tl.load(up, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(scaling + user, mask=user >= 0, other=0.0).to(tl.float32)
-    total = tl.dot(thin.to(kind), up, input_precision=PRECISION) * s
+    total = tl.dot(thin, up, input_precision=WIDE) * s
     mask = (ms >= 0)[:, None] & (ns < N)[None, :]
     if BASE:
         start = base + ms[:, None] * stride_0m + ns.to(tl.int64)[None, :] * stride_0n
@@ -165,7 +178,7 @@ class UserBatch:
     """Which row belongs to which user, arranged for the kernels: made once, used in every layer.
 
     Attributes:
-        index: (M,) the user of each row, -1 for none.
+        index: (M,) the user of each row, -1 for none; a copy of what was given.
         users: How many users there are.
         rows: (tiles, lines) the row of each line of a tile, -1 for none.
         owners: (tiles,) the one user of each tile; -1 for rows without one, and unused tiles.
@@ -190,11 +203,14 @@ class UserBatch:
         Raises:
             ValueError: A user that does not exist, an index that is no list, or lines that no
                 tensor core takes.
-            TypeError: When the index is not of whole numbers.
+            TypeError: When the index, the users or the lines are not whole numbers.
         """
+        users, lines = check_whole("users", users), check_whole("lines", lines)
         if index.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"index is of {short(index.dtype)}; it must be int32 or int64.")
         check_shape("index", index, (index.numel(),), "one user per row")
+        if users < 0:
+            raise ValueError(f"users is {users}; there cannot be fewer than none.")
         if lines < 16 or lines != next_power_of_2(lines):
             raise ValueError(f"lines is {lines}; it must be a power of two from 16.")
         count, device = len(index), index.device
@@ -205,6 +221,7 @@ class UserBatch:
                     f"index names user {low if low < -1 else high}; there are {users}, from 0, "
                     "and -1 for none."
                 )
+        index = index.clone()  # the caller's may be filled with the next batch
         ordered, order = torch.sort(index, stable=True)
         owners = torch.arange(-1, users, device=device, dtype=index.dtype)
         starts = torch.searchsorted(ordered, owners)
@@ -217,7 +234,8 @@ class UserBatch:
         places = first.unsqueeze(1) + torch.arange(lines, device=device)
         inside = places < ends[owner].unsqueeze(1)
         rows = torch.where(inside, order[places.clamp(max=max(count - 1, 0))], -1)
-        return cls(index, users, rows.int(), (owner - 1).int())
+        kind = torch.int32 if count < 2**31 else torch.int64
+        return cls(index, users, rows.to(kind), (owner - 1).int())
 
     @classmethod
     def of_one(cls, count: int, device: torch.device) -> UserBatch:
@@ -235,9 +253,9 @@ def _run_gathered(
     """Launch both kernels: x (M, K), A (U, r, K), B (U, N, r), with any strides."""
     (count, k), (_, n, rank) = x.shape, B.shape
     tiles, block_m = batch.rows.shape
-    exact = x.dtype == torch.float32
-    block_r, block_k, block_n = max(16, next_power_of_2(rank)), 32 if exact else 128, 64
-    how = {"RANK": rank, "BLOCK_M": block_m, "BLOCK_R": block_r, "PRECISION": precision(x.dtype)}
+    single = x.dtype == torch.float32
+    block_r, block_k, block_n = max(16, next_power_of_2(rank)), 32 if single else 128, 64
+    how = {"RANK": rank, "BLOCK_M": block_m, "BLOCK_R": block_r, "WIDE": wide_precision(x.dtype)}
     # A few tiles leave most of a GPU idle: then the inputs are cut as well. The parts are added in
     # a fixed order.
     parts = min(next_power_of_2(cdiv(128, max(tiles, 1))), cdiv(k, block_k))
@@ -280,31 +298,48 @@ class _Gathered(torch.autograd.Function):
             down, up = B.transpose(1, 2), A.transpose(1, 2)
             dx = _run_gathered(dy, down, up, batch, scaling, None)
         if need[1] or need[2] or need[4]:
-            wide, steep, users = _by_tile(x, dy, batch)
-            wide, steep = wide.to(A.dtype), steep.to(B.dtype)
-            s = scaling[users].to(B.dtype).view(-1, 1, 1)
-            # Sums over each user's tiles as a product: in a fixed order.
-            member = torch.arange(len(A), device=x.device).unsqueeze(1) == users
-            if need[1]:
-                parts = (s * steep @ B[users]).transpose(1, 2) @ wide
-                da = (member.to(A.dtype) @ parts.flatten(1)).view_as(A)
-            if need[2]:
-                parts = (s * steep).transpose(1, 2) @ (wide @ A[users].transpose(1, 2))
-                db = (member.to(A.dtype) @ parts.flatten(1)).view_as(B)
-            if need[4]:
-                parts = (steep @ B[users]).float() * (wide @ A[users].transpose(1, 2)).float()
-                ds = member.float() @ parts.sum((1, 2))
+            da, db, ds = _user_gradients(x, dy, A, B, scaling, batch)
         return dx, da, db, dy if need[3] else None, ds, None
 
 
-def _by_tile(x: Tensor, dy: Tensor, batch: UserBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs and output gradients as (tiles, lines, ...), 0 where no user's row is; the users."""
+def _user_gradients(
+    x: Tensor, dy: Tensor, A: Tensor, B: Tensor, scaling: Tensor, batch: UserBatch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of A, B and the scaling: in float32, where nothing in between overflows."""
+    if not len(A):
+        return torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(scaling)
+    wide, steep, there, owners = _by_tile(x.float(), dy.float(), batch)
+    users = owners.clamp(min=0)
+    # Lines without a row are 0; times a matrix that is not finite they would not be.
+    up = torch.where(there, steep @ B[users].float(), 0)
+    down = torch.where(there, wide @ A[users].float().mT, 0)
+    s = scaling[users].view(-1, 1, 1)
+    da = _sum_by_user(s * up.mT @ wide, owners, len(A)).to(A.dtype)
+    db = _sum_by_user(s * steep.mT @ down, owners, len(A)).to(B.dtype)
+    return da, db, _sum_by_user((up * down).sum((1, 2)), owners, len(A))
+
+
+def _sum_by_user(parts: Tensor, owners: Tensor, users: int) -> Tensor:
+    """The sum of each user's tiles, in a fixed order and apart from all others: (users, ...)."""
+    order = owners.argsort(stable=True)
+    counts = (torch.arange(-1, users, device=owners.device).unsqueeze(1) == owners).sum(1)
+    flat = parts.flatten(1) if parts.ndim > 1 else parts.unsqueeze(1)
+    sums = torch.segment_reduce(flat[order], "sum", lengths=counts, unsafe=True, initial=0)
+    return sums[1:].view(users, *parts.shape[1:])
+
+
+def _by_tile(x: Tensor, dy: Tensor, batch: UserBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs and output gradients as (tiles, lines, ...), 0 where no user's row is.
+
+    And where one is, (tiles, lines, 1); and the user of each tile, -1 for none.
+    """
     if batch.ordered:  # one tile is enough
-        return x.unsqueeze(0), dy.unsqueeze(0), batch.owners.new_zeros(1).long()
-    there = (batch.rows >= 0) & (batch.owners >= 0).unsqueeze(1)
-    lines, users = batch.rows.clamp(min=0).long(), batch.owners.clamp(min=0).long()
-    there = there.unsqueeze(2)
-    return torch.where(there, x[lines], 0), torch.where(there, dy[lines], 0), users
+        there = torch.ones(1, len(x), 1, dtype=torch.bool, device=x.device)
+        return x.unsqueeze(0), dy.unsqueeze(0), there, batch.owners.new_zeros(1).long()
+    owners = batch.owners.long()
+    there = ((batch.rows >= 0) & (owners >= 0).unsqueeze(1)).unsqueeze(2)
+    lines = batch.rows.clamp(min=0).long()
+    return torch.where(there, x[lines], 0), torch.where(there, dy[lines], 0), there, owners
 
 
 def lora_update(
@@ -321,10 +356,10 @@ def lora_update(
     Args:
         x: (..., K).
         A: (r, K).
-        B: (N, r) in the type of A. The kernel multiplies in the type of x, the reference in that
-            of A.
+        B: (N, r) in the type of A.
         scaling: $s$, a number.
         output: (..., N) $y_0$. The kernel needs the type of x; otherwise the reference is taken.
+            The sum is in float32 (float64 if a tensor is) and rounded once.
         backend: None: Triton on a GPU, the reference elsewhere; or "triton" or "torch".
 
     Returns:
@@ -333,10 +368,10 @@ def lora_update(
     Raises:
         ValueError: Shapes that do not fit each other, tensors on two devices, or "triton" where it
             cannot run.
-        TypeError: Tensors that are not of floating-point numbers, or a tensor as scaling.
+        TypeError: Tensors that are not of floating-point numbers, or a scaling that is no number.
     """
     check_floats(x=x, A=A, B=B, output=output)
-    check_number("scaling", scaling)
+    scaling = check_number("scaling", scaling)
     rank = A.shape[0] if A.ndim else 0
     k = x.shape[-1] if x.ndim else 0
     n = output.shape[-1] if output.ndim else 0
@@ -349,11 +384,12 @@ def lora_update(
     if output.dtype != x.dtype:
         obstacle = f"x and the output are of {short(x.dtype)} and {short(output.dtype)}."
     if choose(backend, x, A, B, output, obstacle=obstacle) == "torch":
-        update = linear(linear(x.to(A.dtype), A), B) * scaling
-        return output + update.to(output.dtype)
-    rows, base = x.reshape(-1, k), output.reshape(-1, n)
+        kind = exact(x, A, output)
+        update = linear(linear(x.to(kind), A.to(kind)), B.to(kind)) * scaling
+        return (output.to(kind) + update).to(output.dtype)
+    rows, base = rows_of(x), rows_of(output)
     batch = UserBatch.of_one(len(rows), x.device)
-    s = torch.full((1,), float(scaling), device=x.device)
+    s = torch.full((1,), scaling, device=x.device)
     result = _Gathered.apply(rows, A.unsqueeze(0), B.unsqueeze(0), base, s, batch)
     return result.reshape(output.shape)
 
@@ -409,7 +445,9 @@ def gathered_lora(
         names = "A and B" if first is A else "x and the base"
         raise ValueError(f"{names} are of {first.dtype} and {second.dtype}; they must be the same.")
     if not isinstance(scaling, Tensor):
-        scaling = torch.full((users,), float(scaling), device=A.device)
+        kind = exact(x, A)
+        scaling = torch.full((users,), check_number("scaling", scaling), dtype=kind).to(A.device)
+    check_floats(scaling=scaling)
     check_shape("scaling", scaling, (users,), f"A of shape {tuple(A.shape)}")
     tensors = (x, A, B, batch.index, scaling, base)
     if choose(backend, *tensors, obstacle=too_large(rank)) == "torch":
@@ -444,7 +482,13 @@ def compile_cases() -> list[CompileCase]:
         far = ("stride_xm", "stride_au", "stride_bu", "stride_0m", *far)
         types |= dict.fromkeys(far, "i32")
         constants = dict.fromkeys(("stride_xk", "stride_0n", *near), 1)
-        constants |= {"N": 4096, "K": 4096, "RANK": rank, "BLOCK_R": rank, "PRECISION": "ieee"}
+        constants |= {
+            "N": 4096,
+            "K": 4096,
+            "RANK": rank,
+            "BLOCK_R": rank,
+            "WIDE": "ieee" if dtype == "fp32" else "tf32",
+        }
         constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PARTS": 4, "BASE": not backward}
         name = f"gathered_lora: {dtype} {kernel.__name__.strip('_')} {m}, A and B {ab}, r {rank}"
         name += backward * " backward"

@@ -19,7 +19,9 @@ float32 and adds up; parts go to memory and are added in a fixed order afterward
 the same every time. *Many rows*: tiles on the tensor cores. The codes minus the zero point are
 small whole numbers, exact in every type, so they are multiplied as they are and the step is applied
 to the sums in float32: uniform grids lose nothing to rounding the weights. *Backward*:
-$\partial x = \partial y\, \hat W$, for training something under a frozen weight (QLoRA).
+$\partial x = \partial y\, \hat W$, for training something under a frozen weight (QLoRA). Here the
+step is part of the weight; float16, which may not hold that, is multiplied in TF32, at half the
+rate.
 
 Fused dequantization: Frantar et al., "MARLIN: Mixed-Precision Auto-Regressive Parallel Inference on
 Large Language Models", 2024, arXiv 2408.11743. QLoRA: Dettmers et al., 2023, arXiv 2305.14314.
@@ -27,7 +29,7 @@ Large Language Models", 2024, arXiv 2408.11743. QLoRA: Dettmers et al., 2023, ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,15 +38,19 @@ from torch.autograd.function import once_differentiable
 
 from effnb.kernels._int4_weight import SPANS, Int4Weight, pack_int4
 from effnb.kernels._launch import (
+    GRID,
     cdiv,
     check_floats,
     check_shape,
+    check_whole,
     choose,
     empty,
+    exact,
     jit,
     launch,
     next_power_of_2,
     precision,
+    rows_of,
     tl,
 )
 from effnb.kernels.bench import BenchCase, absent
@@ -54,9 +60,13 @@ __all__ = ["SPANS", "Blocks", "Int4Weight", "blocks_for", "int4_matmul", "pack_i
 
 
 def reference(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """The same product in plain PyTorch: write the weight out in the type of x, and multiply."""
-    bias = None if bias is None else bias.to(x.dtype)
-    return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
+    """The same product in plain PyTorch: write the weight out, and multiply.
+
+    In float32 (float64 if x is), rounded once: half precision would not hold every weight.
+    """
+    kind = exact(x, bias)
+    bias = None if bias is None else bias.to(kind)
+    return torch.nn.functional.linear(x.to(kind), weight.dequantize(kind), bias).to(x.dtype)
 
 
 # --- the kernels ----------------------------------------------------------------------------------
@@ -110,7 +120,7 @@ def _one_row(
         product = _values(packed & 15, zero[:, None], table, TABLE) * low[None, :]
         product += _values(packed >> 4, zero[:, None], table, TABLE) * high[None, :]
         total += product * scale.to(tl.float32)[:, None]
-    tl.store(out + tl.program_id(1) * N + line, tl.sum(total, 1), mask=inside)
+    tl.store(out + tl.program_id(1).to(tl.int64) * N + line, tl.sum(total, 1), mask=inside)
 
 
 @jit
@@ -120,14 +130,15 @@ def _many_rows(
     ZERO: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): rows j BLOCK_M ... of x, outputs i BLOCK_N ..., all inputs."""
+    """Program i + j N / BLOCK_N: rows j BLOCK_M ... of x, outputs i BLOCK_N ..., all inputs."""
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     HALF: tl.constexpr = SPAN // 2
     COLUMNS: tl.constexpr = (K + SPAN - 1) // SPAN * HALF
     GROUPS: tl.constexpr = K // GROUP
-    ms = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ms = (tl.program_id(0) // BLOCKS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ns = tl.program_id(0) % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, HALF)
-    x_rows = x + ms.to(tl.int64)[:, None] * stride_xm
+    x_rows = x + ms[:, None] * stride_xm
     line = ns.to(tl.int64)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for span in range(COLUMNS // HALF):
@@ -156,7 +167,7 @@ def _many_rows(
     if BIAS:
         total += tl.load(bias + ns, mask=ns < N, other=0.0).to(tl.float32)[None, :]
     tl.store(
-        out + ms.to(tl.int64)[:, None] * N + ns[None, :],
+        out + ms[:, None] * N + ns[None, :],
         total.to(out.dtype.element_ty),
         mask=(ms < M)[:, None] & (ns < N)[None, :],
     )
@@ -169,17 +180,18 @@ def _backward(
     ZERO: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): rows j BLOCK_M ..., inputs of span i, all outputs."""
+    """Program i + j K / SPAN: rows j BLOCK_M ..., inputs of span i, all outputs."""
+    kind: tl.constexpr = tl.float32 if dy.dtype.element_ty == tl.float16 else dy.dtype.element_ty
     HALF: tl.constexpr = SPAN // 2
     COLUMNS: tl.constexpr = (K + SPAN - 1) // SPAN * HALF
     GROUPS: tl.constexpr = K // GROUP
-    span = tl.program_id(0)
-    ms = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    span = tl.program_id(0) % (COLUMNS // HALF)
+    ms = (tl.program_id(0) // (COLUMNS // HALF)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, HALF)
     group = span * SPAN // GROUP
     low = tl.zeros((BLOCK_M, HALF), dtype=tl.float32)
     high = tl.zeros((BLOCK_M, HALF), dtype=tl.float32)
-    dy_rows = dy + ms.to(tl.int64)[:, None] * stride_dm
+    dy_rows = dy + ms[:, None] * stride_dm
     for block in range((N + BLOCK_N - 1) // BLOCK_N):
         ns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         line = ns.to(tl.int64)
@@ -193,14 +205,15 @@ def _backward(
         if ZEROS:
             zero = tl.load(zeros + line * GROUPS + group, mask=ns < N, other=0).to(tl.float32)
         mask = (ms < M)[:, None] & (ns < N)[None, :]
-        grad = tl.load(dy_rows + line[None, :] * stride_dn, mask=mask, other=0.0)
-        # The step belongs to the axis that is summed over, so here it is part of the weight.
+        grad = tl.load(dy_rows + line[None, :] * stride_dn, mask=mask, other=0.0).to(kind)
+        # The step belongs to the axis that is summed over, so here it is part of the weight, which
+        # float16 may not hold.
         values = _values(packed & 15, zero[:, None], table, TABLE) * scale[:, None]
-        low = tl.dot(grad, values.to(dy.dtype.element_ty), low, input_precision=PRECISION)
+        low = tl.dot(grad, values.to(kind), low, input_precision=PRECISION)
         values = _values(packed >> 4, zero[:, None], table, TABLE) * scale[:, None]
-        high = tl.dot(grad, values.to(dy.dtype.element_ty), high, input_precision=PRECISION)
+        high = tl.dot(grad, values.to(kind), high, input_precision=PRECISION)
     place = span * SPAN + columns
-    rows = dx + ms.to(tl.int64)[:, None] * K
+    rows = dx + ms[:, None] * K
     mask = (ms < M)[:, None] & (place < K)[None, :]
     tl.store(rows + place[None, :], low.to(dx.dtype.element_ty), mask=mask)
     place += HALF
@@ -223,12 +236,25 @@ class Blocks:
         n: Outputs per program.
         parts: Into how many parts the inputs of one row are cut.
         warps: Warps per program.
+
+    Raises:
+        ValueError: Numbers that no program can have.
+        TypeError: What is no whole number.
     """
 
     m: int
     n: int
     parts: int = 1
     warps: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("m", "n", "parts", "warps"):
+            number = check_whole(name, getattr(self, name))
+            least = 16 if name == "n" else 1
+            if number < least or (name != "parts" and number != next_power_of_2(number)):
+                kind = "positive" if name == "parts" else f"a power of two from {least}"
+                raise ValueError(f"{name} is {number}; it must be {kind}.")
+            object.__setattr__(self, name, number)
 
 
 def blocks_for(rows: int, weight: Int4Weight, dtype: torch.dtype) -> Blocks:
@@ -267,7 +293,7 @@ def _forward(x: Tensor, weight: Int4Weight, bias: Tensor | None, blocks: Blocks 
     parts = weight.parts
     if rows == 1 and blocks.m == 1:
         spans = cdiv(weight.shape[1], weight.span)
-        each = cdiv(spans, blocks.parts)
+        each = cdiv(spans, min(blocks.parts, spans, GRID[1]))
         count = cdiv(spans, each)
         sums = empty((count, n), torch.float32, x.device)
         launch(
@@ -280,7 +306,7 @@ def _forward(x: Tensor, weight: Int4Weight, bias: Tensor | None, blocks: Blocks 
     bias = None if bias is None else bias.contiguous()
     out = empty((rows, n), x.dtype, x.device)
     launch(
-        _many_rows, (cdiv(n, blocks.n), cdiv(rows, block_m)), x, *parts, bias, out, rows,
+        _many_rows, (cdiv(n, blocks.n) * cdiv(rows, block_m),), x, *parts, bias, out, rows,
         x.stride(0), x.stride(1), **_about(weight), BIAS=bias is not None, BLOCK_M=block_m,
         BLOCK_N=blocks.n, PRECISION=precision(x.dtype), num_warps=blocks.warps, num_stages=2,
     )  # fmt: skip
@@ -294,27 +320,37 @@ class _Int4Matmul(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, weight: Int4Weight, blocks: Blocks | None
     ) -> Tensor:
-        ctx.weight = weight
+        ctx.weight, ctx.bias_type = weight, None if bias is None else bias.dtype
+        # Saved, so that PyTorch notices when they are changed before the backward pass.
+        ctx.save_for_backward(weight.codes, weight.scales, weight.zeros, weight.table)
         return _forward(x, weight, bias, blocks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = int4_matmul_transposed(dy, ctx.weight) if ctx.needs_input_grad[0] else None
-        db = dy.sum(0) if ctx.needs_input_grad[1] else None
+        parts = dict(zip(("codes", "scales", "zeros", "table"), ctx.saved_tensors))
+        weight, need = replace(ctx.weight, **parts), ctx.needs_input_grad
+        dx = int4_matmul_transposed(dy, weight) if need[0] else None
+        db = dy.sum(0, dtype=ctx.bias_type) if need[1] else None
         return dx, db, None, None
+
+
+def _backward_precision(dtype: torch.dtype) -> str:
+    """Weights with their steps go beyond float16: TF32 has its digits and the range of float32."""
+    return "tf32" if dtype == torch.float16 else precision(dtype)
 
 
 def int4_matmul_transposed(dy: Tensor, weight: Int4Weight) -> Tensor:
     """The Triton kernel of the backward pass: dy times the weight, (M, N) to (M, K)."""
     rows = len(dy)
-    exact = dy.dtype == torch.float32  # without tensor cores
-    block_m = 16 if exact else max(16, min(next_power_of_2(rows), 64))
+    single = dy.dtype == torch.float32  # without tensor cores
+    block_m = 16 if single else max(16, min(next_power_of_2(rows), 64))
     dx = empty((rows, weight.shape[1]), dy.dtype, dy.device)
     launch(
-        _backward, (cdiv(weight.shape[1], weight.span), cdiv(rows, block_m)), dy, *weight.parts,
+        _backward, (cdiv(weight.shape[1], weight.span) * cdiv(rows, block_m),), dy, *weight.parts,
         dx, rows, dy.stride(0), dy.stride(1), **_about(weight), BLOCK_M=block_m,
-        BLOCK_N=16 if exact else 32, PRECISION=precision(dy.dtype), num_warps=4, num_stages=2,
+        BLOCK_N=16 if single else 32, PRECISION=_backward_precision(dy.dtype), num_warps=4,
+        num_stages=2,
     )  # fmt: skip
     return dx
 
@@ -333,8 +369,7 @@ def int4_matmul(
         x: (..., K) in float32, float16, bfloat16, or float64 for the reference; any strides.
         weight: From `pack_int4`, on the device of x. The kernel has no gradient for its scales and
             table; where one is asked for, PyTorch computes.
-        bias: (N,) in any of these types; the kernel adds it in float32, the reference in the type
-            of x.
+        bias: (N,) in any of these types; it is added in float32 (float64) before the one rounding.
         backend: None: Triton on a GPU, the reference elsewhere; or "triton" or "torch".
         blocks: How to cut the product into programs, in place of `blocks_for`.
 
@@ -359,8 +394,7 @@ def int4_matmul(
     obstacle = "it has no gradient for the scales and the table of a weight." if learned else ""
     if choose(backend, x, *weight.parts, bias, obstacle=obstacle) == "torch":
         return reference(x, weight, bias)
-    rows = x.reshape(-1, k)
-    return _Int4Matmul.apply(rows, bias, weight, blocks).reshape(*x.shape[:-1], n)
+    return _Int4Matmul.apply(rows_of(x), bias, weight, blocks).reshape(*x.shape[:-1], n)
 
 
 # --- for `compile` and `bench` --------------------------------------------------------------------
@@ -393,7 +427,9 @@ def compile_cases() -> list[CompileCase]:
         types |= {"out": "*fp32"} if kernel is _one_row else {}
         constants = kinds[kind] | {"N": 4096, "K": 4096, "ZERO": 8, "PART": 16, "BIAS": True}
         constants |= dict.fromkeys(("stride_x", "stride_xk", "stride_dn"), 1)
-        constants |= {"BLOCK_M": m, "BLOCK_N": n, "PRECISION": "ieee"}
+        constants |= {"BLOCK_M": m, "BLOCK_N": n}
+        half = kernel is _backward and dtype == "fp16"
+        constants |= {"PRECISION": "tf32" if half else "ieee"}
         mma = kernel is not _one_row and dtype != "fp32"
         name = f"int4_matmul: {kind} {dtype} {kernel.__name__.strip('_')} {m}x{n}"
         found.append(CompileCase(name, kernel, types, constants, mma=mma, warps=warps))

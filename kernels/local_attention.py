@@ -33,6 +33,9 @@ $$dV = P^\top g,\quad dS = P \odot (g V^\top - \delta),\quad dQ = s\, dS\, K,\qu
 
 One kernel takes tiles of queries and computes $dQ$; another takes tiles of keys and computes $dK$
 and $dV$. Each result has one owner, so none is added to by two programs, and runs are repeatable.
+What is not seen has no part in a sum, not even as an infinite number: see `_masked` for the second
+launch of each kernel that this takes, of programs that read a byte and end. Score gradients of
+float16, which may be beyond its range, are brought into it row by row before they are multiplied.
 
 **Bytes and operations.** With $n$ visible pairs a head (causal: $Tw - w(w-1)/2$), $h$ heads of
 dimension $d$ do $4\,d\,n\,h$ operations forward and, computing the scores anew in both kernels,
@@ -55,14 +58,24 @@ from effnb.kernels._launch import (
     check_floats,
     check_number,
     check_shape,
+    check_whole,
     choose,
     empty,
+    exact,
     jit,
-    launch,
     next_power_of_2,
     precision,
     short,
     tl,
+)
+from effnb.kernels._masked import (
+    has_nan,
+    is_done,
+    launch_again,
+    sum_seen,
+    tell,
+    visible_products,
+    visible_sum,
 )
 from effnb.kernels.bench import BenchCase, Runner
 from effnb.kernels.compile import CompileCase
@@ -73,9 +86,20 @@ LOCAL, GLOBAL, PADDING = 0, 1, 2  # the kinds of tokens
 # ---------------------------------------------------------------- who sees whom
 
 
-def _reach(window: int, causal: bool) -> tuple[int, int]:
-    """How many tokens to the left and to the right of its own a token sees."""
-    return (window - 1, 0) if causal else (window // 2, window // 2)
+def _reach(window: int, causal: bool, tokens: int) -> tuple[int, int]:
+    """How many of the tokens to the left and to the right of its own a token sees.
+
+    Raises:
+        ValueError: A window that is not positive, or not even where it has two sides.
+        TypeError: A window that is no whole number.
+    """
+    window = check_whole("window", window)
+    if window < 1 or (not causal and window % 2):
+        raise ValueError(
+            f"window is {window}; it must be positive and, where it has two sides, even."
+        )
+    left, right = (window - 1, 0) if causal else (window // 2, window // 2)
+    return min(left, tokens), min(right, tokens)  # further away there is nothing to see
 
 
 def _kinds(
@@ -85,7 +109,7 @@ def _kinds(
     padding: Tensor | None,
 ) -> Int8[Tensor, "sequences time"]:
     """The kind of each token: one row per sequence, or one for all where all are alike."""
-    kinds = torch.full((1, tokens), LOCAL, dtype=torch.int8, device=device)
+    kinds = torch.full((1, check_whole("tokens", tokens)), LOCAL, dtype=torch.int8, device=device)
     if global_tokens is not None:
         kinds = torch.where(torch.atleast_2d(global_tokens), GLOBAL, kinds)
     if padding is not None:
@@ -95,7 +119,7 @@ def _kinds(
 
 def _visible(i, j, kind_i, kind_j, left, right, causal):
     """Which pairs are visible, for indices and kinds that broadcast against each other."""
-    near = (j >= i - left) & (j <= i + right)
+    near = (i - j <= left) & (j - i <= right)
     far = (kind_i == GLOBAL) | (kind_j == GLOBAL)
     if causal:
         far = far & (j <= i)
@@ -117,7 +141,7 @@ def visible_pairs(
     """
     kinds = _kinds(tokens, device, global_tokens, padding)
     i = torch.arange(tokens, device=device)
-    reach = _reach(window, causal)
+    reach = _reach(window, causal, tokens)
     return _visible(i[:, None], i, kinds[:, :, None], kinds[:, None, :], *reach, causal)
 
 
@@ -135,7 +159,7 @@ def count_pairs(
     This is the work: a pair costs a head `4 * dim` operations forward.
     """
     kinds = _kinds(tokens, device, global_tokens, padding)
-    left, right = _reach(window, causal)
+    left, right = _reach(window, causal, tokens)
     i = torch.arange(tokens, device=device)
     first, last = (i - left).clamp(min=0), (i + right).clamp(max=tokens - 1)
     end = i if causal else torch.full_like(i, tokens - 1)
@@ -181,11 +205,13 @@ def tile_schedule(
 
 def _attend(q, k, v, visible, scale):
     """Softmax over the visible keys; rows that see nothing give 0. q has (batch, kv, group, …)."""
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = scale * q.to(exact) @ k.to(exact)[:, :, None].mT
+    kind = exact(q)
+    keys, values = (x.to(kind)[:, :, None].expand(*q.shape[:3], -1, -1) for x in (k, v))
+    scores = scale * visible_products(q.to(kind), keys, visible)
     blind = ~visible.any(-1, keepdim=True)  # a softmax over nothing would be NaN, gradient included
-    weights = scores.masked_fill(~(visible | blind), -torch.inf).softmax(-1) * visible
-    return (weights @ v.to(exact)[:, :, None]).to(q.dtype)
+    scores = scores.masked_fill(~(visible | blind), -torch.inf)
+    weights = scores.softmax(-1).masked_fill(~visible, 0)
+    return visible_sum(weights, values, visible).to(q.dtype)
 
 
 def local_attention_reference(
@@ -207,12 +233,14 @@ def local_attention_tiled(
     This is what runs where the kernels do not: plain PyTorch, and still linear in the length.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kinds = _kinds(q.shape[2], q.device, global_tokens, padding)
-    reach = _reach(window, causal)
-    if not kinds.shape[1]:
-        return torch.zeros_like(q)
+    block, tokens = check_whole("block", block), q.shape[2]
+    masks = dict(global_tokens=global_tokens, padding=padding)
+    reach = _reach(window, causal, tokens)
+    if not tokens:
+        return local_attention_reference(q, k, v, window=window, causal=causal, **masks)
+    kinds = _kinds(tokens, q.device, **masks)
     schedule = tile_schedule(kinds, *reach, causal, block, block).any(0).cpu()
-    index = torch.arange(q.shape[2], device=q.device)
+    index = torch.arange(tokens, device=q.device)
     query_tiles = q.unflatten(1, (k.shape[1], -1)).split(block, dim=3)
     outputs = [q[:, :, :0]]
     for tile, (rows, queries) in enumerate(zip(index.split(block), query_tiles)):
@@ -230,7 +258,7 @@ def local_attention_tiled(
 @jit
 def _visible_tile(i, j, kind_i, kind_j, left, right, CAUSAL: tl.constexpr):
     """`_visible` on a tile; rows and columns past the end were loaded as padding."""
-    near = (j >= i - left) & (j <= i + right)
+    near = (i - j <= left) & (j - i <= right)
     far = (kind_i == 1) | (kind_j == 1)
     if CAUSAL:
         far = far & (j <= i)
@@ -238,15 +266,16 @@ def _visible_tile(i, j, kind_i, kind_j, left, right, CAUSAL: tl.constexpr):
 
 
 @jit
-def _load_tile(start, token, token_stride, dim, tokens, DIM: tl.constexpr):
-    """Rows `token` of a matrix, with zeros past its end."""
-    inside = (token < tokens)[:, None] & (dim < DIM)[None, :]
+def _load_tile(start, token, token_stride, dim, kind, DIM: tl.constexpr):
+    """Rows `token` of a matrix; zeros for padding, as which what is past its end counts."""
+    inside = (kind != 2)[:, None] & (dim < DIM)[None, :]
     at = token.to(tl.int64)[:, None] * token_stride + dim[None, :]
     return tl.load(start + at, mask=inside, other=0.0)
 
 
 @jit
 def _forward_kernel(
+    flags,  # which programs are to run again
     query, key, value, kinds,
     counts,  # (batch or 1, query tiles): how many tiles of keys each of them visits
     visits,  # (batch or 1, query tiles, key tiles): which ones, the first `counts` of a row
@@ -262,9 +291,12 @@ def _forward_kernel(
     key_batch, key_head, key_token,
     value_batch, value_head, value_token,
     DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: its outputs and the logarithms of its sums."""
+    if AGAIN:  # noqa: SIM102 - only then there are flags
+        if is_done(flags):
+            return
     tiles = tl.cdiv(tokens, BLOCK_Q)
     row = (tl.program_id(0) // tiles).to(tl.int64)  # one head of one sequence
     tile = tl.program_id(0) % tiles
@@ -277,7 +309,7 @@ def _forward_kernel(
     i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     kind_i = tl.load(kinds + i, mask=i < tokens, other=2)
     q = _load_tile(
-        query + batch * query_batch + head * query_head, i, query_token, dim, tokens, DIM
+        query + batch * query_batch + head * query_head, i, query_token, dim, kind_i, DIM
     )
 
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
@@ -286,8 +318,8 @@ def _forward_kernel(
     for visit in range(tl.load(counts + listed)):
         j = tl.load(visits + listed * key_tiles + visit) * BLOCK_K + tl.arange(0, BLOCK_K)
         kind_j = tl.load(kinds + j, mask=j < tokens, other=2)
-        k = _load_tile(key, j, key_token, dim, tokens, DIM)
-        v = _load_tile(value, j, value_token, dim, tokens, DIM)
+        k = _load_tile(key, j, key_token, dim, kind_j, DIM)
+        v = _load_tile(value, j, value_token, dim, kind_j, DIM)
         seen = _visible_tile(
             i[:, None], j[None, :], kind_i[:, None], kind_j[None, :], left, right, CAUSAL
         )
@@ -300,12 +332,17 @@ def _forward_kernel(
         p = tl.exp2(scores - offset[:, None])
         total = total * shrink + tl.sum(p, axis=1)
         weighted = weighted * shrink[:, None]
-        weighted += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        if AGAIN:
+            weighted = sum_seen(weighted, p, seen, value, j, tokens, value_token, dim, DIM, BLOCK_K)
+        else:
+            weighted += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         largest = new_largest
 
-    blind = total == 0.0  # padding, or nothing but padding in sight
+    if not AGAIN:
+        tell(flags, has_nan(weighted))
+    blind = kind_i == 2  # every other token sees itself
     total = tl.where(blind, 1.0, total)
-    result = weighted / total[:, None]
+    result = tl.where(blind[:, None], 0.0, weighted / total[:, None])
     tl.store(
         out + (row * tokens + i[:, None]) * DIM + dim[None, :],
         result.to(out.dtype.element_ty),
@@ -316,7 +353,28 @@ def _forward_kernel(
 
 
 @jit
+def _score_gradients(q, k, v, g, seen, log, delta, scale, PRECISION: tl.constexpr):
+    """A tile of dS, without the scale; 0 for what is not seen."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores *= scale * 1.4426950408889634  # log2(e)
+    p = tl.exp2(tl.where(seen, scores - log[:, None], float("-inf")))
+    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    return tl.where(seen, p * (dp - delta[:, None]), 0.0)
+
+
+@jit
+def _dot_gradients(ds, x, PRECISION: tl.constexpr):
+    """Score gradients times keys or queries; in float16, with each row brought into its range."""
+    if x.dtype == tl.float16:
+        most = tl.max(tl.abs(ds), axis=1)
+        most = tl.where(most > 1e-30, most, 1.0)[:, None]
+        return tl.dot((ds / most).to(x.dtype), x, input_precision=PRECISION) * most
+    return tl.dot(ds.to(x.dtype), x, input_precision=PRECISION)
+
+
+@jit
 def _queries_backward_kernel(
+    flags,  # which programs are to run again
     query, key, value, kinds, counts, visits, out, log_sum,
     d_out, d_query,
     delta,  # (batch, heads, tokens) float32: kept for the other kernel
@@ -328,9 +386,12 @@ def _queries_backward_kernel(
     key_batch, key_head, key_token,
     value_batch, value_head, value_token,
     DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: the gradient of its queries."""
+    if AGAIN:  # noqa: SIM102 - only then there are flags
+        if is_done(flags):
+            return
     tiles = tl.cdiv(tokens, BLOCK_Q)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -343,10 +404,10 @@ def _queries_backward_kernel(
     i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     kind_i = tl.load(kinds + i, mask=i < tokens, other=2)
     q = _load_tile(
-        query + batch * query_batch + head * query_head, i, query_token, dim, tokens, DIM
+        query + batch * query_batch + head * query_head, i, query_token, dim, kind_i, DIM
     )
-    g = _load_tile(d_out + row * tokens * DIM, i, DIM, dim, tokens, DIM)
-    o = _load_tile(out + row * tokens * DIM, i, DIM, dim, tokens, DIM)
+    g = _load_tile(d_out + row * tokens * DIM, i, DIM, dim, kind_i, DIM)
+    o = _load_tile(out + row * tokens * DIM, i, DIM, dim, kind_i, DIM)
     log = tl.load(log_sum + row * tokens + i, mask=i < tokens, other=0.0)
     d = tl.sum(g.to(tl.float32) * o.to(tl.float32), axis=1)
     tl.store(delta + row * tokens + i, d, mask=i < tokens)
@@ -355,18 +416,19 @@ def _queries_backward_kernel(
     for visit in range(tl.load(counts + listed)):
         j = tl.load(visits + listed * key_tiles + visit) * BLOCK_K + tl.arange(0, BLOCK_K)
         kind_j = tl.load(kinds + j, mask=j < tokens, other=2)
-        k = _load_tile(key, j, key_token, dim, tokens, DIM)
-        v = _load_tile(value, j, value_token, dim, tokens, DIM)
+        k = _load_tile(key, j, key_token, dim, kind_j, DIM)
+        v = _load_tile(value, j, value_token, dim, kind_j, DIM)
         seen = _visible_tile(
             i[:, None], j[None, :], kind_i[:, None], kind_j[None, :], left, right, CAUSAL
         )
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores *= scale * 1.4426950408889634  # log2(e)
-        p = tl.exp2(tl.where(seen, scores - log[:, None], float("-inf")))
-        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - d[:, None])
-        dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+        ds = _score_gradients(q, k, v, g, seen, log, d, scale, PRECISION)
+        if AGAIN:
+            dq = sum_seen(dq, ds, seen, key, j, tokens, key_token, dim, DIM, BLOCK_K)
+        else:
+            dq += _dot_gradients(ds, k, PRECISION)
 
+    if not AGAIN:
+        tell(flags, has_nan(dq))
     tl.store(
         d_query + (row * tokens + i[:, None]) * DIM + dim[None, :],
         (scale * dq).to(d_query.dtype.element_ty),
@@ -375,7 +437,18 @@ def _queries_backward_kernel(
 
 
 @jit
+def _seen_by(q, k, v, g, seen, log, delta, scale, PRECISION: tl.constexpr):
+    """P and dS of a tile, transposed: keys along the rows."""
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    scores *= scale * 1.4426950408889634  # log2(e)
+    p = tl.exp2(tl.where(seen, scores - log[None, :], float("-inf")))
+    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+    return p, tl.where(seen, p * (dp - delta[None, :]), 0.0)
+
+
+@jit
 def _keys_backward_kernel(
+    flags,  # which programs are to run again
     query, key, value, kinds,
     counts, visits,  # the schedule the other way round: for each tile of keys, tiles of queries
     log_sum, d_out, delta, d_key, d_value,
@@ -386,12 +459,15 @@ def _keys_backward_kernel(
     key_batch, key_head, key_token,
     value_batch, value_head, value_token,
     DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one key-value head: the gradients of its keys and values.
 
     Everything is transposed: keys lie along the rows, the queries that see them come by.
     """
+    if AGAIN:  # noqa: SIM102 - only then there are flags
+        if is_done(flags):
+            return
     tiles = tl.cdiv(tokens, BLOCK_K)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -402,9 +478,9 @@ def _keys_backward_kernel(
     dim = tl.arange(0, BLOCK_D)
     j = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     kind_j = tl.load(kinds + j, mask=j < tokens, other=2)
-    k = _load_tile(key + batch * key_batch + head * key_head, j, key_token, dim, tokens, DIM)
+    k = _load_tile(key + batch * key_batch + head * key_head, j, key_token, dim, kind_j, DIM)
     v = _load_tile(
-        value + batch * value_batch + head * value_head, j, value_token, dim, tokens, DIM
+        value + batch * value_batch + head * value_head, j, value_token, dim, kind_j, DIM
     )
 
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
@@ -415,21 +491,24 @@ def _keys_backward_kernel(
         q_row = row * group + step // count
         i = tl.load(visits + listed * query_tiles + step % count) * BLOCK_Q + tl.arange(0, BLOCK_Q)
         kind_i = tl.load(kinds + i, mask=i < tokens, other=2)
-        q = _load_tile(query + q_head * query_head, i, query_token, dim, tokens, DIM)
-        g = _load_tile(d_out + q_row * tokens * DIM, i, DIM, dim, tokens, DIM)
+        queries, gradients = query + q_head * query_head, d_out + q_row * tokens * DIM
+        q = _load_tile(queries, i, query_token, dim, kind_i, DIM)
+        g = _load_tile(gradients, i, DIM, dim, kind_i, DIM)
         log = tl.load(log_sum + q_row * tokens + i, mask=i < tokens, other=0.0)
         d = tl.load(delta + q_row * tokens + i, mask=i < tokens, other=0.0)
         seen = _visible_tile(
             i[None, :], j[:, None], kind_i[None, :], kind_j[:, None], left, right, CAUSAL
         )
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        scores *= scale * 1.4426950408889634  # log2(e)
-        p = tl.exp2(tl.where(seen, scores - log[None, :], float("-inf")))
-        dv += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-        ds = p * (dp - d[None, :])
-        dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
+        p, ds = _seen_by(q, k, v, g, seen, log, d, scale, PRECISION)
+        if AGAIN:
+            dv = sum_seen(dv, p, seen, gradients, i, tokens, DIM, dim, DIM, BLOCK_Q)
+            dk = sum_seen(dk, ds, seen, queries, i, tokens, query_token, dim, DIM, BLOCK_Q)
+        else:
+            dv += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
+            dk += _dot_gradients(ds, q, PRECISION)
 
+    if not AGAIN:
+        tell(flags, tl.maximum(has_nan(dk), has_nan(dv)))
     at = (row * tokens + j[:, None]) * DIM + dim[None, :]
     inside = (j < tokens)[:, None] & (dim < DIM)[None, :]
     tl.store(d_key + at, (scale * dk).to(d_key.dtype.element_ty), mask=inside)
@@ -487,7 +566,7 @@ class _LocalAttention(torch.autograd.Function):
         ctx.scale, ctx.settings = scale, settings
         ctx.window = left, right, 0 if len(kinds) == 1 else tokens
         ctx.strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
-        launch(
+        launch_again(
             _forward_kernel,
             (counts.shape[1] * batch * heads,),
             *(q, k, v, kinds, counts, visits, out, log_sum),
@@ -508,7 +587,7 @@ class _LocalAttention(torch.autograd.Function):
         dq, dk, dv = (empty(x.shape, x.dtype, x.device) for x in (q, k, v))
         delta = empty(log_sum.shape, torch.float32, q.device)
         counts, visits = _list_visits(schedule)
-        launch(
+        launch_again(
             _queries_backward_kernel,
             (counts.shape[1] * batch * heads,),
             *(q, k, v, kinds, counts, visits, out, log_sum, d_out, dq, delta),
@@ -517,7 +596,7 @@ class _LocalAttention(torch.autograd.Function):
             **ctx.settings,
         )
         counts, visits = _list_visits(schedule.mT)  # for each tile of keys, who comes by
-        launch(
+        launch_again(
             _keys_backward_kernel,
             (counts.shape[1] * batch * key_heads,),
             *(q, k, v, kinds, counts, visits, log_sum, d_out, delta, dk, dv),
@@ -561,25 +640,27 @@ def local_attention(
         q: Queries.
         k: Keys. Grouped-query models have fewer key-value heads: a divisor of the query heads.
         v: Values.
-        window: The width $w$. Causal: a token sees itself and the $w - 1$ before it. Otherwise $w$
-            is even, and a token sees $w / 2$ to either side and itself.
+        window: The width $w$, as large as you like. Causal: a token sees itself and the $w - 1$
+            before it. Otherwise $w$ is even, and a token sees $w / 2$ to either side and itself.
         causal: Whether no token sees a later one, global tokens included.
         global_tokens: True at tokens that attend to all and are attended by all.
-        padding: True at tokens that are none: nobody sees them, and their outputs are 0.
+        padding: True at tokens that are none: nobody sees them, whatever they hold, and their
+            outputs are 0.
         scale: The factor on $q \cdot k$; $1/\sqrt{d}$ by default.
         backend: "triton", "torch", or None for the kernels where they can run.
 
     Returns:
-        The outputs, with gradients. A row that sees nothing is 0, and so are its gradients.
+        The outputs, with gradients. A row that sees nothing is 0, and so are its gradients; what
+        a row does not see has no part in it, not even as an infinite number.
 
     Raises:
         ValueError: Shapes that do not fit each other, a window that is not positive (not even,
             where it has two sides), an unknown backend.
         TypeError: Numbers that are not floating-point or of different types, masks that are not
-            boolean, or a tensor as scale.
+            boolean, a window that is no whole number, or a scale that is no number.
     """
     check_floats(q=q, k=k, v=v)
-    check_number("scale", scale)
+    scale = None if scale is None else check_number("scale", scale)
     types = {short(x.dtype) for x in (q, k, v)}
     if len(types) > 1:
         raise TypeError(f"q, k and v are of {', '.join(sorted(types))}; they must agree.")
@@ -595,10 +676,7 @@ def local_attention(
     check_shape("v", v, tuple(k.shape), f"k of shape {tuple(k.shape)}")
     if not key_heads or heads % key_heads:
         raise ValueError(f"{heads} query heads cannot share {key_heads} key-value heads evenly.")
-    if window < 1 or (not causal and window % 2):
-        raise ValueError(
-            f"window is {window}; it must be positive and, where it has two sides, even."
-        )
+    left, right = _reach(window, causal, tokens)
     _check_mask("global_tokens", global_tokens, q, shown)
     _check_mask("padding", padding, q, shown)
     obstacle = f"heads of {dim} are too wide for its tiles; 256 is the most." if dim > 256 else ""
@@ -611,7 +689,7 @@ def local_attention(
     scale = dim**-0.5 if scale is None else scale
     settings = _settings(dim, q.dtype, causal)
     kinds = _kinds(tokens, q.device, *masks)
-    return _LocalAttention.apply(q, k, v, kinds, *_reach(window, causal), scale, settings)
+    return _LocalAttention.apply(q, k, v, kinds, left, right, scale, settings)
 
 
 # ---------------------------------------------------------------- for the compiler and the clock
@@ -628,7 +706,8 @@ def compile_cases() -> list[CompileCase]:
         types = dict.fromkeys(("query", "key", "value", "out", "d_out"), f"*{kind}")
         types |= dict.fromkeys(("d_query", "d_key", "d_value"), f"*{kind}")
         types |= dict.fromkeys(("log_sum", "delta"), "*fp32")
-        types |= {"kinds": "*i8", "counts": "*i32", "visits": "*i32", "scale": "fp32"}
+        types |= dict.fromkeys(("flags", "kinds"), "*i8")
+        types |= {"counts": "*i32", "visits": "*i32", "scale": "fp32"}
         numbers = "heads key_heads group tokens key_tiles query_tiles left right"
         types |= dict.fromkeys(numbers.split(), "i32")
         types |= {"kinds_batch": "i32", "counts_batch": "i32"}
@@ -639,11 +718,13 @@ def compile_cases() -> list[CompileCase]:
             ("queries backward", _queries_backward_kernel),
             ("keys backward", _keys_backward_kernel),
         ):
-            case = CompileCase(
-                f"local_attention: {name} {kind} {dim}", kernel, types, strides | settings,
-                mma=kind != "fp32", warps=warps, stages=stages,
-            )  # fmt: skip
-            found.append(case)
+            for again in (False, True) if dim == 64 else (False,):
+                case = CompileCase(
+                    f"local_attention: {name} {kind} {dim}" + again * " again", kernel, types,
+                    strides | settings | {"AGAIN": again},
+                    mma=kind != "fp32", warps=warps, stages=stages,
+                )  # fmt: skip
+                found.append(case)
     return found
 
 
@@ -678,7 +759,7 @@ def _bench_case(
         q, k, v, d_out = (x.bfloat16() for x in (q, k, v, d_out))
         inputs = [x.requires_grad_(backward) for x in (q, k, v)]
         chosen = is_global(device) if global_count else None
-        left, right = _reach(window, causal)
+        left, right = _reach(window, causal, tokens)
 
         def mask(_batch, _head, i, j):
             near = (j >= i - left) & (j <= i + right)

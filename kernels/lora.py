@@ -7,7 +7,9 @@ writes y once more. Here every program, which needs its rows of x for $x W^\top$
 multiplies them by A, and adds $B$ times that to its part of y before writing it once.
 
 Bytes, in 16 bits for M rows: $2 (NK + rK + Nr + MK + MN)$.
-Operations: $2MNK + 2Mr(K + N)$. The kernel does $2MrK$ of them once for every block of outputs.
+Operations: $2MNK + 2Mr(K + N)$. The kernel does $2MrK$ of them once for every block of outputs. Of
+16-bit numbers, $x A^\top$ by B, and all with A and B of float32, is multiplied in TF32, at half the
+rate: it has the range of float32, where half precision would overflow.
 Bound: that of the layer alone, since $r$ is small: the update should cost next to nothing.
 
 Gradients reach x, W, A, B and b: $\partial x = \partial y\,W + s\,(\partial y\,B) A$ is the same
@@ -32,11 +34,14 @@ from effnb.kernels._launch import (
     check_shape,
     choose,
     empty,
+    exact,
     jit,
     launch,
     next_power_of_2,
     precision,
+    rows_of,
     tl,
+    wide_precision,
 )
 from effnb.kernels.bench import OTHER, BenchCase, absent
 from effnb.kernels.compile import CompileCase
@@ -51,10 +56,11 @@ MAX_RANK = 128
 def reference(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None
 ) -> Tensor:
-    """The layer and its update in plain PyTorch; the update in the type of A."""
-    update = linear(linear(x.to(A.dtype), A), B) * scaling
-    bias = None if bias is None else bias.to(x.dtype)
-    return linear(x, weight, bias) + update.to(x.dtype)
+    """The layer and its update in plain PyTorch: in float32 or float64, and rounded once."""
+    kind = exact(x, A, bias)
+    wide, bias = x.to(kind), None if bias is None else bias.to(kind)
+    update = linear(linear(wide, A.to(kind)), B.to(kind)) * scaling
+    return (linear(wide, weight.to(kind), bias) + update).to(x.dtype)
 
 
 # --- the kernel -----------------------------------------------------------------------------------
@@ -66,14 +72,19 @@ def _layer(
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     N: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): rows j BLOCK_M ... of x, outputs i BLOCK_N ..., all inputs."""
+    """Program i + j N / BLOCK_N: rows j BLOCK_M ... of x, outputs i BLOCK_N ..., all inputs.
+
+    A and B of another type than x, and everything between them, are multiplied in float32.
+    """
     kind: tl.constexpr = x.dtype.element_ty
-    ms = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner: tl.constexpr = kind if a.dtype.element_ty == kind else tl.float32
+    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    ms = (tl.program_id(0) // COLUMNS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ns = tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
     rs = tl.arange(0, BLOCK_R)
-    x_rows = x + ms.to(tl.int64)[:, None] * stride_xm
+    x_rows = x + ms[:, None] * stride_xm
     w_rows = w + ns.to(tl.int64)[None, :] * stride_wn
     a_rows = a + rs.to(tl.int64)[None, :] * stride_ar
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -85,17 +96,18 @@ def _layer(
         mask = (ks < K)[:, None] & (ns < N)[None, :]
         weight = tl.load(w_rows + ks[:, None] * stride_wk, mask=mask, other=0.0)
         mask = (ks < K)[:, None] & (rs < RANK)[None, :]
-        down = tl.load(a_rows + ks[:, None] * stride_ak, mask=mask, other=0.0).to(kind)
+        down = tl.load(a_rows + ks[:, None] * stride_ak, mask=mask, other=0.0).to(inner)
         total = tl.dot(part, weight, total, input_precision=PRECISION)
-        thin = tl.dot(part, down, thin, input_precision=PRECISION)
+        thin = tl.dot(part.to(inner), down, thin, input_precision=WIDE)
+    thin = tl.where((rs < RANK)[None, :], thin, 0.0)  # an infinite x times 0
     mask = (rs < RANK)[:, None] & (ns < N)[None, :]
     up = b + ns.to(tl.int64)[None, :] * stride_bn + rs.to(tl.int64)[:, None] * stride_br
-    up = tl.load(up, mask=mask, other=0.0).to(kind)
-    total += tl.dot(thin.to(kind), up, input_precision=PRECISION) * scaling
+    up = tl.load(up, mask=mask, other=0.0).to(tl.float32)
+    total += tl.dot(thin, up, input_precision=WIDE) * scaling
     if BIAS:
         total += tl.load(bias + ns, mask=ns < N, other=0.0).to(tl.float32)[None, :]
     tl.store(
-        out + ms.to(tl.int64)[:, None] * N + ns[None, :],
+        out + ms[:, None] * N + ns[None, :],
         total.to(out.dtype.element_ty),
         mask=(ms < M)[:, None] & (ns < N)[None, :],
     )
@@ -109,18 +121,19 @@ def _run_layer(
 ) -> Tensor:
     """Launch: x (M, K), weight (N, K), A (r, K), B (N, r), with any strides."""
     (rows, k), n, rank = x.shape, len(weight), len(A)
-    exact = x.dtype == torch.float32  # without tensor cores, on small blocks
+    single = x.dtype == torch.float32  # without tensor cores, on small blocks
     largest = 128 if rank <= 32 else 64  # by shared memory: large ranks fill as much as outputs
-    block_m = 16 if exact else min(max(16, next_power_of_2(rows)), largest)
-    block_n = 32 if exact or rows <= 16 else 64 if rows <= 64 else largest
+    block_m = 16 if single else min(max(16, next_power_of_2(rows)), largest)
+    block_n = 32 if single or rows <= 16 else 64 if rows <= 64 else largest
     bias = None if bias is None else bias.contiguous()
     out = empty((rows, n), x.dtype, x.device)
     launch(
-        _layer, (cdiv(n, block_n), cdiv(rows, block_m)), x, weight, A, B, bias, out, rows,
+        _layer, (cdiv(n, block_n) * cdiv(rows, block_m),), x, weight, A, B, bias, out, rows,
         float(scaling), *x.stride(), *weight.stride(), *A.stride(), *B.stride(),
         N=n, K=k, RANK=rank, BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=32 if exact else 64, BLOCK_R=max(16, next_power_of_2(rank)),
-        PRECISION=precision(x.dtype), num_warps=8 if block_n == 128 else 4, num_stages=3,
+        BLOCK_K=32 if single else 64, BLOCK_R=max(16, next_power_of_2(rank)),
+        PRECISION=precision(x.dtype), WIDE=wide_precision(x.dtype),
+        num_warps=8 if block_n == 128 else 4, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -139,7 +152,7 @@ class _Lora(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, A, B)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.bias_type = scaling, None if bias is None else bias.dtype
         return _run_layer(x, weight, A, B, scaling, bias)
 
     @staticmethod
@@ -152,13 +165,14 @@ class _Lora(torch.autograd.Function):
             dx = _run_layer(dy, weight.T, B.T, A.T, s, None)
         if need[1]:
             dw = dy.T @ x
-        wide, steep = x.to(A.dtype), dy.to(B.dtype)
+        if need[2] or need[3]:  # in float32, where nothing in between overflows
+            wide, steep, a, b = x.float(), dy.float(), A.float(), B.float()
         if need[2]:
-            da = (steep @ B).T @ wide * s
+            da = ((steep @ b).T @ wide * s).to(A.dtype)
         if need[3]:
-            db = steep.T @ (wide @ A.T) * s
+            db = (steep.T @ (wide @ a.T) * s).to(B.dtype)
         if need[4]:
-            dbias = dy.sum(0)
+            dbias = dy.sum(0, dtype=ctx.bias_type)
         return dx, dw, da, db, dbias, None
 
 
@@ -174,8 +188,9 @@ def lora(
 ) -> Tensor:
     r"""$y = x W^\top + s\,(x A^\top) B^\top + b$ in one pass.
 
-    The kernel multiplies A and B in the type of x, as training in mixed precision does; the
-    reference in their own.
+    What lies between input and output is in float32 (float64 if a tensor is), and rounded once: no
+    update overflows half precision that the sum does not. For 16-bit inputs the kernel multiplies
+    A and B in TF32.
 
     Args:
         x: (..., K), any strides.
@@ -183,8 +198,7 @@ def lora(
         A: (r, K) in the type of x or float32.
         B: (N, r) in the type of A.
         scaling: $s$, a number.
-        bias: (N,) in any of these types; the kernel adds it in float32, the reference in the type
-            of x.
+        bias: (N,) in any of these types.
         backend: None: Triton on a GPU, the reference elsewhere; or "triton" or "torch".
 
     Returns:
@@ -193,10 +207,10 @@ def lora(
     Raises:
         ValueError: Shapes or types that do not fit each other, tensors on two devices, or "triton"
             where it cannot run.
-        TypeError: Tensors that are not of floating-point numbers, or a tensor as scaling.
+        TypeError: Tensors that are not of floating-point numbers, or a scaling that is no number.
     """
     check_floats(x=x, weight=weight, A=A, B=B, bias=bias)
-    check_number("scaling", scaling)
+    scaling = check_number("scaling", scaling)
     if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}."
@@ -214,8 +228,7 @@ def lora(
     picked = choose(backend, x, weight, A, B, bias, obstacle=too_large(rank))
     if picked == "torch":
         return reference(x, weight, A, B, scaling, bias)
-    rows = x.reshape(-1, k)
-    return _Lora.apply(rows, weight, A, B, bias, scaling).reshape(*x.shape[:-1], n)
+    return _Lora.apply(rows_of(x), weight, A, B, bias, scaling).reshape(*x.shape[:-1], n)
 
 
 def in_one_pass(
@@ -233,9 +246,9 @@ def in_one_pass(
 
 def too_large(rank: int) -> str:
     """Why a rank has no kernel, in a sentence; empty if it has one."""
-    if 1 <= rank <= MAX_RANK:
+    if rank <= MAX_RANK:
         return ""
-    return f"the rank is {rank}; the kernel has ranks from 1 to {MAX_RANK}."
+    return f"the rank is {rank}; the kernel has ranks up to {MAX_RANK}."
 
 
 # --- for `compile` and `bench` --------------------------------------------------------------------
@@ -251,6 +264,7 @@ def compile_cases() -> list[CompileCase]:
         ("bf16", "bf16", 16, 128, 128, 64, 8, False),
         ("bf16", "fp32", 16, 128, 128, 64, 8, True),
         ("bf16", "fp32", 128, 64, 64, 64, 4, False),
+        ("fp16", "fp32", 16, 128, 128, 64, 8, False),
         ("fp16", "fp16", 16, 16, 32, 64, 4, False),
         ("fp32", "fp32", 16, 16, 32, 32, 4, False),
         ("fp32", "fp32", 16, 16, 32, 32, 4, True),
@@ -262,6 +276,7 @@ def compile_cases() -> list[CompileCase]:
         types |= {f"stride_{name}": "i32" for name in ("xm", *far)}
         constants = {f"stride_{name}": 1 for name in ("xk", *near)}
         constants |= {"N": 4096, "K": 4096, "RANK": rank, "BLOCK_R": rank, "PRECISION": "ieee"}
+        constants |= {"WIDE": "ieee" if dtype == "fp32" else "tf32"}
         constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "BIAS": not backward}
         name = f"lora: {dtype} {m}x{n}, A and B {ab}, r {rank}" + backward * " backward"
         mma = dtype != "fp32"

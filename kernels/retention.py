@@ -23,7 +23,9 @@ remembers about 32 tokens, each next one twice as many. Group norm, gate and the
 and keys belong to the layer around this function.
 
 **Two kernels.** One walks over the chunks and writes the state before each of them; all tiles of
-all states run side by side. The other computes the outputs, all chunks at once.
+all states run side by side. The other computes the outputs, all chunks at once. A
+token that a query does not see has no part in its output, not even as an infinite number: see
+`_masked` for the second launch that this takes, of programs that read a byte and end.
 
 **The gradient of retention is three retentions**, and so it needs no kernels of its own. From the
 unrolled sum, with $g_n$ the gradient of $o_n$:
@@ -65,8 +67,10 @@ from effnb.kernels._launch import (
     check_floats,
     check_number,
     check_shape,
+    check_whole,
     choose,
     empty,
+    exact,
     jit,
     launch,
     next_power_of_2,
@@ -74,10 +78,20 @@ from effnb.kernels._launch import (
     short,
     tl,
 )
+from effnb.kernels._masked import (
+    has_nan,
+    is_done,
+    launch_again,
+    sum_seen,
+    tell,
+    visible_products,
+    visible_sum,
+)
 from effnb.kernels.bench import OTHER, BenchCase, Runner, absent
 from effnb.kernels.compile import CompileCase
 
 CHUNK_SIZES = (16, 32, 64, 128)
+WIDEST = 2**16  # keys of a step, which a program holds at once
 KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -91,14 +105,17 @@ def retention_decay(heads: int) -> Tensor:
 
 def _prepare(q, k, v, gamma, scale, state):
     """Inputs in the precision of the arithmetic: float64 stays, all else becomes float32."""
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, heads, _, dim_k = q.shape
+    kind = exact(q)
+    batch, heads, tokens, dim_k = q.shape
     if state is None:
-        state = q.new_zeros(batch, heads, dim_k, v.shape[-1], dtype=exact)
+        state = q.new_zeros(batch, heads, dim_k, v.shape[-1], dtype=kind)
+    state = state.to(kind)
+    if not tokens:  # the last state is a tensor apart from the caller's first one
+        state = state.clone()
     scale = dim_k**-0.5 if scale is None else scale
     # Powers of gamma are 2^(n log2 gamma): gamma^-n alone would overflow, and D needs only n >= 0.
-    log2_gamma = gamma.log2().to(exact)[:, None]
-    return q.to(exact), k.to(exact), v.to(exact), log2_gamma, scale, state.to(exact)
+    log2_gamma = gamma.log2().to(kind)[:, None]
+    return q.to(kind), k.to(kind), v.to(kind), log2_gamma, scale, state
 
 
 def _one_chunk(q, k, v, log2_gamma, scale, state):
@@ -106,8 +123,9 @@ def _one_chunk(q, k, v, log2_gamma, scale, state):
     length = q.shape[2]
     index = torch.arange(length, device=q.device)
     distance = index[:, None] - index
-    decay = torch.exp2(log2_gamma[..., None] * distance.clamp(min=0)) * (distance >= 0)
-    within = (q @ k.mT * decay) @ v
+    past = distance >= 0
+    decay = torch.exp2(log2_gamma[..., None] * distance.clamp(min=0)) * past
+    within = visible_sum(visible_products(q, k, past) * decay, v, past)
     from_state = torch.exp2(log2_gamma * (index + 1))[..., None] * (q @ state)
     to_state = torch.exp2(log2_gamma * (length - 1 - index))[..., None] * k
     state = torch.exp2(log2_gamma * length)[..., None] * state + to_state.mT @ v
@@ -125,8 +143,8 @@ def retention_chunkwise(q, k, v, gamma, *, scale=None, initial_state=None, chunk
     """Chunk after chunk, the last one as short as it is; the results do not depend on the size."""
     *inputs, state = _prepare(q, k, v, gamma, scale, initial_state)
     queries, keys, values, log2_gamma, scale = inputs
-    outputs = [values[:, :, :0]]
-    for start in range(0, q.shape[2], chunk_size):
+    chunk_size, outputs = check_whole("chunk_size", chunk_size), [values[:, :, :0]]
+    for start in range(0, max(q.shape[2], 1), chunk_size):  # of no tokens, one chunk of none
         part = slice(start, start + chunk_size)
         chunk = queries[:, :, part], keys[:, :, part], values[:, :, part]
         out, state = _one_chunk(*chunk, log2_gamma, scale, state)
@@ -180,7 +198,7 @@ def _states_kernel(
     dim_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     dim_v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_k, in_v = dim_k < DIM_K, dim_v < DIM_V
-    tile = dim_k[:, None] * DIM_V + dim_v[None, :]
+    tile = dim_k.to(tl.int64)[:, None] * DIM_V + dim_v[None, :]
     in_tile = in_k[:, None] & in_v[None, :]
     decay = tl.load(log2_gamma + head)
     state = tl.load(initial + row * DIM_K * DIM_V + tile, mask=in_tile, other=0.0)
@@ -214,6 +232,7 @@ def _states_kernel(
 
 @jit
 def _outputs_kernel(
+    flags,  # which programs are to run again
     query, key, value, log2_gamma,
     states,  # what _states_kernel stored
     out,  # (rows, tokens, DIM_V)
@@ -223,9 +242,12 @@ def _outputs_kernel(
     value_batch, value_head, value_token,
     DIM_K: tl.constexpr, DIM_V: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one chunk of one head, for BLOCK_V of the value's dimensions."""
+    if AGAIN:  # noqa: SIM102 - only then there are flags
+        if is_done(flags):
+            return
     chunks = tl.cdiv(tokens, CHUNK)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -257,7 +279,7 @@ def _outputs_kernel(
             other=0.0,
         ).to(tl.float32)
         state = tl.load(
-            states + dim_k[:, None] * DIM_V + dim_v[None, :],
+            states + dim_k.to(tl.int64)[:, None] * DIM_V + dim_v[None, :],
             mask=in_k[:, None] & in_v[None, :],
             other=0.0,
         )
@@ -270,13 +292,22 @@ def _outputs_kernel(
     if REVERSE:
         distance = -distance
     D = tl.exp2(decay * tl.maximum(distance, 0).to(tl.float32))
-    scores = tl.where((distance >= 0) & present[None, :], scores * D, 0.0)
+    seen = (distance >= 0) & present[None, :]
+    scores = tl.where(seen, scores * D, 0.0)
     v = tl.load(
         value + token[:, None] * value_token + dim_v[None, :],
         mask=present[:, None] & in_v[None, :],
         other=0.0,
     ).to(tl.float32)
-    result = scale * tl.dot(scores, v, input_precision=PRECISION)
+    if AGAIN:
+        result = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+        result = sum_seen(
+            result, scores, seen, value, token, tokens, value_token, dim_v, DIM_V, CHUNK
+        )
+    else:
+        result = tl.dot(scores, v, input_precision=PRECISION)
+        tell(flags, has_nan(result))
+    result *= scale
     # How often the state has decayed when a token reads it; backwards, the state already is a
     # gradient at the chunk's last token, and holds the scale.
     since = tl.maximum(length - 1 - index, 0) if REVERSE else index + 1
@@ -314,9 +345,10 @@ def _step_kernel(
     k = tl.load(k_row + dim_k, mask=in_k, other=0.0).to(tl.float32)
     v = tl.load(v_row + dim_v, mask=in_v, other=0.0).to(tl.float32)
     gamma = tl.exp2(tl.load(log2_gamma + head))
-    tile = row * DIM_K * DIM_V + dim_k[:, None] * DIM_V + dim_v[None, :]
+    tile = row * DIM_K * DIM_V + dim_k.to(tl.int64)[:, None] * DIM_V + dim_v[None, :]
     in_tile = in_k[:, None] & in_v[None, :]
     new = gamma * tl.load(state + tile, mask=in_tile, other=0.0) + k[:, None] * v[None, :]
+    new = tl.where(in_k[:, None], new, 0.0)  # beyond the keys, an infinite value times 0
     tl.store(new_state + tile, new, mask=in_tile)
     result = scale * tl.sum(q[:, None] * new, axis=0)
     tl.store(out + row * DIM_V + dim_v, result.to(out.dtype.element_ty), mask=in_v)
@@ -380,7 +412,7 @@ def _run(query, key, value, log2_gamma, initial, scale, chunk_size, *, reverse=F
         **settings,
     )
     settings = _settings("outputs", *use)
-    launch(
+    launch_again(
         _outputs_kernel,
         (rows * chunks, cdiv(dim_v, settings["BLOCK_V"])),
         *(query, key, value, log2_gamma, states, out, heads, tokens, scale),
@@ -479,11 +511,12 @@ def retention(
     Raises:
         ValueError: Shapes that do not fit each other, a gamma out of range (on the CPU), a chunk
             size that is not offered, an unknown backend.
-        TypeError: Numbers that are not floating-point, inputs of different types, or a tensor as
-            scale.
+        TypeError: Numbers that are not floating-point, inputs of different types, or a scale that
+            is no number.
     """
     _check(q, k, v, gamma, initial_state, "batch, heads, time, dim")
-    check_number("scale", scale)
+    scale = None if scale is None else check_number("scale", scale)
+    chunk_size = check_whole("chunk_size", chunk_size)
     if chunk_size not in CHUNK_SIZES:
         raise ValueError(f"chunk_size is {chunk_size}; it must be 16, 32, 64 or 128.")
     if choose(backend, q, k, v, gamma.float(), initial_state, obstacle=_obstacle(gamma)) == "torch":
@@ -514,13 +547,15 @@ def retention_step(
     Raises:
         ValueError: Shapes that do not fit each other, a gamma out of range (on the CPU), an
             unknown backend.
-        TypeError: Numbers that are not floating-point, inputs of different types, or a tensor as
-            scale.
+        TypeError: Numbers that are not floating-point, inputs of different types, or a scale that
+            is no number.
     """
     _check(q, k, v, gamma, state, "batch, heads, dim")
-    check_number("scale", scale)
+    scale = None if scale is None else check_number("scale", scale)
     wanted = any(x.requires_grad for x in (q, k, v, gamma, state)) and torch.is_grad_enabled()
     obstacle = "the step has no gradient." if wanted else ""
+    if q.shape[-1] > WIDEST:
+        obstacle = f"keys of {q.shape[-1]} are too wide for the step; {WIDEST} is the most."
     if choose(backend, q, k, v, gamma.float(), state, obstacle=obstacle) == "torch":
         return retention_step_reference(q, k, v, gamma, state, scale=scale)
     q, k, v, state = _rows(q), _rows(k), _rows(v), state.float().contiguous()
@@ -558,16 +593,19 @@ def compile_cases() -> list[CompileCase]:
     for dim_k, dim_v, chunk, reverse, kind in uses:
         types = dict.fromkeys(("query", "key", "value", "out"), f"*{kind}")
         types |= dict.fromkeys(("log2_gamma", "initial", "states", "final"), "*fp32")
-        types |= {"heads": "i32", "tokens": "i32", "scale": "fp32"}
+        types |= {"flags": "*i8", "heads": "i32", "tokens": "i32", "scale": "fp32"}
         about = f"{kind} {dim_k}x{dim_v} chunk {chunk}" + reverse * " backward"
         for name, kernel in (("states", _states_kernel), ("outputs", _outputs_kernel)):
             settings = _settings(name, dim_k, dim_v, chunk, KINDS[kind], reverse)
             warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
-            case = CompileCase(
-                f"retention: {name} {about}", kernel, types, strides | settings,
-                mma=kind != "fp32", warps=warps, stages=stages,
-            )  # fmt: skip
-            found.append(case)
+            twice = kernel is _outputs_kernel and reverse
+            for again in (False, True) if twice else (False,):
+                case = CompileCase(
+                    f"retention: {name} {about}" + again * " again", kernel, types,
+                    strides | settings | {"AGAIN": again},
+                    mma=kind != "fp32", warps=warps, stages=stages,
+                )  # fmt: skip
+                found.append(case)
     for kind in ("fp32", "bf16"):
         types = dict.fromkeys(("query", "key", "value", "out"), f"*{kind}")
         types |= dict.fromkeys(("log2_gamma", "state", "new_state"), "*fp32")

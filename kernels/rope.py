@@ -41,6 +41,7 @@ from effnb.kernels._launch import (
     check_shape,
     choose,
     empty,
+    exact,
     jit,
     launch,
     next_power_of_2,
@@ -49,6 +50,9 @@ from effnb.kernels._launch import (
 )
 from effnb.kernels.bench import BenchCase, Runner, absent
 from effnb.kernels.compile import CompileCase
+
+WIDEST = 2**16
+"""The widest heads that the kernel takes: one program holds all pairs of a head."""
 
 # ---------------------------------------------------------------- the plain formula
 
@@ -68,10 +72,10 @@ def rope_reference(
     The angles are products in float32, as `transformers` computes the ones models are trained with,
     and in float64 for float64 inputs.
     """
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    kind = exact(q)
     if positions is None:
         positions = torch.arange(q.shape[2], device=q.device)
-    angles = positions.to(exact)[..., None] * inv_freq.to(exact)
+    angles = positions.to(kind)[..., None] * inv_freq.to(kind)
     if angles.ndim == 3:  # one row of positions per sequence; heads share them
         angles = angles[:, None]
     cos, sin = scaling * angles.cos(), scaling * angles.sin()
@@ -80,10 +84,10 @@ def rope_reference(
     turned = []
     for x in (q, k):
         if interleaved:
-            a, b = x[..., 0::2].to(exact), x[..., 1::2].to(exact)
+            a, b = x[..., 0::2].to(kind), x[..., 1::2].to(kind)
             y = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
         else:
-            a, b = x.to(exact).chunk(2, dim=-1)
+            a, b = x.to(kind).chunk(2, dim=-1)
             y = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
         turned.append(y.to(x.dtype))
     return turned[0], turned[1]
@@ -226,12 +230,13 @@ def rope(
             tensor as scaling.
     """
     check_floats(q=q, k=k, inv_freq=inv_freq)
-    check_number("scaling", scaling)
+    scaling = check_number("scaling", scaling)
     if q.dtype != k.dtype:
         raise TypeError(f"q is of {short(q.dtype)} and k of {short(k.dtype)}; they must agree.")
     if q.ndim != 4 or q.shape[-1] % 2 or not q.shape[-1] or not q.shape[1]:
         raise ValueError(
-            f"q has shape {tuple(q.shape)}; it must be (batch, heads, time, dim) with an even dim."
+            f"q has shape {tuple(q.shape)}; it must be (batch, heads, time, dim) with an even dim, "
+            "heads and dim not 0."
         )
     batch, _, tokens, dim = q.shape
     shown = f"q of shape {tuple(q.shape)}"
@@ -244,8 +249,12 @@ def rope(
         check_shape("positions", positions, (batch, tokens), shown)
     else:
         check_shape("positions", positions, (tokens,), shown)
+    if positions.is_complex():
+        raise TypeError(f"positions is of {short(positions.dtype)}; it must be real numbers.")
     learned = torch.is_grad_enabled() and (inv_freq.requires_grad or positions.requires_grad)
     obstacle = "it has no gradient for frequencies and positions." if learned else ""
+    if dim > WIDEST:
+        obstacle = f"heads of {dim} are too wide for it; {WIDEST} is the most."
     chosen = choose(backend, q, k, inv_freq.float(), positions, obstacle=obstacle)
     options = scaling, interleaved, False
     if chosen == "triton":

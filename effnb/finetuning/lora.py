@@ -138,7 +138,7 @@ class LoRA(Delta):
     ) -> Float[Tensor, "*batch out"]:
         """Add the second path to the output of the first.
 
-        On a GPU kernels do it in the type of the inputs; elsewhere it is computed in that of A.
+        Between inputs and output everything is float32, and rounded once.
         """
         x = nn.functional.dropout(inputs, self.dropout, self.training)
         return lora_update(x, self.A, self.B, self.scaling, output)

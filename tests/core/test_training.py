@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from effnb.core.muon import Muon, hidden_matrices
 from effnb.core.training import TrainingDiverged, TrainingSettings, causal_lm_loss, train
 
 
@@ -212,3 +213,100 @@ def test_patience_needs_an_evaluation(llama):
         train(llama, batches, TrainingSettings(steps=2, patience=1))
     with pytest.raises(ValueError, match='named "loss"'):
         train(llama, batches, TrainingSettings(steps=2, patience=1), evaluate=lambda m: {"x": 1.0})
+
+
+def two_optimizers(model, settings):
+    return [
+        Muon(hidden_matrices(model), lr=settings.learning_rate, momentum=0.9),
+        torch.optim.AdamW([p for p in model.parameters() if p.ndim < 2], lr=0.001),
+    ]
+
+
+def linear_pair():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+
+def squares(model, batch):
+    return (model(batch) - batch.flip(-1)).square().mean()
+
+
+def rows(step):
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+
+
+def test_every_optimizer_follows_the_schedule_in_proportion():
+    settings = TrainingSettings(steps=6, learning_rate=0.02, warmup_steps=2, schedule="linear")
+    ours, plain = linear_pair(), linear_pair()
+    train(ours, rows, settings, loss=squares, optimizers=two_optimizers)
+    muon, adamw = two_optimizers(plain, settings)
+    for step in range(6):
+        muon.param_groups[0]["lr"] = settings.rate(step)
+        adamw.param_groups[0]["lr"] = 0.001 * settings.rate(step) / 0.02
+        plain.zero_grad()
+        squares(plain, rows(step)).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        muon.step()
+        adamw.step()
+    for a, b in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_batch_in_parts_averages_gradients():
+    settings = TrainingSettings(steps=3, learning_rate=0.01)
+    whole, parts = linear_pair(), linear_pair()
+    a = train(whole, rows, settings, loss=squares)
+    b = train(parts, lambda step: list(rows(step).split(4)), settings, loss=squares)
+    assert a.losses == pytest.approx(b.losses, rel=1e-5)
+    for x, y in zip(whole.parameters(), parts.parameters()):
+        torch.testing.assert_close(x, y)
+
+
+def test_two_optimizers_resume_exactly(tmp_path):
+    settings = TrainingSettings(steps=6, learning_rate=0.02)
+    whole = linear_pair()
+    train(whole, rows, settings, loss=squares, optimizers=two_optimizers)
+
+    def cut(step, total, loss):
+        if step == 3:
+            raise Interrupted
+
+    part = linear_pair()
+    arguments = dict(loss=squares, optimizers=two_optimizers, checkpoint=tmp_path / "c.safetensors")
+    with pytest.raises(Interrupted):
+        train(part, rows, settings, progress=cut, checkpoint_seconds=0, **arguments)
+    again = linear_pair()
+    train(again, rows, settings, **arguments)
+    for a, b in zip(whole.parameters(), again.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+def test_another_length_goes_on_while_the_rate_is_the_same(tmp_path):
+    def settings(steps):
+        return TrainingSettings(
+            steps=steps, learning_rate=0.02, warmup_steps=2, schedule="wsd", decay_fraction=0.5
+        )
+
+    path = tmp_path / "c.safetensors"
+    whole = train(linear_pair(), rows, settings(20), loss=squares)
+
+    def cut(step, total, loss):
+        if step == 6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(linear_pair(), rows, settings(40), loss=squares, checkpoint=path,
+              checkpoint_seconds=0, progress=cut)  # fmt: skip
+    found = train(linear_pair(), rows, settings(20), loss=squares, checkpoint=path)
+    assert found.losses == pytest.approx(whole.losses, rel=1e-6)
+    # Half of those steps decayed: a longer run would have done them otherwise.
+    with pytest.raises(ValueError, match="steps"):
+        train(linear_pair(), rows, settings(40), loss=squares, checkpoint=path)
+
+
+def test_a_parameter_without_an_optimizer_is_refused():
+    def one(model, settings):
+        return [torch.optim.AdamW([model[0].weight], lr=settings.learning_rate)]
+
+    with pytest.raises(ValueError, match="no optimizer has"):
+        train(linear_pair(), rows, TrainingSettings(steps=1), loss=squares, optimizers=one)

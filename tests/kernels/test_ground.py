@@ -130,6 +130,9 @@ def test_which_gpus_it_is_chosen_for(monkeypatch, capability, hip, picked):
         def is_floating_point(self):
             return True
 
+        def is_neg(self):
+            return False
+
     monkeypatch.setattr(_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

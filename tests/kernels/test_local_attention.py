@@ -159,7 +159,7 @@ def test_schedule_lists_just_the_tiles_with_visible_pairs(
     tokens, half, causal, block_q, block_k, share, seed
 ):
     is_global = marks(2, tokens, share, seed)
-    reach = module._reach(2 * half, causal)
+    reach = module._reach(2 * half, causal, tokens)
     schedule = tile_schedule(is_global.to(torch.int8), *reach, causal, block_q, block_k)
     visible = visible_pairs(tokens, window=2 * half, causal=causal, global_tokens=is_global)
     padded = torch.nn.functional.pad(visible, (0, -tokens % block_k, 0, -tokens % block_q))
@@ -192,8 +192,8 @@ def test_pairs_are_counted_without_the_table(tokens, half, causal, share, seed):
 def test_a_window_visits_7_of_10_tiles():
     """64 tokens in tiles of 16, causal, a window of 10: 7 of 16 tiles, 10 without the window."""
     kinds = torch.zeros(1, 64, dtype=torch.int8)
-    schedule = tile_schedule(kinds, *module._reach(10, True), True, 16, 16)[0]
-    everything = tile_schedule(kinds, *module._reach(64, True), True, 16, 16)[0]
+    schedule = tile_schedule(kinds, *module._reach(10, True, 64), True, 16, 16)[0]
+    everything = tile_schedule(kinds, *module._reach(64, True, 64), True, 16, 16)[0]
     assert int(schedule.sum()) == 7 and int(everything.sum()) == 10
     assert schedule.nonzero().tolist() == [[0, 0], *([i, i - n] for i in (1, 2, 3) for n in (1, 0))]
 
