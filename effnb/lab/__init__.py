@@ -7,18 +7,23 @@ Names are looked up when they are first used, so that importing this costs nothi
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "cards": ("cost_card",),
+    "cards": ("compare_costs", "cost_card"),
     "checks": ("Exercise",),
     "claims": ("Evidence", "claims_table", "verdict"),
     "devices": ("device", "machine"),
+    "axes": ("name_lines",),
+    "differences": ("paired",),
     "figures": ("PALETTE", "figure", "style"),
     "listing": ("show",),
     "models": ("load",),
-    "panels": ("knob", "panel"),
+    "panels": ("guess", "guesses", "knob", "panel"),
+    "quality": ("Curves", "Quality", "Subject", "quality_panel"),
+    "tables": ("NOT_MEASURED", "table"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = (*_HOMES, "corpora", "results")
@@ -36,3 +41,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if "ipykernel" in sys.modules:
+    # In a notebook, whose first cell imports this: a name that an earlier cell makes is explained.
+    import_module(f"{__name__}.order").prepare()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from statistics import median
 from typing import Any
 
+from effnb.lab.tables import TABLE_STYLE
+
+_RIGHT = (' class="n"', ' class="n"')
 _WORDS = {"flops": "FLOPs", "bytes": "Stored"}
 
 
@@ -103,25 +107,21 @@ class CostCard:
         return str(self)
 
     def _repr_html_(self) -> str:
-        cell = 'style="text-align: {}; padding: 5px 18px 5px 0{}"'
-        strong = "; font-weight: 600"
         head = "".join(
-            f'<th scope="col" {cell.format(side, "")}>{html.escape(word)}</th>'
-            for word, side in zip(("", *self.labels, "ratio"), ("left", "right", "right", "left"))
+            f'<th scope="col"{kind}>{html.escape(word)}</th>'
+            for word, kind in zip(("", *self.labels, "ratio"), ("", *_RIGHT, ""))
         )
         body = "".join(
-            f'<tr><th scope="row" {cell.format("left", "; font-weight: normal")}>'
-            f"{html.escape(title)}</th>"
-            f"<td {cell.format('right', '')}>{html.escape(first)}</td>"
-            f"<td {cell.format('right', '')}>{html.escape(second)}</td>"
-            f"<td {cell.format('left', strong)}>{html.escape(ratio)}</td></tr>"
+            f'<tr><th scope="row">{html.escape(title)}</th>'
+            f"<td{_RIGHT[0]}>{html.escape(first)}</td><td{_RIGHT[1]}>{html.escape(second)}</td>"
+            f"<td><b>{html.escape(ratio)}</b></td></tr>"
             for title, first, second, ratio in self.rows
         )
-        note = f'<p style="opacity: 0.75; font-size: 0.92em">{html.escape(self.note)}</p>'
+        words = html.escape(self.note)
+        note = f'<p style="opacity: 0.75; font-size: 0.92em">{words}</p>' if words else ""
         return (
-            '<table aria-label="What it costs" style="border-collapse: collapse; '
-            f'font-variant-numeric: tabular-nums"><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table>{note if self.note else ''}"
+            f'{TABLE_STYLE}<table class="effnb-table" aria-label="What it costs">'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
         )
 
 
@@ -160,3 +160,72 @@ def cost_card(before: Any, after: Any, labels: tuple[str, str] = ("before", "aft
         ratio = "—" if None in (first, second) else _ratio(first, second, unit)
         rows.append((title, said[0], said[1], ratio))
     return CostCard(tuple(labels), tuple(rows), " ".join(notes))
+
+
+def compare_costs(
+    before: Any,
+    after: Any,
+    prompt: Any,
+    *,
+    labels: tuple[str, str] = ("before", "after"),
+    rounds: int = 7,
+    decode_tokens: int = 8,
+) -> CostCard:
+    """Measure two language models in turns, and give their cost card.
+
+    One round times both models, and every second round begins with the other one: what slows the
+    machine down for a while, slows both. A ratio of times is the median of the rounds' own ratios.
+    Where these ratios fall on both sides of 1 in more than one round in four, the card says that
+    the two are about the same, whatever the medians of the times.
+
+    Args:
+        before: The first model.
+        after: The second.
+        prompt: Token ids of one prompt, of shape (1, time).
+        labels: What the columns are called.
+        rounds: How often each model is timed, at least 3.
+        decode_tokens: Tokens generated in each round.
+
+    Raises:
+        ValueError: When there are fewer than three rounds.
+    """
+    import torch
+
+    from effnb.evaluation import decode_tokens_per_second, latency, measure
+
+    if rounds < 3:
+        raise ValueError(f"rounds is {rounds}; medians need at least 3.")
+    models = (before, after)
+    costs = [measure(model, prompt, decode_tokens=decode_tokens, runs=1) for model in models]
+    seconds: list[list[float]] = [[], []]
+    rates: list[list[float]] = [[], []]
+    for number in range(rounds):
+        for i in (0, 1) if number % 2 == 0 else (1, 0):
+            model = models[i]
+            ids = prompt.to(next(model.parameters()).device)
+
+            def read(model: Any = model, ids: Any = ids) -> None:
+                with torch.inference_mode():
+                    model(input_ids=ids, use_cache=False)
+
+            seconds[i].append(latency(read, warmup=1, runs=1).median_seconds)
+            rates[i].append(decode_tokens_per_second(model, ids, tokens=decode_tokens, runs=1))
+    typical = [
+        replace(cost, prefill_seconds=median(s), decode_tokens_per_second=median(r))
+        for cost, s, r in zip(costs, seconds, rates, strict=True)
+    ]
+    card = cost_card(*typical, labels=labels)
+    timed = {"prefill_seconds": seconds, "decode_tokens_per_second": rates}
+    words = {_title(name): _ratio_of_rounds(*values, _unit(name)) for name, values in timed.items()}
+    rows = tuple((t, a, b, words.get(t, ratio)) for t, a, b, ratio in card.rows)
+    note = f"{card.note} Times: medians of {rounds} rounds, both models in turns.".strip()
+    return CostCard(card.labels, rows, note)
+
+
+def _ratio_of_rounds(before: list[float], after: list[float], unit: _Unit) -> str:
+    """The median of the rounds' ratios in words; or that they do not agree which is larger."""
+    ratios = [b / a for a, b in zip(before, after, strict=True)]
+    larger = sum(ratio > 1 for ratio in ratios) / len(ratios)
+    if 0.25 < larger < 0.75:
+        return "about the same"
+    return _ratio(1.0, median(ratios), unit)

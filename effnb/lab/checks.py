@@ -23,6 +23,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from effnb.lab.answers import Solution, done_so_far, tell
+
 registry: dict[str, Exercise] = {}
 """Every exercise that was made in this process, by name."""
 
@@ -175,6 +177,7 @@ class Exercise:
         minutes: What it takes a learner.
         difficulty: "easy", "medium" or "hard".
         atol: Absolute tolerance of numbers.
+        done: Whether a right answer has been checked in this process.
     """
 
     name: str
@@ -184,6 +187,7 @@ class Exercise:
     minutes: int = 3
     difficulty: Literal["easy", "medium", "hard"] = "easy"
     atol: float = 1e-6
+    done: bool = False
 
     def __init__(
         self,
@@ -214,6 +218,7 @@ class Exercise:
             raise ValueError(f"the difficulty {difficulty!r} is none of easy, medium, hard.")
         self.name, self.reference, self.cases, self.wrong = name, reference, list(cases), wrong
         self.minutes, self.difficulty, self.atol = minutes, difficulty, atol
+        self.done = False
         registry[name] = self
         if os.environ.get("EFFNB_SWEEP") == "1":
             self.selftest()
@@ -224,10 +229,18 @@ class Exercise:
         return f"{self.name} ({self.minutes} {unit}, {self.difficulty})"
 
     def check(self, answer: Callable[..., Any]) -> bool:
-        """Print what is to be said about an answer, and tell whether it is right; never raises."""
+        """Say what there is to say about an answer, and whether it is right; never raises.
+
+        In a running notebook the verdict is coloured, and a line counts what is done.
+        """
         right, verdict = self.judge(answer)
-        print(verdict)
+        self.done = self.done or right
+        tell(right, verdict, done_so_far(registry.values()))
         return right
+
+    def solution(self) -> Solution:
+        """The solution, shown when a reader asks for it; the reader's own answer stays."""
+        return Solution(self)
 
     def judge(self, answer: Callable[..., Any]) -> tuple[bool, str]:
         """Whether an answer is right, and the sentence that says so or says what to look at."""

@@ -25,17 +25,21 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image as Pixels
 
+from effnb.lab.axes import PAPER, readable
+
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, BLACK, GREY = "#56B4E9", "#CC79A7", "#1B1F24", "#6B7280"
 PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 """The order in which series take their colours."""
 
-PAPER = "#FAF9F6"
 SIZE = (7.2, 3.4)
 """Width and height of a picture in inches; at 100 points per inch it fills a notebook's column."""
 
 DOTS = 144
 """Pixels per inch of the file: enough for screens of double density."""
+
+FEW = 48
+"""Colours of a picture without shades; the steps between a line and its ground are among them."""
 
 POINTS = 100
 """Pixels per inch as shown on the page."""
@@ -120,7 +124,8 @@ def render(draw: Callable[[Figure], object], figsize: tuple[float, float] = SIZE
     """Draw on a new figure in the workbook's style and give the picture.
 
     The file is the same whenever the drawing is: it carries no date and no version. Its colours are
-    reduced to a palette of 256, which makes it about three times smaller. A heat map has no grid.
+    reduced to a palette, which makes it about three times smaller. A heat map has no grid. Axes are
+    made readable: see `effnb.lab.axes`.
 
     Args:
         draw: Draws on the figure it is given.
@@ -134,10 +139,12 @@ def render(draw: Callable[[Figure], object], figsize: tuple[float, float] = SIZE
         for axes in shaded:
             axes.grid(visible=False)  # its lines would cross the cells
         canvas.draw()  # once: `savefig` would lay everything out twice
+        if readable(figure):
+            canvas.draw()
     pixels = Pixels.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     # The octree is quick and keeps rare colours; only median cut keeps shades.
     method = Pixels.Quantize.MEDIANCUT if shaded else Pixels.Quantize.FASTOCTREE
-    few = pixels.quantize(256, method, dither=Pixels.Dither.NONE)
+    few = pixels.quantize(256 if shaded else FEW, method, dither=Pixels.Dither.NONE)
     packed = io.BytesIO()
     few.save(packed, format="png", optimize=True)
     width, height = (round(side * POINTS) for side in figsize)

@@ -213,8 +213,9 @@ class OpenNotebook:
         return PanelOnPage(self.page, root)
 
     def tracebacks(self) -> int:
-        """How many outputs are tracebacks."""
-        return self.page.locator(f"{self.SHOWN} [data-mime-type*='error']").count()
+        """How many outputs are tracebacks, or anything else that was said as an error."""
+        said = "[data-mime-type='application/vnd.jupyter.stderr']"
+        return self.page.locator(f"{self.SHOWN} {said}").count()
 
     def theme(self, name: str) -> None:
         """Change JupyterLab's theme, and wait until its splash screen is gone.

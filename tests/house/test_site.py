@@ -283,9 +283,9 @@ def test_links_change_with_their_targets(tmp_path, book, reference):
     assert web.prose(page, "`[t](../nowhere.ipynb)`") == "`[t](../nowhere.ipynb)`"
     unwritten = next(one for one in book.chapters if not one.written)
     assert web.prose("00_start_here", f"[later]({unwritten.name}.ipynb)") == "later"
-    code = web.prose(page, "[code](../../effnb/lab/panels.py#L7)")
-    assert code == '<a href="../source/effnb/lab/panels.py.html#L-7">code</a>'
-    assert web.sources == {"effnb/lab/panels.py"}
+    code = web.prose(page, "[code](../../effnb/lab/checks.py#L7)")
+    assert code == '<a href="../source/effnb/lab/checks.py.html#L-7">code</a>'
+    assert web.sources == {"effnb/lab/checks.py"}
 
 
 def test_paths_and_anchors():
@@ -354,9 +354,11 @@ def views(notebook):
 
 def test_a_stored_panel_becomes_plain_html():
     panel = stored_panel(START, views(START)[0])
-    assert panel.label == "bits"
-    assert panel.positions == ("2", "3", "4", "5", "6", "7", "8")
-    assert panel.positions[panel.start] == "4"
+    (knob,) = panel.knobs
+    assert knob.label == "bits"
+    assert knob.positions == ("2", "3", "4", "5", "6", "7", "8")
+    assert knob.positions[knob.start] == "4"
+    assert panel.question is None
     page = panel_html(panel, "p1", lambda content: content)
     assert page.count('class="panel-frame"') == 7
     assert page.count(" hidden>") == 6
@@ -368,7 +370,9 @@ def test_a_stored_panel_becomes_plain_html():
 
 
 def test_a_choice_becomes_radio_buttons():
-    panel = replace(stored_panel(START, views(START)[0]), slider=False, label='a "b"', title="")
+    panel = stored_panel(START, views(START)[0])
+    choice = replace(panel.knobs[0], slider=False, label='a "b"')
+    panel = replace(panel, knobs=(choice,), title="")
     page = panel_html(panel, "p1", lambda content: content)
     assert page.count('type="radio"') == 7
     assert page.count(" checked>") == 1
@@ -506,7 +510,8 @@ def test_names_lead_to_where_they_are_defined(package, reference):
     assert package.shortest("effnb.planted.inner.double") == "effnb.planted"
     rtn = "effnb.inference.quantization.rtn"
     assert reference.find(rtn) == f"{rtn}.rtn"  # a function stands before the module of its name
-    assert reference.find("effnb.lab.panel") == "effnb.lab.panels.panel"  # looked up when used
+    # Looked up when it is used, and defined in a module of the package.
+    assert reference.find("effnb.lab.panel") == "effnb.lab.panels.interactive.panel"
     code = (
         "from effnb.inference import quantization as q\nq.rtn(1)\nfrom effnb.lab import load\nload"
     )

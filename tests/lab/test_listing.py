@@ -11,7 +11,7 @@ from effnb.lab.listing import Listing, show
 def visible(markup):
     import html
 
-    return html.unescape(re.sub(r"<[^>]*>", "", markup))
+    return html.unescape(re.sub(r"<style>.*?</style>|<[^>]*>", "", markup))
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def displayed(monkeypatch):
 
 def test_a_function_is_shown_as_it_stands_in_its_file(displayed, monkeypatch):
     monkeypatch.chdir(listing.REPOSITORY / "data")  # any folder of the repository
-    show(figures.render)
+    show(figures.render, docstrings=True)
     (one,) = displayed
     assert one.name == "effnb.lab.figures.render"
     assert one.path == Path("effnb/lab/figures.py")
@@ -87,6 +87,56 @@ def test_code_with_markup_stays_code():
     assert "<script>" in str(one)
 
 
+def planted(tmp_path, monkeypatch, source):
+    (tmp_path / "planted_module.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "planted_module", raising=False)
+    import planted_module
+
+    return planted_module
+
+
+LONG = '''
+def method(weight, *, a_long_name_of_an_argument=1.0, another_long_name="of an argument, too"):
+    r"""The first line, $x^2$.
+
+    Args:
+        weight: It is not shown.
+    """
+
+    def inner():
+        """One line."""
+        return "a docstring\'s quotes: \\"\\"\\""
+
+    return weight
+'''
+
+
+def test_docstrings_are_shown_by_their_first_line(displayed, tmp_path, monkeypatch):
+    module = planted(tmp_path, monkeypatch, LONG)
+    show(module.method)
+    assert displayed[0].source.splitlines()[1] == '    r"""The first line, $x^2$."""'
+    assert "Args" not in displayed[0].source
+    assert '"""One line."""' in displayed[0].source
+    compile(displayed[0].source, "shown", "exec")
+    show(module.method, docstrings=True)
+    assert "It is not shown" in displayed[1].source
+
+
+def test_long_lines_are_broken_between_words_and_go_on_further_in(tmp_path, monkeypatch):
+    module = planted(tmp_path, monkeypatch, LONG)
+    markup = listing.listing(module.method).html()
+    assert "max-width: calc(80ch" in markup
+    assert "overflow-wrap: normal" in markup
+    assert '<span class="w0">' in markup
+    assert ".w0{display:inline-block;padding-left:4ch;text-indent:-4ch}" in markup
+
+
+def test_a_listing_is_small():
+    one = listing.listing(figures.render)
+    assert len(one.html()) < 3 * len(one.source) + 1500
+
+
 def test_every_colour_can_be_read_on_the_paper():
     def luminance(colour):
         channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -96,6 +146,7 @@ def test_every_colour_can_be_read_on_the_paper():
     markup = listing.listing(listing).html()
     colours = set(re.findall(r"(?<![\w-])color: (#[0-9A-Fa-f]{6})", markup))
     assert len(colours) >= 4
+    assert "<span style=" not in markup  # one sheet, not a style at each word
     paper = luminance(figures.PAPER)
     for colour in colours:
         assert (paper + 0.05) / (luminance(colour) + 0.05) >= 4.5, colour

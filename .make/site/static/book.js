@@ -1,29 +1,43 @@
-// Panels: show the frame on which the control stands. Everything else on the page is plain HTML.
+// Panels: show the frame for the positions of the controls. All else on the page is plain HTML.
 for (const panel of document.querySelectorAll("section.panel")) {
   const frames = [...panel.querySelectorAll(".panel-frame")];
-  const knob = panel.querySelector("input[type=range]");
-  const choices = [...panel.querySelectorAll("input[type=radio]")];
-  const output = panel.querySelector(".panel-value");
+  const grid = panel.querySelector(".panel-frames").dataset.grid.split(" ").map(Number);
   const said = panel.querySelector(".panel-said");
-  const words = knob
-    ? [...panel.querySelectorAll(".panel-ticks span")].map((tick) => tick.textContent)
-    : choices.map((choice) => choice.parentElement.textContent);
-  const label = panel.querySelector(".panel-control > label, legend").textContent;
   let speaking;
 
-  const show = (index, speak) => {
-    frames.forEach((frame, i) => (frame.hidden = i !== index));
-    if (knob) {
-      output.textContent = words[index];
-      knob.setAttribute("aria-valuetext", words[index]);
-      knob.style.setProperty("--part", index / (frames.length - 1));
+  const controls = [...panel.querySelectorAll(".panel-control")].map((control) => {
+    const knob = control.querySelector("input[type=range]");
+    const choices = [...control.querySelectorAll("input[type=radio]")];
+    const words = knob
+      ? [...control.querySelectorAll(".panel-ticks span")].map((tick) => tick.textContent)
+      : choices.map((choice) => choice.parentElement.textContent);
+    return {
+      knob,
+      words,
+      inputs: knob ? [knob] : choices,
+      output: control.querySelector(".panel-value"),
+      label: control.querySelector("label, legend").textContent,
+      index: () => Number(knob ? knob.value : choices.find((choice) => choice.checked).value),
+    };
+  });
+
+  const show = (speak) => {
+    let place = 0;
+    for (const { knob, words, output, index } of controls) {
+      place = place * words.length + index();
+      if (!knob) continue;
+      output.textContent = words[index()];
+      knob.setAttribute("aria-valuetext", words[index()]);
+      knob.style.setProperty("--part", index() / (words.length - 1));
     }
+    frames.forEach((frame, i) => (frame.hidden = i !== grid[place]));
     if (!speak) return;
     // For screen readers: the new numbers, once the knob has come to rest.
     clearTimeout(speaking);
     speaking = setTimeout(() => {
-      const numbers = frames[index].querySelector(".effnb-numbers");
-      said.textContent = `${label} ${words[index]}. ${numbers ? numbers.textContent : ""}`;
+      const numbers = frames[grid[place]].querySelector(".effnb-numbers");
+      const where = controls.map(({ label, words, index }) => `${label} ${words[index()]}`);
+      said.textContent = `${where.join(", ")}. ${numbers ? numbers.textContent : ""}`;
     }, 400);
   };
 
@@ -34,15 +48,37 @@ for (const panel of document.querySelectorAll("section.panel")) {
   for (const sign of ["pointerenter", "focusin", "touchstart"]) {
     panel.addEventListener(sign, fetchAll, { once: true, passive: true });
   }
+  for (const { inputs } of controls) {
+    for (const input of inputs) input.addEventListener("input", () => show(true));
+  }
+  show(false);
 
-  if (knob) {
-    knob.addEventListener("input", () => show(Number(knob.value), true));
-    show(Number(knob.value), false);
-  }
-  for (const choice of choices) {
-    choice.addEventListener("change", () => show(Number(choice.value), true));
-    if (choice.checked) show(Number(choice.value), false);
-  }
+  // A question comes first: the panel opens when a guess is made, or skipped.
+  const form = panel.querySelector(".panel-question");
+  if (!form) continue;
+  const body = panel.querySelector(".panel-body");
+  const verdict = form.querySelector(".panel-verdict");
+  body.hidden = true;
+  const open = (words) => {
+    body.hidden = false;
+    form.querySelector("fieldset").disabled = true;
+    form.classList.add("panel-answered");
+    verdict.textContent = `${words} ${form.dataset.answer}`.trim();
+  };
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const chosen = form.querySelector("input:checked");
+    const typed = form.querySelector("input[type=text]");
+    const words = typed ? typed.value.trim() : chosen && chosen.parentElement.textContent;
+    const number = typed && Number(words.replace(",", ".").replace("%", ""));
+    if (!words || (typed && !Number.isFinite(number))) {
+      verdict.textContent = typed ? "Not yet: type a number." : "Not yet: choose one.";
+      return;
+    }
+    const unit = typed && !words.endsWith(form.dataset.unit) ? ` ${form.dataset.unit}` : "";
+    open(`Your guess: ${words}${unit}.`);
+  });
+  form.querySelector(".panel-skip").addEventListener("click", () => open(""));
 }
 
 // What scrolls sideways has to be reachable from the keyboard.
