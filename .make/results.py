@@ -1,7 +1,7 @@
 """Compute the stored results under `data/results/` again, each by the command that it names.
 
 python .make/results.py            # all of them
-python .make/results.py NAME ...   # only these
+python .make/results.py NAME ...   # only these, such as 05_inference/1_pruning/methods
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ def commands(names: list[str], folder: Path = RESULTS) -> dict[str, list[str]]:
     Raises:
         ValueError: When a result is unknown, or does not say how it was computed.
     """
-    known = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    known = {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.json"))
+    }
     wanted: dict[str, list[str]] = {}
     for name in names or known:
         if name not in known:

@@ -5,7 +5,7 @@
 Two baselines, both given the text that the models were trained on:
 
 - an interpolated, modified Kneser-Ney 5-gram over the same 4,096 tokens: three discounts per
-  order, from the counts of counts. It is scored in three forms: counted on both corpora together;
+  order, from the counts of counts. It is scored in three forms: counted on all corpora together;
   on the corpus of the held-out text alone; and, the strongest, one counted on each corpus, mixed
   with the weight that suits the validation split best. Chen and Goodman, "An Empirical Study of
   Smoothing Techniques for Language Modeling", Computer Speech and Language 13, 1999;
@@ -187,16 +187,21 @@ class KneserNey:
         return self.probabilities(self.windows(documents))
 
 
-def mixing_weight(first: np.ndarray, second: np.ndarray, steps: int = 50) -> float:
-    """The weight of `first` in the mixture of two models that makes the same tokens most likely.
+def mixing_weights(parts: Sequence[np.ndarray], steps: int = 50) -> np.ndarray:
+    """The weights of several models in the mixture that makes the same tokens most likely.
 
-    Expectation-maximisation: the new weight is the mean share of the first in each probability.
+    Expectation-maximisation: each new weight is the mean share of its model in each probability.
+
+    Args:
+        parts: The probabilities that each model gives to the same tokens.
+        steps: Rounds, from equal weights.
     """
-    weight = 0.5
+    stacked = np.stack(parts)
+    weights = np.full(len(parts), 1 / len(parts))
     for _ in range(steps):
-        mine = weight * first
-        weight = float((mine / (mine + (1 - weight) * second)).mean())
-    return weight
+        shares = weights[:, None] * stacked
+        weights = (shares / shares.sum(0)).mean(1)
+    return weights
 
 
 # -------------------------------------------------------------------------------------- xz
@@ -263,17 +268,19 @@ def main() -> None:
     about = {"training_tokens": sum(len(document) + 1 for document in every)}
     model = KneserNey(every, vocabulary, ORDER, end)
     for name in HELD_OUT:
-        keep(name, "counted on both corpora", model.likelihoods(encoded[name]), **about)
+        keep(name, "counted on all corpora", model.likelihoods(encoded[name]), **about)
     del model
     single = {name: KneserNey(ids[name], vocabulary, ORDER, end) for name in ids}
     for name, corpus in HELD_OUT.items():
         keep(name, "counted on its own corpus", single[corpus].likelihoods(encoded[name]))
         validation = encode(tokenizer, corpora.documents(corpus, "validation"))
-        order = sorted(single, key=lambda other: other != corpus)  # its own corpus first
-        weight = mixing_weight(*(single[n].likelihoods(validation) for n in order))
-        own, other = (single[n].likelihoods(encoded[name]) for n in order)
-        mixed = weight * own + (1 - weight) * other
-        keep(name, "mixture of one per corpus", mixed, weight_of_its_own=round(weight, 3), **about)
+        weights = mixing_weights([one.likelihoods(validation) for one in single.values()])
+        mixed = sum(
+            weight * one.likelihoods(encoded[name])
+            for weight, one in zip(weights, single.values(), strict=True)
+        )
+        own = round(float(weights[list(single).index(corpus)]), 3)
+        keep(name, "mixture of one per corpus", mixed, weight_of_its_own=own, **about)
 
     for name, corpus in HELD_OUT.items():
         # The corpus of the held-out text comes last: xz adapts to what it read most recently.

@@ -27,7 +27,7 @@ from baselines import HELD_OUT, encode, held_out, score
 
 from effnb.evaluation.quality import perplexity, ranked_choice
 from effnb.lab import corpora, results
-from effnb.lab._files import DamagedFile, data_folder
+from effnb.lab._files import data_folder, note_use
 from effnb.lab.models import SHIPPED, LoadedModel, load
 
 CONTEXT, STRIDE, BATCH = 512, 256, 8
@@ -132,16 +132,16 @@ def main() -> None:
     names = arguments.names
     if unknown := sorted(set(names) - set(SHIPPED)):
         parser.error(f"there is no model {unknown[0]!r}; choose from {', '.join(SHIPPED)}.")
-    try:
-        data = results.read("models").data
-    except DamagedFile:
-        data = {}
+    stored = results.read("models", any_model=True)  # each is compared by itself, below
+    data = stored.data if stored else {}
     trained = [n for n in SHIPPED if (data_folder() / "models" / n / "model.safetensors").is_file()]
     data = {name: about for name, about in data.items() if name in trained}
     for name in names or trained:
         if names or arguments.all or data.get(name, {}).get("weights_sha256") != fingerprint(name):
             data[name] = check(name)
             ordered = {name: data[name] for name in trained if name in data}
+            for scored in ordered:  # those that were scored before are part of the table too
+                note_use(f"model {scored}", ordered[scored]["weights_sha256"])
             results.store("models", ordered, command="python data/check_models.py --all")
     print(f"results/models.json holds {', '.join(data) or 'no model yet'}.")
 

@@ -27,7 +27,7 @@ import numpy as np
 from baselines import HELD_OUT, encode, load_tokenizer
 
 from effnb.lab import corpora, results
-from effnb.lab._files import DamagedFile, data_folder
+from effnb.lab._files import data_folder
 from effnb.lab.models import SHIPPED
 
 HERE = Path(__file__).resolve().parent
@@ -147,10 +147,8 @@ def merged_sections(archive: Path) -> dict[str, int]:
 
 def measure(archive: Path | None) -> dict:
     """Everything about the corpora that takes more than a moment."""
-    try:
-        before = results.read("corpora").data
-    except DamagedFile:
-        before = {}
+    stored = results.read("corpora", any_model=True)
+    before = stored.data if stored else {}
     merged = merged_sections(archive) if archive else before.get("merged_sections", {})
     tokenizer = load_tokenizer()
     data: dict = {"merged_sections": merged, "splits": {}, "duplicates": {}, "copied": {}}
@@ -165,6 +163,14 @@ def measure(archive: Path | None) -> dict:
             }  # fmt: skip
             if split != "train":
                 data["copied"][f"{name}, {split}"] = round(copied(texts, training), 4)
+    every = [text for name in corpora.NAMES for text in corpora.documents(name, "train")]
+    for name in corpora.NAMES:
+        share = copied(corpora.documents(name, "test"), every)
+        data["copied"][f"{name}, test, in all corpora's training text"] = round(share, 4)
+    for work in sorted({m.work for m in corpora.manuals("test")}):
+        texts = [m.text for m in corpora.manuals("test") if m.work == work]
+        share = copied(texts, corpora.documents("manuals", "train"))
+        data["copied"][f"manuals, test: {work}"] = round(share, 4)
     for work in sorted({c.work for c in corpora.novels("test")}):
         texts = [c.text for c in corpora.novels("test") if c.work == work]
         share = copied(texts, corpora.documents("novels", "train"))
@@ -263,6 +269,20 @@ def _chapters(chapters: list[corpora.Chapter]) -> list[object]:
     counts = Counter(c.split for c in chapters)
     words = sum(len(c.text.split()) for c in chapters)
     return [chapters[0].year, *(counts[split] for split in corpora.SPLITS), f"{words:,}"]
+
+
+def table_manuals() -> list[str]:
+    """Works of the manuals, with their licence and their documents by split."""
+    works: dict[str, list[corpora.Manual]] = {}
+    for manual in corpora.manuals():
+        works.setdefault(manual.work, []).append(manual)
+    rows = []
+    for work, found in works.items():
+        splits = Counter(manual.split for manual in found)
+        words = sum(len(manual.text.split()) for manual in found)
+        counts = [f"{splits[split]:,}" for split in corpora.SPLITS]
+        rows.append((work, found[0].licence, *counts, f"{words:,}"))
+    return _table(["work", "licence", *corpora.SPLITS, "words"], rows, numbers=2)
 
 
 def table_sections() -> list[str]:
@@ -460,10 +480,10 @@ def table_recall() -> list[str]:
 
 def _scores() -> dict[str, dict]:
     """Stored scores of the models whose weights are still those that were scored."""
-    try:
-        data = results.read("models").data
-    except DamagedFile:
+    stored = results.read("models", any_model=True)  # each is compared by itself, below
+    if not stored:
         return {}
+    data = stored.data
     manifest = _json(data_folder() / "models" / "MANIFEST.json")
     return {
         name: data[name]

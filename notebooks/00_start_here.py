@@ -47,7 +47,7 @@ run_time("00_start_here")
 # %% tags=["hide-input"]
 from effnb.lab import PALETTE, figure, results
 
-sweep = results.read("rtn_sweep")
+sweep = results.read("00_start_here/rtn")
 table = sweep.data["table"]
 original = table[0]
 KINDS = {"tensor": "one scale per matrix", "row": "one per row", "64": "one per 64 weights"}

@@ -3,7 +3,8 @@
     python -m effnb.book.build                          # execute and write every chapter
     python -m effnb.book.build 05_inference/1_pruning   # only this one
     python -m effnb.book.build --check                  # do the pairs agree? nothing is executed
-    python -m effnb.book.build --learners FOLDER        # the same chapters without their solutions
+    python -m effnb.book.build --learners FOLDER        # the same chapters without their answers
+    python -m effnb.book.build --lines                  # how long each chapter is
 
 Building executes a chapter in a clean kernel of this environment, started in the chapter's folder,
 offline and with EFFNB_BUILD=1 (panels then store the frames that move without a kernel). What is
@@ -42,6 +43,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from traitlets import default
 
+from effnb.book import limits, methods
+from effnb.book.limits import tags
 from effnb.lab.chapters import NOTEBOOKS, Measured, chapter_map, run_time_sentence, update_readme
 from effnb.lab.devices import cores
 
@@ -109,11 +112,6 @@ def read_source(path: Path) -> Notebook:
         seen[digest] = seen.get(digest, 0) + 1
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
     return notebook
-
-
-def tags(cell: Notebook) -> tuple[str, ...]:
-    """The tags of a cell."""
-    return tuple(cell.metadata.get("tags", ()))
 
 
 def sources(folder: Path = NOTEBOOKS) -> list[Path]:
@@ -376,6 +374,16 @@ def check(folder: Path = NOTEBOOKS) -> list[str]:
     return found
 
 
+def beyond_limits(paths: list[Path], folder: Path = NOTEBOOKS) -> list[str]:
+    """What chapters do not keep to, as sentences; those that are not yet slimmed are left out."""
+    return [
+        f"{name_of(path, folder)}: {problem}"
+        for path in paths
+        if name_of(path, folder) not in limits.NOT_YET_SLIMMED
+        for problem in limits.violations(path, read_source(path), name_of(path, folder))
+    ]
+
+
 def problems(path: Path) -> list[str]:
     """What is wrong with one chapter, given by its `.py` file, as sentences."""
     source = read_source(path)
@@ -575,9 +583,19 @@ def images_without_alt(html: str) -> list[str]:
 
 
 def learners_edition(path: Path) -> Notebook:
-    """A chapter without its solutions and outputs, for those who want to find them."""
+    """A chapter without its answers and outputs, for those who want to find them.
+
+    Solutions are left out, and so are hints that repeat a line of one. References and diagnoses of
+    the exercises lie in the chapter's companion module, which the edition imports.
+    """
     notebook = read_source(path)
-    notebook.cells = [cell for cell in notebook.cells if "solution" not in tags(cell)]
+    solutions = [cell for cell in notebook.cells if "solution" in tags(cell)]
+    notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if "solution" not in tags(cell)
+        and not ("hint" in tags(cell) and limits.tells(cell, solutions))
+    ]
     return notebook
 
 
@@ -604,10 +622,15 @@ def main(arguments: list[str] | None = None, folder: Path = NOTEBOOKS) -> int:
     )
     parser.add_argument("chapters", nargs="*", help="such as 05_inference/1_pruning; default all")
     parser.add_argument("--check", action="store_true", help="only say what is out of step")
-    parser.add_argument("--learners", metavar="FOLDER", type=Path, help="write without solutions")
+    parser.add_argument("--learners", metavar="FOLDER", type=Path, help="write without answers")
+    parser.add_argument("--lines", action="store_true", help="print how long each chapter is")
     options = parser.parse_args(arguments)
     try:
         paths = chosen(options.chapters, folder)
+        if options.lines:
+            sizes = {name_of(p, folder): limits.counts(p, read_source(p)) for p in paths}
+            print(limits.table(sizes))
+            return 0
         if options.learners:
             written = write_learners(folder, options.learners, paths)
             print(f"{len(written)} chapters without solutions are in {options.learners}.")
@@ -623,12 +646,15 @@ def main(arguments: list[str] | None = None, folder: Path = NOTEBOOKS) -> int:
             renew_maps(folder)
             if folder == NOTEBOOKS:
                 update_readme(NOTEBOOKS.parent / "README.md")
+                methods.update_readme(NOTEBOOKS.parent / "README.md")
         everything = not options.chapters
         found = (
             check(folder)
             if everything
             else [f"{name_of(p, folder)}: {problem}" for p in paths for problem in problems(p)]
         )
+        if folder == NOTEBOOKS:
+            found += beyond_limits(paths)
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

@@ -6,6 +6,7 @@ of them easy; the choice asks whether the model still prefers the truth to what 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,28 +142,103 @@ class RankedChoice:
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.questions)
 
 
+@dataclass(frozen=True)
+class ChoiceLikelihoods:
+    r"""Log-likelihoods of the continuations of one question, in nats.
+
+    Attributes:
+        given_context: $\ln p(c \mid x)$ of each continuation $c$ after the context $x$.
+        alone: $\ln p(c)$ of each at the start of a text; None where that was not asked for.
+    """
+
+    given_context: tuple[float, ...]
+    alone: tuple[float, ...] | None = None
+
+    def best(self, choices: Sequence[str], scoring: str) -> int:
+        """Index of the continuation with the highest score; of equal scores the first."""
+        if scoring == "pmi":
+            scores = [a - b for a, b in zip(self.given_context, self.alone, strict=True)]
+        else:
+            scores = [
+                a / len(text.encode()) for a, text in zip(self.given_context, choices, strict=True)
+            ]
+        return max(range(len(scores)), key=scores.__getitem__)
+
+
 def ranked_choice(
-    model: nn.Module, tokenizer: Any, items: Sequence[Choice], *, batch_size: int = 8
+    model: nn.Module,
+    tokenizer: Any,
+    items: Sequence[Choice],
+    *,
+    batch_size: int = 8,
+    scoring: str = "per_byte",
+    start: int | None = None,
 ) -> RankedChoice:
-    r"""Which continuation does the model find most likely, per byte?
+    r"""Which continuation does the model find most likely, for its length or for its own sake?
 
-    A continuation $c$ of a context $x$ scores $\frac{1}{|c|} \sum_t \ln p(c_t \mid x, c_{<t})$
-    with $|c|$ its length in UTF-8 bytes, so that a longer one is not at a disadvantage.
+    "per_byte": a continuation $c$ of a context $x$ scores $\frac{1}{|c|} \ln p(c \mid x)$ with
+    $|c|$ its length in UTF-8 bytes, so that a longer one is not at a disadvantage.
 
-    The context is read once for all its continuations: they are laid side by side behind it, with
-    the positions they would have alone and a mask that hides them from each other.
+    "pmi": it scores the pointwise mutual information $\ln p(c \mid x) - \ln p(c)$, the gain in
+    likelihood that the context brings: a continuation that is likely anywhere is not preferred.
+    $p(c)$ is what the model says after the start of a text. Holtzman et al., "Surface Form
+    Competition", 2021, arXiv 2104.08315, eq. 2.
 
     Args:
         model: A Hugging Face causal language model (four-dimensional masks are passed to it).
         tokenizer: Its tokenizer.
         items: The questions; `effnb.lab.corpora.choice_items` makes some.
         batch_size: Questions at a time.
+        scoring: "per_byte" or "pmi".
+        start: Token that begins a text, put before every context; "pmi" needs one.
 
     Raises:
-        ValueError: When there are no questions, or one has an empty context or continuation.
+        ValueError: When there are no questions, one has an empty context or continuation, the
+            scoring is unknown, or "pmi" is asked for without a start.
+    """
+    if scoring not in ("per_byte", "pmi"):
+        raise ValueError(f"scoring is {scoring!r}; it must be 'per_byte' or 'pmi'.")
+    found = choice_likelihoods(
+        model, tokenizer, items, batch_size=batch_size, start=start, alone=scoring == "pmi"
+    )
+    correct = [
+        one.best(item.choices, scoring) == item.answer
+        for one, item in zip(found, items, strict=True)
+    ]
+    return RankedChoice(sum(correct) / len(correct), len(correct), tuple(correct))
+
+
+def choice_likelihoods(
+    model: nn.Module,
+    tokenizer: Any,
+    items: Sequence[Choice],
+    *,
+    batch_size: int = 8,
+    start: int | None = None,
+    alone: bool = False,
+) -> list[ChoiceLikelihoods]:
+    r"""Log-likelihoods of all continuations of all questions, in the questions' order.
+
+    The context is read once for all its continuations: they are laid side by side behind it, with
+    the positions they would have alone and a mask that hides them from each other. With `alone`
+    they are laid there twice, the second time without sight of the context.
+
+    Args:
+        model: A Hugging Face causal language model (four-dimensional masks are passed to it).
+        tokenizer: Its tokenizer.
+        items: The questions.
+        batch_size: Questions at a time; those of like length are batched together.
+        start: Token that begins a text, put before every context.
+        alone: Whether $\ln p(c)$ is computed too; it needs a `start`.
+
+    Raises:
+        ValueError: When there are no questions, one has an empty context or continuation, or
+            `alone` is asked for without a start.
     """
     if not items:
         raise ValueError("there are no questions to rank choices for.")
+    if alone and start is None:
+        raise ValueError("the likelihood of a continuation alone needs a token that starts a text.")
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     questions = []
     for item in items:
@@ -170,61 +246,102 @@ def ranked_choice(
         if not context or not all(choices):
             raise ValueError("a question has an empty context or an empty continuation.")
         questions.append((context, choices))
-    correct: list[bool] = []
+    order = sorted(range(len(items)), key=lambda i: _size(*questions[i]))
+    found: dict[int, ChoiceLikelihoods] = {}
     with torch.inference_mode():
-        for at in range(0, len(questions), batch_size):
-            part = questions[at : at + batch_size]
-            for item, likelihoods in zip(
-                items[at : at + batch_size], _likelihoods(model, part), strict=True
-            ):
-                scores = [
-                    total / len(text.encode())
-                    for total, text in zip(likelihoods, item.choices, strict=True)
-                ]
-                correct.append(max(range(len(scores)), key=scores.__getitem__) == item.answer)
-    return RankedChoice(sum(correct) / len(correct), len(correct), tuple(correct))
+        for at in range(0, len(order), batch_size):
+            part = order[at : at + batch_size]
+            rows = [_Row.of(*questions[i], start, alone) for i in part]
+            for i, totals in zip(part, _likelihoods(model, rows), strict=True):
+                count = len(items[i].choices)
+                found[i] = ChoiceLikelihoods(
+                    tuple(totals[:count]), tuple(totals[count:]) if alone else None
+                )
+    return [found[i] for i in range(len(items))]
 
 
-def _likelihoods(
-    model: nn.Module, questions: list[tuple[list[int], list[list[int]]]]
-) -> list[list[float]]:
+def _size(context: list[int], choices: list[list[int]]) -> int:
+    return len(context) + sum(map(len, choices))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One question as a row of tokens: what begins it, and continuations side by side behind it.
+
+    Attributes:
+        head: The start token, if there is one, and the context.
+        parts: Each continuation with the number of tokens of the head that it sees.
+    """
+
+    head: list[int]
+    parts: list[tuple[list[int], int]]
+
+    @classmethod
+    def of(
+        cls, context: list[int], choices: list[list[int]], start: int | None, alone: bool
+    ) -> _Row:
+        head = context if start is None else [start, *context]
+        parts = [(tokens, len(head)) for tokens in choices]
+        return cls(head, parts + ([(tokens, 1) for tokens in choices] if alone else []))
+
+    def __len__(self) -> int:
+        return len(self.head) + sum(len(tokens) for tokens, _ in self.parts)
+
+
+def _likelihoods(model: nn.Module, questions: list[_Row]) -> list[list[float]]:
     """Log-likelihood of every continuation, in nats, one forward pass for all of them."""
     parameter = next(model.parameters())
     device = parameter.device
-    lengths = [len(context) + sum(map(len, choices)) for context, choices in questions]
-    size, rows = max(lengths), len(questions)
+    size, rows = max(map(len, questions)), len(questions)
     ids = torch.zeros(rows, size, dtype=torch.long)
     positions = torch.zeros(rows, size, dtype=torch.long)
-    segment = torch.full((rows, size), -1)  # 0 for the context, 1, 2, … for continuations
-    for r, (context, choices) in enumerate(questions):
-        start = 0
-        for number, tokens in enumerate([context, *choices]):
-            end = start + len(tokens)
-            offset = 0 if number == 0 else len(context)
-            ids[r, start:end] = torch.tensor(tokens)
-            positions[r, start:end] = torch.arange(offset, offset + len(tokens))
-            segment[r, start:end] = number
-            start = end
+    segment = torch.full((rows, size), -1)  # 0 for the head, 1, 2, … for continuations
+    sees = torch.zeros(rows, size, dtype=torch.long)  # tokens of the head that each token sees
+    for r, row in enumerate(questions):
+        at = 0
+        for number, (tokens, seen) in enumerate([(row.head, len(row.head)), *row.parts]):
+            end = at + len(tokens)
+            offset = seen if number else 0
+            ids[r, at:end] = torch.tensor(tokens)
+            positions[r, at:end] = torch.arange(offset, offset + len(tokens))
+            segment[r, at:end], sees[r, at:end] = number, seen
+            at = end
     causal = torch.ones(size, size, dtype=torch.bool).tril()
     same = segment.unsqueeze(2) == segment.unsqueeze(1)
-    from_context = (segment == 0).unsqueeze(1)
-    visible = causal & (same | from_context)
+    from_head = torch.arange(size) < sees.unsqueeze(2)
+    visible = causal & (same | from_head)
     mask = torch.zeros(rows, 1, size, size, dtype=parameter.dtype)
     mask.masked_fill_(~visible.unsqueeze(1), torch.finfo(parameter.dtype).min)
-    logits = model(
+    # Within the shortest head nothing is scored, except after the start token.
+    first = min(len(row.head) for row in questions) - 1
+    kept = torch.arange(first, size)
+    if any(seen == 1 for row in questions for _, seen in row.parts):
+        kept = torch.cat([torch.zeros(1, dtype=torch.long), kept[first == 0 :]])
+    logs = _logits(
+        model,
+        kept.to(device),
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         position_ids=positions.to(device),
         use_cache=False,
-    ).logits.float()
-    logs = logits.log_softmax(-1).cpu()
+    )
+    logs = logs.float().log_softmax(-1).cpu()
+    column = torch.full((size,), -1)
+    column[kept] = torch.arange(len(kept))
     results = []
-    for r, (context, choices) in enumerate(questions):
-        last, start, totals = len(context) - 1, len(context), []
-        for tokens in choices:
-            # The context's last position foresees the first token, each token the next.
-            before = torch.tensor([last, *range(start, start + len(tokens) - 1)])
+    for r, row in enumerate(questions):
+        at, totals = len(row.head), []
+        for tokens, seen in row.parts:
+            # The last token that it sees of the head foresees the first, each token the next.
+            before = column[torch.tensor([seen - 1, *range(at, at + len(tokens) - 1)])]
             totals.append(float(logs[r, before, torch.tensor(tokens)].double().sum()))
-            start += len(tokens)
+            at += len(tokens)
         results.append(totals)
     return results
+
+
+def _logits(model: nn.Module, kept: Int[Tensor, " kept"], **inputs: Any) -> Tensor:
+    """The logits at the positions `kept`; models that can leave out the others do."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**inputs, logits_to_keep=kept).logits
+    return model(**inputs).logits[:, kept]

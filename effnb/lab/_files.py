@@ -54,3 +54,24 @@ def checked_bytes(path: Path, sha256: str, size: int, remedy: str) -> bytes:
     else:
         return content
     raise DamagedFile(f"{path.name} is damaged: it {problem}; restore it with `{remedy}`.")
+
+
+_used: dict[str, str] = {}
+
+
+def note_use(what: str, sha256: str) -> None:
+    """Remember that a model or a corpus was read here, and which: "model mini-5m", "corpus novels".
+
+    What is stored later in this process carries these checksums (`effnb.lab.results`).
+    """
+    _used[what] = sha256
+
+
+def in_use() -> dict[str, str]:
+    """SHA-256 of every model and corpus that was read since `forget_use`, by its name."""
+    return dict(sorted(_used.items()))
+
+
+def forget_use() -> None:
+    """Begin again: what was read until now has no part in what is stored next."""
+    _used.clear()

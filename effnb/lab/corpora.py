@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Literal
 
-from effnb.lab._files import checked_bytes, data_folder, read_manifest
+from effnb.lab._files import checked_bytes, data_folder, note_use, read_manifest
 
 Split = Literal["train", "validation", "test"]
 SPLITS = ("train", "validation", "test")
@@ -111,6 +111,21 @@ class Translation:
         return _packages_by_name()[self.name]
 
 
+def sha256(name: str) -> str:
+    """SHA-256 of a corpus's file, as the manifest has it: "novels", "translations/de".
+
+    Raises:
+        ValueError: When there is no such corpus.
+        DamagedFile: When the manifest is missing or damaged.
+    """
+    manifest = read_manifest(data_folder() / "corpora" / "MANIFEST.json", REMEDY)
+    if name not in manifest["files"]:
+        raise ValueError(
+            f"there is no corpus {name!r}; choose one of {', '.join(manifest['files'])}."
+        )
+    return manifest["files"][name]["sha256"]
+
+
 def _columns(entry: str) -> dict[str, list]:
     folder = data_folder() / "corpora"
     manifest = read_manifest(folder / "MANIFEST.json", REMEDY)
@@ -128,8 +143,14 @@ def _rows(kind: type, entry: str, **fixed: str) -> tuple:
     )
 
 
-@cache
 def _all(entry: str) -> tuple:
+    """Every record of a corpus; what is stored later says that this corpus was read."""
+    note_use(f"corpus {entry}", sha256(entry))
+    return _records(entry)
+
+
+@cache
+def _records(entry: str) -> tuple:
     if entry == "novels":
         return _rows(Chapter, entry)
     if entry == "packages":
@@ -210,7 +231,6 @@ class ChoiceItem:
     section: str
 
 
-@lru_cache(maxsize=16)
 def choice_items(
     count: int = 200,
     split: Split = "test",
@@ -236,6 +256,20 @@ def choice_items(
     Raises:
         ValueError: When the split has too few long descriptions for `count` questions.
     """
+    note_use("corpus packages", sha256("packages"))
+    return _choice_items(count, split, choices, seed, context_characters, choice_characters)
+
+
+@lru_cache(maxsize=16)
+def _choice_items(
+    count: int,
+    split: Split,
+    choices: int,
+    seed: int,
+    context_characters: int,
+    choice_characters: int,
+) -> tuple[ChoiceItem, ...]:
+    """The same, computed once for each setting."""
     if choices < 2:
         raise ValueError(f"choices is {choices}; a ranked choice needs at least 2.")
 

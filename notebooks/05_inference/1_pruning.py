@@ -49,10 +49,10 @@ import torch
 
 from effnb.lab import PALETTE, figure, results
 
-stored = results.read("pruning_methods")
+stored = results.read("05_inference/1_pruning/methods")
 rows = stored.data["table"]
-structured = results.read("pruning_structured").data
-speed = results.read("pruning_speed")
+structured = results.read("05_inference/1_pruning/structured").data
+speed = results.read("05_inference/1_pruning/speed")
 original = rows[0]
 
 
@@ -458,7 +458,7 @@ print(f"and the function is the same: {change < 1e-3}")
 # What that costs on the held-out novel (stored; magnitude competes within layers, and also within rows as Wanda does):
 
 # %% tags=["nbval-check-output"]
-outliers = results.read("pruning_outliers").data["table"]
+outliers = results.read("05_inference/1_pruning/outliers").data["table"]
 INJECTED = ("none", "8 x on 16 channels", "40 x on 2 channels")
 
 
@@ -624,7 +624,7 @@ for label, method, amount in (
 # In this small model heads are the dearest, and neurons and whole layers the cheapest for what they weigh. And what a **LoRA** trained for a few dozen steps wins back (stored; three seeds). LoRAPrune (Zhang et al., 2023) prunes *while* it trains a LoRA, and judges by the LoRA's own gradients; in so few steps, cutting first and healing afterwards is better:
 
 # %% tags=["nbval-check-output"]
-healing = results.read("pruning_healing").data
+healing = results.read("05_inference/1_pruning/healing").data
 
 
 def healed(method, amount, key="loss"):
@@ -731,7 +731,7 @@ figure(
 # Does it matter how they go? Stored: the same steps on German, three seeds each; perplexity on German texts that the model has not seen. The last lines say which way won:
 
 # %% tags=["nbval-check-output"]
-trained = results.read("pruning_training").data["table"]
+trained = results.read("05_inference/1_pruning/training").data["table"]
 WAYS = ("magnitude at once", "magnitude, gradual", "movement, hard")
 
 
@@ -766,7 +766,7 @@ for sparsity in (0.5, 0.9):
 # the same few steps come to something else, whatever the weights are, so compare tickets with their controls (as many weights) and not with the whole:
 
 # %% tags=["nbval-check-output"]
-tickets = results.read("pruning_lottery").data["table"]
+tickets = results.read("05_inference/1_pruning/lottery").data["table"]
 
 
 def round_loss(name, key, index):
@@ -1032,7 +1032,7 @@ panel(
 # decides within the layers:
 
 # %% tags=["nbval-check-output"]
-allocated = results.read("pruning_allocation").data
+allocated = results.read("05_inference/1_pruning/allocation").data
 BY = ("uniform", "one threshold, magnitude", "one threshold, Taylor", "sensitivity")
 SETTINGS = (("magnitude", 0.5), ("magnitude", 0.6), ("magnitude", 0.7), ("SparseGPT", 0.6))
 print("perplexity                       magnitude          SparseGPT")
@@ -1120,8 +1120,8 @@ for name, shape in shape_after.items():
 # %% tags=["hide-input"]
 from effnb.lab import Evidence, claims_table, verdict
 
-domains = results.read("pruning_domains").data["table"]
-recovered = results.read("pruning_recovery").data["table"]
+domains = results.read("05_inference/1_pruning/domains").data["table"]
+recovered = results.read("05_inference/1_pruning/recovery").data["table"]
 
 
 def by_seed(method, pattern, sparsity):
@@ -1253,7 +1253,7 @@ claims_table(s_i1, c_1, c_7)
 # *SparseGPT against magnitude*, from half on and in 2:4 (stored; means of three seeds where there is calibration data, one seed for 4:8 and 1:4). The stricter the pattern, the more it pays to move the weights that stay:
 
 # %% tags=["nbval-check-output"]
-patterns = results.read("pruning_patterns").data["table"]
+patterns = results.read("05_inference/1_pruning/patterns").data["table"]
 
 
 def pattern_rows(method, pattern):
@@ -1344,7 +1344,7 @@ cost_card(
 # All of this is stored, on four windows of the novel; LLM-Pruner cuts one of three groups of heads and a fifth of the neurons in each block.
 
 # %% tags=["nbval-check-output"]
-smollm2 = results.read("pruning_smollm2").data["table"]
+smollm2 = results.read("05_inference/1_pruning/smollm2").data["table"]
 for r in smollm2:
     amount = r["amount"]
     label = (
@@ -1424,7 +1424,7 @@ print(
 # **A layer of its own influence.** ShortGPT drops the layers with the lowest **block influence**, one minus the cosine between what enters and what leaves. It is cheap, and it is not the loss. Beside it, the truth: the loss when each layer alone is dropped.
 
 # %% tags=["hide-input"]
-depth = {r["model"]: r for r in results.read("pruning_depth").data["table"]}
+depth = {r["model"]: r for r in results.read("05_inference/1_pruning/depth").data["table"]}
 
 
 def draw_depth(fig):

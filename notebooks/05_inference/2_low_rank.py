@@ -50,7 +50,7 @@ import torch
 
 from effnb.lab import PALETTE, figure, results
 
-stored = results.read("low_rank_methods")
+stored = results.read("05_inference/2_low_rank/methods")
 rows = stored.data["table"]
 original = rows[0]
 COLOURS = {"SVD": PALETTE[1], "FWSVD": PALETTE[3], "ASVD": PALETTE[2], "SVD-LLM": PALETTE[0]}
@@ -581,7 +581,7 @@ panel(
 # Then the steps that spare the most damage per number are taken first, until the budget is spent. SVD-LLM's factors throughout, three seeds:
 
 # %% tags=["hide-input"]
-allocation = results.read("low_rank_allocation").data
+allocation = results.read("05_inference/2_low_rank/allocation").data
 WAYS = {
     "same part of every layer": ("0.4", "o"),
     "by spectrum": (PALETTE[1], "s"),
@@ -652,7 +652,7 @@ for way in WAYS:
 # 4. keep 75 % in factors (SVD-LLM), or 50 %, and round those to four bits.
 
 # %% tags=["hide-input"]
-composed = results.read("low_rank_composed")
+composed = results.read("05_inference/2_low_rank/composed")
 together = composed.data["table"]
 base = math.exp(together[0]["loss"])
 
@@ -823,7 +823,7 @@ def by_window(method, kept):
     )
 
 
-smollm2 = results.read("low_rank_smollm2")
+smollm2 = results.read("05_inference/2_low_rank/smollm2")
 
 
 def real(method):
@@ -904,7 +904,7 @@ print(f"the same outputs, bit for bit: {same}")
 # a processor less well than a wide one. One layer over its rank, at several numbers of tokens:
 
 # %% tags=["hide-input"]
-timed = results.read("low_rank_latency")
+timed = results.read("05_inference/2_low_rank/latency")
 SHAPES = {(1536, 576): "1536 × 576", (2048, 2048): "2048 × 2048"}
 
 
@@ -1022,7 +1022,7 @@ for method in ("SVD", "ASVD", "SVD-LLM"):
 # How many times larger is the largest input of a layer than its middle one?
 
 # %% tags=["nbval-check-output"]
-stands_out = results.read("low_rank_inputs").data["table"]
+stands_out = results.read("05_inference/2_low_rank/inputs").data["table"]
 for name, layers in stands_out.items():
     found = sorted(layers.values())
     print(f"{name:13} middle layer {found[len(found) // 2]:5.1f}   worst layer {found[-1]:5.1f}")
@@ -1058,7 +1058,7 @@ else:
 # is the pitfall from above: half of the full width as the rank of every layer.
 
 # %%
-quick = results.read("low_rank_speed")
+quick = results.read("05_inference/2_low_rank/speed")
 
 
 def ratio(key, name, invert):
@@ -1085,7 +1085,7 @@ quick
 # gives them away for nothing. ASVD estimates one number per input, and does not mind. At 60 % kept:
 
 # %% tags=["hide-input"]
-few = results.read("low_rank_calibration").data["table"]
+few = results.read("05_inference/2_low_rank/calibration").data["table"]
 TOKENS = sorted({r["tokens"] for r in few if r["tokens"]})
 
 
@@ -1384,7 +1384,7 @@ _ = damage.check(predict)
 # pruned while the parts are trained. Use it when you can train for long. Thirty steps, in which all imitate the original's probabilities, at half of the numbers and three seeds:
 
 # %% tags=["nbval-check-output"]
-losparse = results.read("low_rank_losparse").data
+losparse = results.read("05_inference/2_low_rank/losparse").data
 LOSPARSE = {
     "rows alone": ("trained", 0.0),
     "half and half": ("trained", 0.5),

@@ -607,7 +607,7 @@ figure(
 # And what it costs a language model, on eight windows of a novel that it has never seen (stored):
 
 # %% tags=["hide-input"]
-stored = results.read("codesign_attention")
+stored = results.read("06_hardware/2_codesign/attention")
 table = stored.data["table"]
 
 
@@ -943,7 +943,7 @@ for r in reports:
 # *Work* is the time that a processor spent on the busiest process, as a part of what one process alone takes.
 
 # %% tags=["nbval-check-output"]
-experts = results.read("codesign_experts")
+experts = results.read("06_hardware/2_codesign/experts")
 ran, grown = experts.data["sizes"], experts.data["table"]
 
 
@@ -995,14 +995,7 @@ experts
 # Operations are shared exactly. The processor's time is not, for sending and receiving is work too.
 
 # %% tags=["hide-input"]
-from effnb.lab._files import DamagedFile
-
-try:
-    clock = results.read("codesign_scaling")
-except DamagedFile as problem:
-    if "is missing" not in str(problem):
-        raise
-    clock = None
+clock = results.read("06_hardware/2_codesign/scaling")
 
 
 def seconds_of(devices, key="seconds"):
@@ -1010,7 +1003,7 @@ def seconds_of(devices, key="seconds"):
     return [s for r in clock.data["table"] if r["devices"] == devices for s in r[key]]
 
 
-if clock is None:
+if not clock:
     print("By the clock: not measured. No run on two idle cores is stored.")
 else:
     print(clock)
@@ -1185,7 +1178,7 @@ s_h3 = verdict(
 # %% tags=["hide-input"]
 
 WHAT = "time scales: seconds by the clock, 1 process / 2 processes on 2 cores"
-if clock is None:  # then anything that two cores allow at all is possible, and nothing is decided
+if not clock:  # then anything that two cores allow at all is possible, and nothing is decided
     by_clock = Evidence(
         f"{WHAT}: not measured", 1.0, 0.0, 2.0, "higher", 1.0, samples=0, kind="none"
     )
@@ -1250,7 +1243,7 @@ cost_card(
 # `minilm-l6`, full-precision weights, 22 million of them, an encoder: the kind of model in which every token sees every other. The task is to find a package's description from its synopsis among 200 (stored). The sentence vector is the mean over the tokens that are left:
 
 # %% tags=["nbval-check-output"]
-minilm = results.read("codesign_minilm").data["table"]
+minilm = results.read("06_hardware/2_codesign/minilm").data["table"]
 print("                          found first   pairs computed")
 for r in minilm:
     if r.get("seed", 0) == 0:
@@ -1287,7 +1280,7 @@ if results.live():
         f"original {whole:.0%}, half of the tokens {retrieval(vectors(synopses), vectors(texts)).recall_at_1:.0%}"
     )
 else:
-    print(results.read("codesign_minilm"))
+    print(results.read("06_hardware/2_codesign/minilm"))
 
 # %% [markdown]
 # ## Where it breaks

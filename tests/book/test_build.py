@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -247,7 +248,14 @@ def test_the_command_builds_checks_and_names(tmp_path, capsys):
     assert build.main(["--check"], tmp_path) == 1
     assert capsys.readouterr().err.count("it has never been built") == 2
     assert build.main(["1_pruning"], tmp_path) == 0
-    assert "05_inference/1_pruning: 5 s, " in capsys.readouterr().out
+    assert re.search(r"05_inference/1_pruning: \d+ s, \d+ MiB, \d+ kB", capsys.readouterr().out)
+    assert build.main(["--lines"], tmp_path) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == [
+        "chapter",
+        "00_start_here",
+        "05_inference/1_pruning",
+    ]
     assert build.main(["--check", "05_inference/1_pruning"], tmp_path) == 0
     assert build.main(["--check"], tmp_path) == 1
     assert build.main([str(tmp_path / "00_start_here.py")], tmp_path) == 0

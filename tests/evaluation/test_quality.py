@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effnb.evaluation import perplexity, ranked_choice
-from effnb.evaluation.quality import token_losses
+from effnb.evaluation.quality import ChoiceLikelihoods, choice_likelihoods, token_losses
 
 
 class Uniform(nn.Module):
@@ -103,33 +103,76 @@ QUESTIONS = [
 ]
 
 
-def plain(model, question):
-    """Each continuation in a sequence of its own."""
-    scores = []
+def plain(model, question, before=()):
+    """The log-likelihood of each continuation, in a sequence of its own."""
+    totals = []
     for choice in question.choices:
         context, tokens = Letters().encode(question.context), Letters().encode(choice)
+        context = [*before, *context]
         with torch.no_grad():
             logs = model(torch.tensor([context + tokens])).logits[0].log_softmax(-1)
-        total = sum(float(logs[len(context) - 1 + i, t]) for i, t in enumerate(tokens))
-        scores.append(total / len(choice.encode()))
-    return scores
+        totals.append(sum(float(logs[len(context) - 1 + i, t]) for i, t in enumerate(tokens)))
+    return totals
+
+
+def best(scores):
+    return max(range(len(scores)), key=scores.__getitem__)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_shared_contexts_change_nothing(llama, batch_size):
-    from effnb.evaluation.quality import _likelihoods
-
-    encode = Letters().encode
-    coded = [(encode(q.context), [encode(c) for c in q.choices]) for q in QUESTIONS]
-    with torch.no_grad():
-        together = _likelihoods(llama, coded)
-    for question, totals in zip(QUESTIONS, together, strict=True):
+    together = choice_likelihoods(llama, Letters(), QUESTIONS, batch_size=batch_size)
+    expected = []
+    for question, found in zip(QUESTIONS, together, strict=True):
+        totals = plain(llama, question)
+        assert found.given_context == pytest.approx(totals, rel=1e-4)
+        assert found.alone is None
         scores = [t / len(c.encode()) for t, c in zip(totals, question.choices, strict=True)]
-        assert scores == pytest.approx(plain(llama, question), rel=1e-4)
+        expected.append(best(scores) == question.answer)
     found = ranked_choice(llama, Letters(), QUESTIONS, batch_size=batch_size)
-    expected = tuple(max(range(3), key=plain(llama, q).__getitem__) == q.answer for q in QUESTIONS)
-    assert found.correct == expected and found.questions == 3
+    assert found.correct == tuple(expected) and found.questions == 3
     assert found.accuracy == sum(expected) / 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_what_a_context_gains_is_a_difference_of_two_likelihoods(llama, batch_size):
+    how = {"batch_size": batch_size, "start": 5}
+    together = choice_likelihoods(llama, Letters(), QUESTIONS, alone=True, **how)
+    expected = []
+    for question, found in zip(QUESTIONS, together, strict=True):
+        given = plain(llama, question, before=[5])
+        alone = plain(llama, Question("", question.choices, 0), before=[5])
+        assert found.given_context == pytest.approx(given, rel=1e-4)
+        assert found.alone == pytest.approx(alone, rel=1e-4)
+        gains = [a - b for a, b in zip(given, alone, strict=True)]
+        expected.append(best(gains) == question.answer)
+    assert ranked_choice(llama, Letters(), QUESTIONS, scoring="pmi", **how).correct == tuple(
+        expected
+    )
+
+
+def test_a_continuation_that_is_likely_anywhere_is_not_preferred():
+    """The model says "the" anywhere, and "fish" a little oftener after "sea" than elsewhere."""
+    one = ChoiceLikelihoods(given_context=(-1.0, -4.0), alone=(-1.0, -6.0))
+    choices = (" the", " fish")
+    assert one.best(choices, "per_byte") == 0
+    assert one.best(choices, "pmi") == 1
+
+
+def test_a_model_that_computes_all_logits_is_asked_the_same(llama):
+    class All(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = llama
+
+        def forward(self, input_ids, attention_mask, position_ids, use_cache):
+            return self.inner(input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+    how = {"start": 5, "alone": True}
+    few, every = (choice_likelihoods(m, Letters(), QUESTIONS, **how) for m in (llama, All()))
+    for a, b in zip(few, every, strict=True):
+        assert a.given_context == pytest.approx(b.given_context, rel=1e-5)
+        assert a.alone == pytest.approx(b.alone, rel=1e-5)
 
 
 def test_longer_continuations_are_not_punished():
@@ -151,3 +194,7 @@ def test_standard_error_and_bad_input(llama):
         ranked_choice(llama, Letters(), [])
     with pytest.raises(ValueError, match="empty context or an empty continuation"):
         ranked_choice(llama, Letters(), [Question("", (" a", " b"), 0)])
+    with pytest.raises(ValueError, match="scoring is 'best'"):
+        ranked_choice(llama, Letters(), QUESTIONS, scoring="best")
+    with pytest.raises(ValueError, match="needs a token that starts a text"):
+        ranked_choice(llama, Letters(), QUESTIONS, scoring="pmi")

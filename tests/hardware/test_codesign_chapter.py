@@ -24,6 +24,7 @@ from effnb.lab._files import DamagedFile
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = build.read_source(ROOT / "notebooks/06_hardware/2_codesign.py")
+SCALING = "06_hardware/2_codesign/scaling"
 GPU = "cuda (NVIDIA H100 80GB HBM3)"
 
 
@@ -161,7 +162,7 @@ def clock(speedup):
             exchange = [0.0 if devices == 1 else 0.1 * s for s in found]
             row = {"experts": count, "devices": devices}
             table.append(row | {"seconds": found, "exchange_seconds": exchange})
-    return stored("codesign_scaling", {"table": table}, "cpu (x86_64)")
+    return stored(SCALING, {"table": table}, "cpu (x86_64)")
 
 
 def judged(monkeypatch, capsys, by_clock):
@@ -169,10 +170,10 @@ def judged(monkeypatch, capsys, by_clock):
     original = results.read
 
     def read(name):
-        if name != "codesign_scaling":
+        if name != SCALING:
             return original(name)
         if by_clock is None:
-            raise DamagedFile("the stored result codesign_scaling.json is missing: measure it.")
+            return results.NotMeasured(name)
         return by_clock
 
     monkeypatch.setattr(results, "read", read)
@@ -213,7 +214,7 @@ def test_a_damaged_measurement_is_not_taken_for_a_missing_one(monkeypatch):
         raise DamagedFile(f"the stored result {name}.json is damaged: restore it.")
 
     monkeypatch.setattr(results, "read", read)
-    with pytest.raises(DamagedFile, match=r"codesign_scaling.json is damaged"):
+    with pytest.raises(DamagedFile, match=rf"{SCALING}.json is damaged"):
         run("def seconds_of", {"results": results})
 
 

@@ -1,7 +1,6 @@
 """The script of the stored measurements: what it stores, and that it asks for idle cores."""
 
-import importlib
-import sys
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,15 @@ import pytest
 from effnb.hardware.codesign import gshard
 from effnb.hardware.codesign.expert_parallel import Report
 
-DATA = Path(__file__).resolve().parents[2] / "data"
+SCRIPT = Path(__file__).resolve().parents[2] / "data/sweeps/06_hardware/2_codesign.py"
 
 
 @pytest.fixture
 def sweep(monkeypatch):
     """The script, with processes that report at once: each needs a share of a second of work."""
-    monkeypatch.syspath_prepend(str(DATA))
-    module = importlib.import_module("sweep_codesign")
+    spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 
     def run_processes(settings, *, seconds):
         settings.check()
@@ -32,8 +32,7 @@ def sweep(monkeypatch):
     monkeypatch.setattr(module, "EXPERT_TURNS", 2)
     monkeypatch.setattr(module, "TURNS", 2)
     monkeypatch.setattr(module, "IDLE_TRIES", 3)
-    yield module
-    del sys.modules["sweep_codesign"]
+    return module
 
 
 def test_experts_are_stored_for_every_number_of_experts_and_processes(sweep):

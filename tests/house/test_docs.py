@@ -106,6 +106,10 @@ def test_the_results_are_computed_again_by_their_own_commands(tmp_path):
         )
     assert results.main(["a", "b"], folder) == 0
     assert log.read_text() == "ran "  # one command, one run
+    (folder / "05_inference").mkdir()
+    (folder / "05_inference/e.json").write_text((folder / "a.json").read_text())
+    assert results.main(["a", "05_inference/e"], folder) == 0  # those of chapters have folders
+    assert log.read_text() == "ran ran "
     assert results.main(["c"], folder) == 3
     assert results.main(["d"], folder) == 1
     (folder / "c.json").write_text("{")

@@ -156,12 +156,15 @@ def test_too_long_an_n_gram_is_refused(baselines):
         baselines.KneserNey([np.array([1])], 4096, order=6)
 
 
-def test_the_mixing_weight_is_the_best_one(baselines):
+def test_the_mixing_weights_are_the_best_ones(baselines):
     rng = np.random.default_rng(0)
-    first, second = rng.random(200) + 0.01, rng.random(200) + 0.01
-    weight = baselines.mixing_weight(first, second, steps=500)
-    best = max(np.log(w * first + (1 - w) * second).sum() for w in np.linspace(0, 1, 101))
-    assert np.log(weight * first + (1 - weight) * second).sum() >= best - 1e-6
+    parts = [rng.random(200) + 0.01 for _ in range(3)]
+    weights = baselines.mixing_weights(parts, steps=500)
+    assert weights.sum() == pytest.approx(1)
+    likelihood = lambda w: np.log(sum(x * part for x, part in zip(w, parts))).sum()  # noqa: E731
+    grid = np.linspace(0, 1, 51)
+    best = max(likelihood((a, b, 1 - a - b)) for a in grid for b in grid if a + b <= 1)
+    assert likelihood(weights) >= best - 1e-6
 
 
 # -------------------------------------------------------------------------------------- xz

@@ -186,11 +186,11 @@ def copied(tmp_path, monkeypatch):
     shutil.copytree(_files.data_folder() / "corpora", tmp_path / "corpora")
     monkeypatch.setenv("EFFNB_DATA", str(tmp_path))
     _files.data_folder.cache_clear()
-    corpora._all.cache_clear()
+    corpora._records.cache_clear()
     yield tmp_path / "corpora"
     monkeypatch.undo()
     _files.data_folder.cache_clear()
-    corpora._all.cache_clear()
+    corpora._records.cache_clear()
 
 
 def flip(content):
@@ -245,12 +245,106 @@ def test_a_missing_folder_is_named(monkeypatch, tmp_path):
         _files.data_folder.cache_clear()
 
 
+# ------------------------------------------------------------------------------------- manuals
+
+LICENCES = {
+    "Python documentation": "PSF-2.0",
+    "PostgreSQL documentation": "PostgreSQL",
+    "SQLite documentation": "public domain",
+    "World English Bible": "public domain",
+    "Moby-Dick": "public domain",
+    "WordNet 3.0": "WordNet-3.0",
+}
+
+
+def test_manuals_are_whole_and_each_says_its_licence():
+    manuals = corpora.manuals()
+    assert {m.work: m.licence for m in manuals} == LICENCES
+    chapters = [m.document for m in manuals if m.work == "Moby-Dick"]
+    assert len(chapters) > 130 and len(set(chapters)) == len(chapters)
+    first = next(m.text for m in manuals if m.document == "chapter 1" and m.work == "Moby-Dick")
+    assert first.startswith("Call me Ishmael.")
+    books = {m.document for m in manuals if m.work == "World English Bible"}
+    assert len(books) == 80 and any("Genesis" in book for book in books)
+    assert len({(m.work, m.document) for m in manuals}) == len(manuals)
+    assert sum(len(m.text) for m in manuals) > 20_000_000
+    assert corpora.documents("manuals", "test") == [m.text for m in corpora.manuals("test")]
+
+
+def test_manuals_are_prose():
+    for manual in corpora.manuals():
+        assert len(manual.text) >= 400 and manual.text.strip() == manual.text
+        assert not set(manual.text) & set("‘’“”–—…\xa0")
+        if manual.work.endswith("documentation"):
+            letters = sum(c.isalpha() or c == " " for c in manual.text)
+            assert letters > 0.8 * len(manual.text), manual.document
+    marked = [m for m in corpora.manuals() if re.search(r"</(?:p|div|li|span|code)>", m.text)]
+    assert len(marked) < 10  # those that write about HTML
+
+
+def test_documents_of_manuals_are_held_out_whole():
+    counts = collections.Counter(m.split for m in corpora.manuals())
+    for split in ("validation", "test"):
+        assert 0.03 < counts[split] / len(corpora.manuals()) < 0.07
+    held = {m.document for m in corpora.manuals("test") if m.work == "World English Bible"}
+    bible = {c.work for c in corpora.novels("test") if c.kind == "bible"}
+    assert len(held) == len(bible) == 5
+    for book in bible:  # each in another translation, under a longer title
+        assert any(book in title for title in held), book
+
+
+def test_no_held_out_paragraph_of_manuals_is_trained_on():
+    """Not in the manuals' own training text, nor in that of the other corpora."""
+
+    def paragraphs(texts):
+        return {
+            re.sub(r"\W+", " ", part.lower()).strip()
+            for text in texts
+            for part in text.split("\n")
+            if len(part) > 40
+        }
+
+    held = paragraphs(corpora.documents("manuals", "test"))
+    assert len(held) > 3_000
+    for name in corpora.NAMES:
+        shared = held & paragraphs(corpora.documents(name, "train"))
+        assert len(shared) <= 0.001 * len(held), (name, sorted(shared)[:3])
+
+
+def test_the_held_out_text_of_one_corpus_is_not_trained_on_in_another():
+    """The two Bibles tell the same; verse by verse they must not be the same words."""
+    held = {line for c in corpora.novels("test") for line in c.text.split("\n") if len(line) > 60}
+    for name in ("packages", "manuals"):
+        training = {line for text in corpora.documents(name, "train") for line in text.split("\n")}
+        assert len(held & training) <= 0.001 * len(held), name
+
+
+def test_the_notices_that_must_stay_with_the_texts_do():
+    notices = (_files.data_folder() / "corpora" / "NOTICES.txt").read_text(encoding="utf-8")
+    said = " ".join(notices.split())
+    for words in (
+        "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2",
+        "Copyright (c) 2001-2023 Python Software Foundation",
+        "PostgreSQL Global Development Group",
+        "The Regents of the University of California",
+        "provided that the above copyright notice and this paragraph and the following two",
+        "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved.",
+        "The name of Princeton University or Princeton may not be used in advertising",
+    ):
+        assert words in said
+    sheet = (_files.data_folder() / "DATASHEET.md").read_text(encoding="utf-8")
+    assert "`corpora/NOTICES.txt`" in sheet
+    for licence in ("PSF-2.0", "PostgreSQL", "WordNet-3.0"):
+        assert licence in sheet
+
+
 def test_the_manifest_counts_what_is_there():
     manifest = json.loads((_files.data_folder() / "corpora" / "MANIFEST.json").read_text())
     files = manifest["files"]
     assert files["novels"]["records"] == len(corpora.novels())
     assert files["packages"]["records"] == len(corpora.packages())
-    assert sum(entry["bytes"] for entry in files.values()) < 12 * 2**20
+    assert files["manuals"]["records"] == len(corpora.manuals())
+    assert sum(entry["bytes"] for entry in files.values()) < 16 * 2**20
 
 
 @pytest.mark.parametrize(

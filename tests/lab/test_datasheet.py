@@ -81,7 +81,7 @@ def test_scores_of_older_weights_are_left_out(datasheet, monkeypatch):
     monkeypatch.setattr(datasheet, "_json", lambda path: manifest)
     for stored, expected in (("old", {}), ("new", {"mini-1m": {"weights_sha256": "new"}})):
         about = results.StoredResult("models", {"mini-1m": {"weights_sha256": stored}}, None)
-        monkeypatch.setattr(results, "read", lambda name, about=about: about)
+        monkeypatch.setattr(results, "read", lambda name, about=about, **how: about)
         assert datasheet._scores() == expected
 
 

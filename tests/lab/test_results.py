@@ -1,11 +1,19 @@
+import hashlib
 import json
 import re
 
 import pytest
 
-from effnb.lab import results
-from effnb.lab._files import DamagedFile, data_folder
+from effnb.lab import corpora, load, models, results
+from effnb.lab._files import DamagedFile, data_folder, forget_use
 
+PACKAGES = corpora.sha256("packages")
+WITHOUT_MODELS = {
+    "kernels",
+    "05_inference/2_low_rank/latency",
+    "06_hardware/2_codesign/experts",
+    "06_hardware/2_codesign/scaling",
+}
 DATA = {"bits": [2, 3], "loss": [4.25, 3.5], "note": "Größe"}
 
 
@@ -74,9 +82,15 @@ def test_bytes_that_are_no_text_are_damage_too(own_folder):
         results.read("sweep")
 
 
-def test_a_missing_file_is_one_sentence_with_the_remedy():
-    with pytest.raises(DamagedFile, match=r"sweep.json is missing: .* or `make results`\.$"):
-        results.read("sweep")
+def test_a_missing_result_is_a_value_that_says_so():
+    missing = results.read("05_inference/1_pruning/nothing")
+    assert not missing
+    assert missing == results.NotMeasured("05_inference/1_pruning/nothing")
+    assert f"{missing.data['table'][0]['loss']:.2f}" == "not measured"
+    assert list(missing.data["table"]) == [] and len(missing.data) == 0
+    for said in (str(missing), repr(missing), missing._repr_html_()):
+        assert "python data/sweeps/05_inference/1_pruning.py nothing" in said
+    assert results.read("nothing").command == "make results"
 
 
 def test_a_result_that_is_no_json_is_refused_and_leaves_the_old_one(own_folder):
@@ -87,7 +101,9 @@ def test_a_result_that_is_no_json_is_refused_and_leaves_the_old_one(own_folder):
     assert results.read("sweep").data == DATA
 
 
-@pytest.mark.parametrize("name", ["../secret", "a/b", "", "Sweep", ".hidden", "a b"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "a/../b", "/a", "a//b", "a/", "", "Sweep", "a/.hidden", ".hidden", "a b"]
+)
 def test_names_that_leave_the_folder_are_refused(name):
     with pytest.raises(ValueError, match="cannot name a stored result"):
         results.read(name)
@@ -95,12 +111,82 @@ def test_names_that_leave_the_folder_are_refused(name):
         results.store(name, 1, "x")
 
 
+def test_results_of_a_chapter_lie_in_its_folder(own_folder):
+    results.store("05_inference/1_pruning/methods", DATA)
+    results.store("kernels", DATA, "x")
+    assert (own_folder / "05_inference/1_pruning/methods.json").is_file()
+    assert results.names() == ["05_inference/1_pruning/methods", "kernels"]
+    found = results.read("05_inference/1_pruning/methods")
+    assert found.provenance.command == "python data/sweeps/05_inference/1_pruning.py methods"
+
+
+# ------------------------------------------------------------------------- models and corpora
+
+
+def test_what_was_read_is_stored_with_its_checksum():
+    forget_use()
+    assert results.store("empty", 1, "x").provenance.sha256 == {}
+    load("mini-300k", device="cpu")
+    corpora.choice_items(3)
+    corpora.documents("novels", "test")
+    found = results.store("sweep", 1, "x").provenance.sha256
+    weights = data_folder() / "models/mini-300k/model.safetensors"
+    assert found == {
+        "corpus novels": corpora.sha256("novels"),
+        "corpus packages": corpora.sha256("packages"),
+        "model mini-300k": hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }
+    forget_use()
+    corpora.choice_items(3)  # from the cache: it was read all the same
+    assert list(results.store("sweep", 1, "x").provenance.sha256) == ["corpus packages"]
+
+
+@pytest.mark.parametrize(
+    "what", ["model mini-300k", "corpus novels", "corpus translations/de", "model of yesterday"]
+)
+def test_a_result_of_another_model_or_corpus_is_refused(what):
+    results.store(
+        "sweep", DATA, "python it.py", sha256={"corpus packages": PACKAGES, what: "0" * 64}
+    )
+    with pytest.raises(results.Outdated, match=rf"another {what} .* again with `python it\.py`\.$"):
+        results.read("sweep")
+    assert results.read("sweep", any_model=True).data == DATA
+
+
+def test_a_model_that_is_not_installed_cannot_differ(monkeypatch):
+    monkeypatch.setattr(models.metadata, "files", lambda name: None)
+    results.store("sweep", DATA, "x", sha256={"model smollm2-135m": "0" * 64})
+    assert results.read("sweep").data == DATA
+
+
 def test_every_result_of_the_repository_can_be_read(monkeypatch):
     monkeypatch.setattr(results, "data_folder", data_folder)
-    for file in sorted((data_folder() / "results").glob("*.json")):
-        found = results.read(file.stem)
+    for name in results.names():
+        found = results.read(name)
         assert found.provenance.command
         assert json.dumps(found.data)
+        assert found.provenance.sha256 or name in WITHOUT_MODELS
+
+
+def test_every_result_that_a_chapter_reads_is_stored_or_is_known_to_be_missing(monkeypatch):
+    monkeypatch.setattr(results, "data_folder", data_folder)
+    named = set()
+    for folder in ("notebooks", "effnb", "data"):
+        for path in (data_folder().parent / folder).rglob("*.py"):
+            named |= set(
+                re.findall(r'results\.read\(\s*"([^"]+)"', path.read_text(encoding="utf-8"))
+            )
+    assert len(named) > 30
+    assert sorted(named - set(results.names())) == []
+
+
+def test_results_of_chapters_have_a_sweep(monkeypatch):
+    monkeypatch.setattr(results, "data_folder", data_folder)
+    for name in results.names():
+        chapter = name.rpartition("/")[0]
+        if chapter:
+            assert (data_folder() / "sweeps" / f"{chapter}.py").is_file()
+            assert results.read(name).provenance.command == results.command_of(name)
 
 
 @pytest.mark.parametrize(

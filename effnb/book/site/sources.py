@@ -13,6 +13,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from effnb.book.methods import page as methods_page
 from effnb.book.site.api import module_page
 from effnb.book.site.book import REPOSITORY, Book, SiteError, link, read_book, up
 from effnb.book.site.docstrings import first_sentence
@@ -36,7 +37,7 @@ from effnb.lab.claims import ledger
 PAGES = REPOSITORY / ".make" / "site" / "pages"
 """The prose of the pages beside the chapters; `<!-- … -->` marks where generated parts go."""
 
-LOOK_UP = ("map", "which", "claims", "notation", "glossary", "datasheet", "api/index")
+LOOK_UP = ("map", "methods", "which", "claims", "notation", "glossary", "datasheet", "api/index")
 
 
 def write(
@@ -79,6 +80,7 @@ def write(
         "claims": {"summary": summary_part(book), "claims": claims_part(book)},
         "notation": {"symbols": symbols_part(book)},
         "glossary": {"terms": terms_part(book)},
+        "methods": {"methods": raw(methods_page(reference, {one.name for one in book.written}))},
         "api/index": {"modules": _modules(reference)},
         "reading": {},
     }

@@ -1,0 +1,282 @@
+"""The method index: what the package implements, where it is explained, and who published it.
+
+It is generated: a method is a public function of a section's package that takes a model and gives
+one back, or what holds one; `NAMES` adds others. Its name is read from the docstrings, and so is
+the paper; the chapter is the one of the package's name. The README and the site show the same
+table, and a test fails when the README's is old.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from effnb.book.site.reference import Module, Reference, Thing, page_of, read_reference
+from effnb.lab.chapters import NOTEBOOKS, SECTIONS, TABLE
+
+REPOSITORY = NOTEBOOKS.parent
+BEGIN = "<!-- methods: written by `make notebooks`, do not edit -->"
+END = "<!-- end of methods -->"
+CHAPTERS = {
+    "effnb.finetuning.lora": "04_finetuning/1_delta_tuning",
+    "effnb.evaluation": "07_evaluation/1_evaluation",
+}
+"""Packages and modules whose chapter has another name than they."""
+NAMES = {
+    "effnb.hardware.codesign.gshard.moe_layer": "GShard",
+    "effnb.inference.low_rank.losparse.losparse": "LoSparse",
+    "effnb.inference.low_rank.losparse.low_rank_plus_sparse": "Low rank plus sparse",
+    "effnb.inference.pruning.heads.prune_heads": "Head pruning",
+    "effnb.inference.pruning.lora_prune.lora_prune": "LoRAPrune",
+    "effnb.inference.pruning.lottery.lottery": "Lottery tickets",
+    "effnb.inference.pruning.magnitude.gradual": "Gradual magnitude pruning",
+    "effnb.inference.pruning.masks.apply_masks": "N:M sparsity",
+    "effnb.inference.pruning.recovery.fine_tune": "Fine-tuning after pruning",
+    "effnb.inference.pruning.taylor.taylor": "Taylor importance",
+    "effnb.inference.pruning.width.width": "Width pruning (Minitron)",
+    "effnb.inference.quantization.estimators.lsq_quantize": "LSQ",
+    "effnb.inference.quantization.estimators.straight_through": "Straight-through estimator",
+    "effnb.inference.quantization.extreme.binarize": "Binary weights",
+    "effnb.inference.quantization.extreme.ternarize": "Ternary weights",
+    "effnb.inference.quantization.fast.fast": "Packed int8 and int4 layers",
+    "effnb.inference.quantization.llm_int8.llm_int8": "LLM.int8()",
+    "effnb.inference.quantization.llm_qat.self_generate": "LLM-QAT",
+    "effnb.inference.quantization.rotation.rotate": "Rotation (QuaRot)",
+    "effnb.inference.quantization.sensitivity.hessian_sensitivity": "HAWQ sensitivity",
+    "effnb.inference.quantization.tables.quantize_table": "NF4, FP4 and FP8 tables",
+}
+"""What functions are searched for by, where the docstring does not begin with it or the function
+does not take a whole model."""
+_PAPER = re.compile(r'"(?P<title>[^"]+)"[^"]*?arXiv:?\s*(?P<id>\d{4}\.\d{4,5})', re.DOTALL)
+_ARXIV = re.compile(r"arXiv:?\s*(\d{4}\.\d{4,5})")
+_HEAD = re.compile(r"(?P<name>[^.:]{2,40}): ")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the index.
+
+    Attributes:
+        name: As people search for it.
+        function: Full dotted name, by the shortest package that passes it on.
+        home: Full dotted name where it is defined.
+        chapter: The chapter's path below `notebooks/`.
+        papers: arXiv id of each source, with its title where the docstring gives one.
+    """
+
+    name: str
+    function: str
+    home: str
+    chapter: str
+    papers: dict[str, str]
+
+    @property
+    def section(self) -> str:
+        """The section of the survey."""
+        return SECTIONS[self.chapter.split("/")[0]]
+
+
+def methods(reference: Reference | None = None) -> list[Method]:
+    """All methods of the package, by section and chapter, then by name.
+
+    Raises:
+        ValueError: When a method belongs to no chapter; the sentence says where to name it.
+    """
+    reference = read_reference(REPOSITORY) if reference is None else reference
+    sections = {key.split("_", 1)[1] for key in SECTIONS}
+    found = []
+    for module in reference.modules.values():
+        parts = module.name.split(".")
+        if parts[0] != "effnb" or len(parts) < 3 or parts[1] not in sections:
+            continue
+        giving = [
+            thing
+            for thing in module.things
+            if f"{module.name}.{thing.name}" in NAMES or gives_a_model(thing, reference)
+        ]
+        named = {t.name: name for t in giving if (name := name_of(t, module))}
+        head = _HEAD.match(module.doc)
+        if giving and not named and head and _ARXIV.search(module.doc):
+            named = {giving[0].name: head["name"]}  # its first one is what the module is about
+        for thing in giving:
+            if thing.name in named:
+                full = f"{module.name}.{thing.name}"
+                found.append(
+                    Method(
+                        named[thing.name],
+                        f"{reference.shortest(full)}.{thing.name}",
+                        full,
+                        chapter_of(module.name),
+                        papers_of(thing, module, reference, named[thing.name]),
+                    )
+                )
+    order = list(TABLE)
+    return sorted(found, key=lambda m: (order.index(m.chapter), m.name.lower(), m.function))
+
+
+def gives_a_model(thing: Thing, reference: Reference) -> bool:
+    """Whether a function takes a model first and returns a model, or what has one as a field."""
+    if thing.kind != "function" or thing.arguments[:1] != ("model",):
+        return False
+    if not re.match(r"\(model: (?:nn\.)?(?:Module|Model|PreTrainedModel)\b", thing.signature):
+        return False
+    gives = thing.signature.rpartition(" -> ")[2]
+    if re.fullmatch(r"(?:nn\.)?Module|Model|PreTrainedModel", gives):
+        return True
+    return any(
+        "model" in other.arguments
+        for module in reference.modules.values()
+        for other in module.things
+        if other.kind == "class" and other.name == gives
+    )
+
+
+def name_of(thing: Thing, module: Module) -> str | None:
+    """What a method is called: the head of its module's docstring, or a word that is its name."""
+    if (full := f"{module.name}.{thing.name}") in NAMES:
+        return NAMES[full]
+    key = _letters(thing.name)
+    head = _HEAD.match(module.doc)
+    if head and (module.name.endswith(f".{thing.name}") or _letters(head["name"]) == key):
+        return head["name"]
+    for text in (thing.doc, module.doc):
+        for word in re.findall(r"[A-Z][\w.()-]*\w\)?", text):
+            if _letters(word) == key:
+                return word
+    return None
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def chapter_of(module: str) -> str:
+    """The chapter that explains a module: that of its package's name.
+
+    Raises:
+        ValueError: When there is none.
+    """
+    for length in range(len(module.split(".")), 1, -1):
+        if (part := ".".join(module.split(".")[:length])) in CHAPTERS:
+            return CHAPTERS[part]
+    section, topic = module.split(".")[1:3]
+    for name in TABLE:
+        folder, _, stem = name.partition("/")
+        if folder.split("_", 1)[1] == section and stem.split("_", 1)[-1] == topic:
+            return name
+    raise ValueError(
+        f"no chapter has the name of {module}: add it to CHAPTERS in effnb/book/methods.py."
+    )
+
+
+def papers_of(thing: Thing, module: Module, reference: Reference, name: str) -> dict[str, str]:
+    """ArXiv ids and titles of a method's sources.
+
+    They stand in its own docstring, or in that of its module, or else with its name in the title in
+    that of a neighbour.
+    """
+    for text in (thing.doc, module.doc):
+        titles = {m["id"]: _title(m["title"]) for m in _PAPER.finditer(text)}
+        if _ARXIV.search(text):
+            return {one: titles.get(one, "") for one in _ARXIV.findall(text)}
+    package = module.name.rpartition(".")[0]
+    return {
+        m["id"]: _title(m["title"])
+        for other in reference.modules.values()
+        if other.name.startswith(f"{package}.")
+        for m in _PAPER.finditer(other.doc)
+        if name in m["title"]
+    }
+
+
+def _title(found: str) -> str:
+    return " ".join(found.split()).rstrip(",.")
+
+
+# ---------------------------------------------------------------------------------- the tables
+
+
+def _links(papers: dict[str, str]) -> Iterator[str]:
+    for one, title in papers.items():
+        said = f' "{title}"' if title else ""
+        yield f"[{one}](https://arxiv.org/abs/{one}{said})"
+
+
+def table(found: list[Method] | None = None, prefix: str = "notebooks/") -> str:
+    """The index as a Markdown table for the README.
+
+    Args:
+        found: The methods; all of the package when None.
+        prefix: Path from the page to the notebooks.
+    """
+    found = methods() if found is None else found
+    lines = ["| method | function | chapter | section | paper |", "|---|---|---|---|---|"]
+    for method in found:
+        title = TABLE[method.chapter][0]
+        written = (NOTEBOOKS / f"{method.chapter}.ipynb").is_file()
+        chapter = f"[{title}]({prefix}{method.chapter}.ipynb)" if written else title
+        papers = ", ".join(_links(method.papers))
+        lines.append(
+            f"| {method.name} | `{method.function}` | {chapter} | {method.section} | {papers} |"
+        )
+    return "\n".join(lines)
+
+
+def page(reference: Reference, written: set[str]) -> str:
+    """The index as an HTML table for the site.
+
+    Args:
+        reference: The public objects of the package, whose pages are linked.
+        written: Names of the chapters that have a page.
+    """
+    rows = []
+    for method in methods(reference):
+        place = f"{page_of(method.home.rpartition('.')[0])}.html#{method.home}"
+        title = html.escape(TABLE[method.chapter][0])
+        chapter = (
+            f'<a href="{method.chapter}.html">{title}</a>' if method.chapter in written else title
+        )
+        papers = ", ".join(
+            f'<a href="https://arxiv.org/abs/{one}">{html.escape(said) or one}</a>'
+            for one, said in method.papers.items()
+        )
+        rows.append(
+            f'<tr><th scope="row">{html.escape(method.name)}</th>'
+            f'<td><a href="{place}"><code>{method.function}</code></a></td>'
+            f"<td>{chapter}</td><td>{method.section}</td><td>{papers}</td></tr>"
+        )
+    heads = ("Method", "Function", "Chapter", "Section", "Paper")
+    head = "".join(f'<th scope="col">{one}</th>' for one in heads)
+    return (
+        f'<table class="method-index"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def readme_with_index(text: str, found: list[Method] | None = None) -> str:
+    """The README's text with the index as it is now.
+
+    Raises:
+        ValueError: When the README has lost the two comments around the index.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the README needs the lines {BEGIN!r} and {END!r} around its index.")
+    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
+
+
+def update_readme(readme: Path) -> bool:
+    """Renew the index in the README; returns whether it changed.
+
+    Raises:
+        ValueError: When the README has lost the two comments around the index.
+    """
+    text = readme.read_text(encoding="utf-8")
+    renewed = readme_with_index(text)
+    if renewed != text:
+        readme.write_text(renewed, encoding="utf-8", newline="\n")
+    return renewed != text
