@@ -28,7 +28,7 @@ SETTINGS = ((4, "row"), (4, "64"), (3, "row"), (3, "64"), (2, "row"), (2, "64"))
 
 def stored(part: str) -> results.StoredResult:
     """One stored table of this chapter."""
-    return results.read(f"quantization_{part}")
+    return results.read(f"05_inference/3_quantization/{part}")
 
 
 def if_measured(function: Callable[..., Any]) -> Callable[..., Any]:
