@@ -1,1 +1,4 @@
-"""What belongs to one notebook: exercises, verdicts, drawings, queries of stored results."""
+"""What lies behind the chapters: one package for each notebook, with the same name.
+
+A companion holds its chapter's verdicts, exercises and drawings, so that they have ordinary tests.
+"""

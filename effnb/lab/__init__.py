@@ -14,7 +14,7 @@ from typing import Any
 _HOMES = {
     "cards": ("compare_costs", "cost_card"),
     "checks": ("Exercise",),
-    "claims": ("Evidence", "claims_table", "verdict"),
+    "claims": ("claims_table", "judge"),
     "devices": ("device", "machine"),
     "axes": ("name_lines",),
     "differences": ("paired",),

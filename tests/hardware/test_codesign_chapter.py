@@ -19,7 +19,7 @@ from effnb.book import build
 from effnb.hardware.codesign import gshard, roofline
 from effnb.kernels import bench
 from effnb.kernels._launch import jit, tl
-from effnb.lab import Evidence, results, verdict
+from effnb.lab import results
 from effnb.lab._files import DamagedFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,8 +165,8 @@ def clock(speedup):
     return stored(SCALING, {"table": table}, "cpu (x86_64)")
 
 
-def judged(monkeypatch, capsys, by_clock):
-    """What the page prints on time, and the verdict on S-H4."""
+def said_on_time(monkeypatch, capsys, by_clock):
+    """What the page prints on time."""
     original = results.read
 
     def read(name):
@@ -178,35 +178,22 @@ def judged(monkeypatch, capsys, by_clock):
 
     monkeypatch.setattr(results, "read", read)
     names = {"results": results, "gshard": gshard, "math": math}
-    names |= {"Evidence": Evidence, "verdict": verdict}
     run("def busy_share", names)
     capsys.readouterr()
     run("def seconds_of", names)
-    said = capsys.readouterr().out
-    run(cell('    "S-H4",').replace("claims_table(s_h3, s_h4)", ""), names)
-    return said, names["s_h4"]
+    return capsys.readouterr().out
 
 
-def test_without_times_by_the_clock_the_claim_holds_in_part(monkeypatch, capsys):
-    said, found = judged(monkeypatch, capsys, None)
+def test_without_times_by_the_clock_the_page_says_so(monkeypatch, capsys):
+    said = said_on_time(monkeypatch, capsys, None)
     assert said == "By the clock: not measured. No run on two idle cores is stored.\n"
-    assert found.outcome == "holds in part"
-    assert [p.outcome for p in found.parts if "by the clock" in p.what] == ["undecided"]
-    json.dumps(found.data(), allow_nan=False)
 
 
-@pytest.mark.parametrize(
-    ("speedup", "outcome"), [(1.6, "shown"), (1.0, "undecided"), (0.7, "contradicted")]
-)
-def test_with_times_they_judge(monkeypatch, capsys, speedup, outcome):
-    said, found = judged(monkeypatch, capsys, clock(speedup))
+@pytest.mark.parametrize("speedup", [1.6, 1.0, 0.7])
+def test_with_times_it_prints_them(monkeypatch, capsys, speedup):
+    said = said_on_time(monkeypatch, capsys, clock(speedup))
     assert f" 4 experts: 100 ms with one process, {100 / speedup:.0f} ms with two" in said
     assert f"{speedup:.2f} times as fast; 10% of the time is the exchange" in said
-    (part,) = [p for p in found.parts if "by the clock" in p.what]
-    assert part.outcome == outcome
-    assert part.estimate == pytest.approx(speedup, rel=1e-2)
-    if outcome != "shown":
-        assert found.outcome == "holds in part"
 
 
 def test_a_damaged_measurement_is_not_taken_for_a_missing_one(monkeypatch):

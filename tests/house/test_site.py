@@ -35,7 +35,7 @@ from effnb.book.site.words import (
     unexplained,
 )
 from effnb.lab import chapters
-from effnb.lab.claims import MIME, Evidence, ledger, verdict
+from effnb.lab.claims import MIME, Contrast, Evidence, judged, ledger, student_point, untested
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / ".make" / "site"
@@ -142,12 +142,14 @@ at = "The idea"
 goal = "The model takes too much memory"
 when = "there is data to calibrate with"
 use = "Take GPTQ."
-because = [{ claim = "C-3", part = "loss" }]
+because = [{ claim = "C-3", part = "quality-fine-tuning-3" }]
 """
 
 
 def loss(low, high):
-    return Evidence("loss, GPTQ - RTN", (low + high) / 2, low, high, "lower", kind="student")
+    part = ledger()["C-3"].parts["quality-fine-tuning-3"]
+    error = (high - low) / 2 / student_point(0.95, 100)
+    return Evidence(part, (Contrast("", (low + high) / 2, error, 100),), 5, 24, "2030-01-31")
 
 
 def planted(folder, evidence=None, words=WORDS, prose="We use $H = X X^\\top$ of [start](X)."):
@@ -155,7 +157,9 @@ def planted(folder, evidence=None, words=WORDS, prose="We use $H = X X^\\top$ of
     shutil.copytree(ROOT / "notebooks" / "images", folder / "images")
     for name in ("00_start_here.ipynb", "00_start_here.toml"):
         shutil.copy(ROOT / "notebooks" / name, folder / name)
-    judged = verdict("C-3", [evidence or loss(-0.3, -0.1)], note="Planted.")
+    evidence = evidence or loss(-0.3, -0.1)
+    rest = [p for p in ledger()["C-3"].parts.values() if p != evidence.part]
+    verdict = judged("C-3", [evidence, *(untested(p, "it takes days") for p in rest)], "Planted.")
     prose = prose.replace("(X)", "(../00_start_here.ipynb#the-map)")
     cells = [
         {"cell_type": "markdown", "metadata": {}, "source": "# Quantisation\n\nFewer bits."},
@@ -169,7 +173,7 @@ def planted(folder, evidence=None, words=WORDS, prose="We use $H = X X^\\top$ of
                 {
                     "output_type": "display_data",
                     "metadata": {},
-                    "data": {MIME: {"verdicts": [judged.data()]}, "text/html": "<p>…</p>"},
+                    "data": {MIME: {"verdicts": [verdict.data()]}, "text/html": "<p>…</p>"},
                 }
             ],
         },
@@ -204,7 +208,9 @@ def test_a_new_chapter_appears_everywhere_by_itself(tmp_path, reference):
     assert "65 minutes" not in found["map"]
     assert "35 minutes to read" in found["map"]
     card = re.search(r'id="C-3".*?</section>', found["claims"], re.DOTALL)[0]
-    assert "holds</span>" in card
+    assert "holds in part</span>" in card
+    assert "It would hold in full if" in card
+    assert "it takes days" in card
     assert f"{CHAPTER}.html#claim-C-3" in card
     assert "-0.2 [-0.3, -0.1]" in card
     assert "| $H$ | second moments" in found["notation"]
@@ -225,7 +231,9 @@ def test_advice_that_a_measurement_no_longer_supports_disappears(tmp_path):
     for name, evidence in (("undecided", loss(-0.3, 0.1)), ("contradicted", loss(0.1, 0.3))):
         grown = planted(tmp_path / name / "notebooks", evidence)
         assert list(supported(grown.find(CHAPTER))) == []
-    wanted = WORDS.replace('part = "loss"', 'part = "loss", outcome = "contradicted"')
+    wanted = WORDS.replace(
+        'part = "quality-fine-tuning-3"', 'part = "quality-fine-tuning-3", outcome = "contradicted"'
+    )
     grown = planted(tmp_path / "wanted" / "notebooks", loss(0.1, 0.3), wanted)
     assert len(list(supported(grown.find(CHAPTER)))) == 1
 
@@ -233,7 +241,7 @@ def test_advice_that_a_measurement_no_longer_supports_disappears(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (('part = "loss"', 'part = "speed"'), "rests on 0 measurements of C-3"),
+        (('part = "quality-fine-tuning-3"', 'part = "speed"'), "rests on 0 measurements of C-3"),
         (('claim = "C-3"', 'claim = "C-4"'), "rests on 0 measurements of C-4"),
         (('at = "The idea"', 'at = "The end"'), "no such heading"),
         (('name = "calibration"', 'name = "Perplexity"'), "both explain the term"),
@@ -241,8 +249,11 @@ def test_advice_that_a_measurement_no_longer_supports_disappears(tmp_path):
         (("means = ", "mean = "), "unexpected keyword argument 'mean'"),
         (('ja = "キャリブレーション"', 'ja = ""'), "'ja' is empty"),
         (("[[term]]", "[[terms]]"), "'terms' is none of"),
-        (('[{ claim = "C-3", part = "loss" }]', "[]"), "names no measurement"),
-        (('part = "loss"', 'part = "loss", outcome = "fine"'), "is no outcome"),
+        (('[{ claim = "C-3", part = "quality-fine-tuning-3" }]', "[]"), "names no measurement"),
+        (
+            ('part = "quality-fine-tuning-3"', 'part = "quality-fine-tuning-3", outcome = "fine"'),
+            "is no outcome",
+        ),
     ],
 )
 def test_what_a_chapter_adds_is_checked(tmp_path, change, said):

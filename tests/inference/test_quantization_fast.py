@@ -395,12 +395,9 @@ def test_fast_quantizes_the_head_and_leaves_the_embedding(llama, ids, bits):
     assert quick.model.embed_tokens.weight is llama.model.embed_tokens.weight
     assert llama.lm_head.weight is llama.model.embed_tokens.weight
     kind = "int4" if bits == 4 else packed.machine().eight
-    assert {m.quantized.kind for m in quick.model.modules() if isinstance(m, PackedLinear)} == {
-        kind
-    }
-    assert quick.lm_head.quantized.kind == packed.machine().eight
-    narrow = fast(llama, bits, head=True).lm_head
-    assert narrow.quantized.kind == kind
+    kinds = [m.quantized.kind for m in quick.modules() if isinstance(m, PackedLinear)]
+    assert set(kinds) == {kind, packed.machine().eight}
+    assert quick.lm_head.quantized.kind == packed.machine().eight  # whatever the rest has
     with torch.inference_mode():
         assert relative(quick(ids).logits, dequantized(quick)(ids).logits) < 0.02
         assert relative(quick(ids).logits, llama(ids).logits) < (0.4 if bits == 4 else 0.06)
@@ -409,6 +406,7 @@ def test_fast_quantizes_the_head_and_leaves_the_embedding(llama, ids, bits):
 
 
 def test_fast_with_other_heads_and_sources(llama, ids):
+    assert fast(llama, 4, head=True).lm_head.quantized.kind == "int4"
     plain = fast(llama, 4, head=False)
     assert plain.lm_head.weight is llama.lm_head.weight
     wide = fast(llama, 4, group_size=32, head=8)

@@ -28,7 +28,7 @@ from effnb.hardware.codesign.expert_parallel import Settings, run_processes
 from effnb.lab import corpora, load, sweeps
 
 TOP_K = 16
-RANDOM = (0, 1)
+RANDOM = (0, 1, 2, 3, 4)
 KEEPS = (0.75, 0.5, 0.25)
 WINDOWS = 8
 ALPHAS = (-0.25, 0.0, 0.25, 0.5)

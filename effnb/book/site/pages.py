@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from effnb.book.site.book import Book, SiteError, Written, link
-from effnb.book.site.verdicts import badge, certainty, evidence_html, piece
+from effnb.book.site.verdicts import badge, certainty, evidence_html, measured
 from effnb.book.site.words import Advice
-from effnb.lab.claims import ledger
+from effnb.lab.claims import joint, ledger
 
 OPEN = "not yet measured"
 
@@ -29,12 +29,19 @@ def verdicts_on(book: Book, claim: str) -> list[tuple[Written, dict[str, Any]]]:
     return sorted(found, key=lambda pair: pair[0].name not in ledger()[claim].chapters)
 
 
+def joint_on(book: Book, claim: str) -> dict[str, Any] | None:
+    """The one verdict on a claim, of all chapters that the ledger names for it; None without."""
+    found = verdicts_on(book, claim)
+    own = [one for written, one in found if written.name in ledger()[claim].chapters]
+    return joint(own or [one for _, one in found]) if found else None
+
+
 def summary_part(book: Book) -> str:
     """How many claims have which verdict."""
     counted: dict[str, int] = {}
     for name in ledger():
-        found = verdicts_on(book, name)
-        verdict = found[0][1]["verdict"] if found else OPEN
+        found = joint_on(book, name)
+        verdict = found["verdict"] if found else OPEN
         counted[verdict] = counted.get(verdict, 0) + 1
     items = "".join(
         f"<li><strong>{counted[verdict]}</strong> {badge(verdict)}</li>"
@@ -56,16 +63,19 @@ def claims_part(book: Book) -> str:
 
 
 def _claim(book: Book, name: str) -> str:
-    """One row of the ledger, with every verdict that a chapter computed."""
-    claim, found = ledger()[name], verdicts_on(book, name)
+    """One row of the ledger, with the one verdict of the chapters that measured it."""
+    claim, found, verdict = ledger()[name], verdicts_on(book, name), joint_on(book, name)
     titles = {chapter.name: chapter.title for chapter in book.chapters}
     parts = []
-    for written, verdict in found:
-        where = link(titles[written.name], "claims", f"{written.name}.html#claim-{name}")
-        first = "" if written.name in claim.chapters else " (a first look)"
+    if verdict:
+        where = " and ".join(
+            link(titles[written.name], "claims", f"{written.name}.html#claim-{name}")
+            + ("" if written.name in claim.chapters else " (a first look)")
+            for written, _ in found
+        )
         parts.append(
             f'<div class="claim-verdict"><p>{badge(verdict["verdict"])} '
-            f'<span class="claim-where">in {where}{first}</span></p>{evidence_html(verdict)}</div>'
+            f'<span class="claim-where">in {where}</span></p>{evidence_html(verdict)}</div>'
         )
     missing = [c for c in claim.chapters if c not in {written.name for written, _ in found}]
     wanted = " and ".join(
@@ -153,7 +163,8 @@ def supported(written: Written) -> Iterator[tuple[Advice, list[dict[str, Any]]]]
         pieces, holds = [], True
         for reason in advice.because:
             parts = verdicts.get(reason.claim, {"parts": []})["parts"]
-            fitting = [part for part in parts if part["what"].startswith(reason.part)]
+            named = [part for part in parts if part.get("name") == reason.part]
+            fitting = named or [part for part in parts if part["what"].startswith(reason.part)]
             if len(fitting) != 1:
                 raise SiteError(
                     f"notebooks/{written.name}.toml: the advice {advice.use!r} rests on "
@@ -173,7 +184,7 @@ def advice_part(book: Book) -> str:
         for advice, pieces in supported(written):
             chapter = f"{written.name}.html#claim-"
             rows = "".join(
-                f"<li>{html.escape(one['what'])}: <strong>{piece(one).measured()}</strong> "
+                f"<li>{html.escape(one['what'])}: <strong>{measured(one)}</strong> "
                 f'<span class="expected">({certainty(one)}; '
                 f"{link(one['claim'], 'which', chapter + one['claim'])})</span></li>"
                 for one in pieces

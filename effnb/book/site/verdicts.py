@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import html
-from dataclasses import fields
 from typing import Any
 
 from effnb.book.site.book import SiteError, up
-from effnb.lab.claims import Evidence, ledger
+from effnb.lab.claims import FAILS, HOLDS, IN_PART, OPEN, UNTESTED, ledger
 
 MARKS = {
-    "holds": ("holds", "✓"),
-    "holds in part": ("in-part", "◐"),
-    "does not hold at this scale": ("fails", "✗"),
-    "cannot be tested here": ("untested", "–"),
+    HOLDS: ("holds", "✓"),
+    IN_PART: ("in-part", "◐"),
+    FAILS: ("fails", "✗"),
+    OPEN: ("undecided", "?"),
+    UNTESTED: ("untested", "–"),
     "not yet measured": ("open", "·"),
 }
 """For each verdict: its class on the page, and its mark."""
@@ -28,29 +28,45 @@ def badge(verdict: str) -> str:
     )
 
 
-def piece(part: dict[str, Any]) -> Evidence:
-    """A piece of evidence from the form in which a notebook stores it."""
-    return Evidence(**{field.name: part[field.name] for field in fields(Evidence)})
+def measured(part: dict[str, Any]) -> str:
+    """The number of a piece of evidence, with its interval.
+
+    Chapters that were built before parts were registered do not carry it in words.
+    """
+    if "measured" in part:
+        return part["measured"]
+    if part["low"] == part["high"]:
+        return f"{part['estimate']:.3g}"
+    return f"{part['estimate']:.3g} [{part['low']:.3g}, {part['high']:.3g}]"
+
+
+def expected(part: dict[str, Any]) -> str:
+    """What the claim expects of it, in words."""
+    if "expected" in part:
+        return part["expected"]
+    return f"expected {part['expect']} {part['bound']:.3g}, margin {part['margin']:.3g}"
 
 
 def certainty(part: dict[str, Any]) -> str:
-    """How certain a number is, in words."""
-    if part["kind"] == "exact":
-        return "exact"
-    interval = "t" if part["kind"] == "student" else "bootstrap"
-    return f"n = {part['samples']}, 95 % {interval} interval"
+    """What stands behind a number: seeds and documents, or a formula."""
+    return part.get("basis") or f"n = {part['samples']}"
 
 
 def evidence_html(verdict: dict[str, Any]) -> str:
-    """The evidence behind a verdict, as a list."""
+    """The evidence behind a verdict as a list, what would have changed it, and its setting."""
     rows = "".join(
-        f"<li><span>{html.escape(part['what'])}: <strong>{piece(part).measured()}</strong></span> "
-        f'<span class="expected">{piece(part).expected()}: {part["outcome"]} '
-        f"({certainty(part)})</span></li>"
+        f"<li><span>{html.escape(part['what'])}: "
+        f"<strong>{html.escape(measured(part))}</strong></span> "
+        f'<span class="expected">{html.escape(expected(part))}: {html.escape(part["outcome"])} '
+        f"({html.escape(certainty(part))})</span></li>"
         for part in verdict["parts"]
     )
-    note = f'<p class="claim-note">{html.escape(verdict["note"])}</p>' if verdict["note"] else ""
-    return (f"<ul>{rows}</ul>" if rows else "") + note
+    notes = "".join(
+        f'<p class="claim-note">{html.escape(verdict[key])}</p>'
+        for key in ("change", "confirm", "note")
+        if verdict.get(key)
+    )
+    return (f"<ul>{rows}</ul>" if rows else "") + notes
 
 
 def claim_html(verdict: dict[str, Any], page: str) -> str:

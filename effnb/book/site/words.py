@@ -24,7 +24,8 @@ need no entry, and a hat is introduced once for all letters, as '\hat{\cdot}'.
 
 Advice stands on measurements: each entry of `because` names a claim and the beginning of one piece
 of its evidence in that chapter, and what must have come out (`outcome`: shown, unless it says
-contradicted or undecided). Where one of them did not come out so, the advice does not appear.
+contradicted, undecided or by construction). Where one of them did not come out so, the advice does
+not appear.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from effnb.lab.claims import CONSTRUCTION, CONTRADICTED, SHOWN, UNDECIDED
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ class Reason:
 
     Attributes:
         claim: Id of the claim.
-        part: How the piece of evidence begins.
-        outcome: What must have come out: shown, contradicted or undecided.
+        part: The registered name of the piece of evidence, or how its words begin.
+        outcome: What must have come out: shown, contradicted, undecided or by construction.
     """
 
     claim: str
@@ -130,7 +133,7 @@ def read_words(path: Path) -> Words:
         advice.append(_made(Advice, {**row, "because": reasons}))
     for row in advice:
         for reason in row.because:
-            if reason.outcome not in ("shown", "contradicted", "undecided"):
+            if reason.outcome not in (SHOWN, CONTRADICTED, UNDECIDED, CONSTRUCTION):
                 raise ValueError(f"{reason.outcome!r} is no outcome of a measurement.")
     return Words(
         tuple(_made(Symbol, row) for row in content.get("symbol", ())),

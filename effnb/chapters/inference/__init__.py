@@ -1,1 +1,1 @@
-"""The companions of the chapters in `notebooks/05_inference`."""
+"""Companions of the chapters on efficient inference."""

@@ -1,1 +1,1 @@
-"""The companion of `notebooks/05_inference/3_quantization`."""
+"""Companion of the chapter on quantization."""

@@ -1,0 +1,172 @@
+"""The sweeps measure what the ledger registers: the same rows, with the same names.
+
+They run on the smallest model, a few short documents and little training; only names and forms are
+looked at.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from effnb.inference import pruning
+from effnb.lab import corpora, load
+from effnb.lab.claims import chosen, ledger
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+NAMES = ("pruning", "low_rank", "quantization", "codesign")
+
+
+@pytest.fixture(scope="module")
+def sweeps():
+    """The scripts, for as long as their folder is on the path."""
+    sys.path.insert(0, str(DATA))
+    before = set(sys.modules)
+    try:
+        names = [f"sweep_claims_{name}" for name in NAMES]
+        yield SimpleNamespace(
+            bench=importlib.import_module("claims_bench"),
+            **{name: importlib.import_module(module) for name, module in zip(NAMES, names)},
+        )
+    finally:
+        sys.path.remove(str(DATA))
+        for name in set(sys.modules) - before:
+            if getattr(sys.modules[name], "__file__", None) and str(DATA) in str(
+                sys.modules[name].__file__
+            ):
+                del sys.modules[name]
+
+
+def ids(seed, *shape):
+    """Random tokens: the sweeps' own text takes longer to read than all else."""
+    return torch.randint(2, 4000, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def small(sweeps, monkeypatch):
+    """A small model under every name, one seed, and little of everything."""
+
+    class Bench(sweeps.bench.Bench):
+        def __init__(self, name):
+            self.name, self.loaded = name, load("mini-300k", device="cpu")
+            self.model = self.loaded.model
+            self.documents = [ids(number, 24) for number in range(3)]
+
+        def calibration(self, seed):
+            return ids(seed, 4, 64)
+
+    domains = {name: [ids(n, 12) for n in range(2)] for name in ("novel", "Bible", "packages")}
+    monkeypatch.setattr(sweeps.bench.results, "store", lambda *_, **__: None)
+    for name in NAMES:
+        module = getattr(sweeps, name)
+        monkeypatch.setattr(module, "Bench", Bench)
+        monkeypatch.setattr(module, "SEEDS", (0,))
+        monkeypatch.setattr(module, "domains_of", lambda loaded: domains, raising=False)
+        monkeypatch.setattr(module, "TURNS", 2, raising=False)
+    budget = dict.fromkeys(sweeps.quantization.TRAINING, (6, (2, 16)))
+    monkeypatch.setattr(sweeps.quantization, "TRAINING", budget)
+    monkeypatch.setattr(
+        sweeps.quantization, "training_batches",
+        lambda loaded, seed, steps, shape: [ids(seed + n, *shape) for n in range(steps)],
+    )  # fmt: skip
+    monkeypatch.setattr(sweeps.pruning, "german", lambda loaded: ids(9, 5000))
+    some = [t.text for t in corpora.translations("de", "test")]
+    reader = SimpleNamespace(documents=lambda *_: some, translations=corpora.translations)
+    monkeypatch.setattr(sweeps.pruning, "corpora", reader)
+    monkeypatch.setattr(sweeps.pruning, "TICKET_STEPS", 25)
+    monkeypatch.setattr(sweeps.pruning, "LEARNING_STEPS", 12)
+    return sweeps
+
+
+def measured(sweeps, name, parts):
+    """The rows that these parts of a sweep store."""
+    rows = []
+    for part in parts:
+        table = sweeps.bench.Table("no_such_result", "python data/sweep.py")
+        getattr(sweeps, name).PARTS[part](table)
+        rows += [row for row in table.rows if row not in rows]  # as `rows_of` does
+    return rows
+
+
+def wanting(rows, chapter, claims=None):
+    """Registered parts of a chapter that the rows do not serve, and why."""
+    found = {}
+    for claim in ledger().values():
+        for part in claim.parts.values():
+            if part.chapter != chapter or (claims and claim.id not in claims):
+                continue
+            for about in filter(None, (part.method, part.baseline)):
+                fitting = chosen(rows, {"model": part.model, **about})
+                seeds = [row.get("seed") for row in fitting]
+                if not fitting or len(set(seeds)) < len(seeds):
+                    found[claim.id, part.name] = f"{len(fitting)} rows of {about}"
+                elif part.value not in fitting[0]:
+                    found[claim.id, part.name] = f"no {part.value} in {sorted(fitting[0])}"
+                elif missing := [k for k in part.equal if k not in fitting[0]]:
+                    found[claim.id, part.name] = f"no {missing}"
+            sides = [a for a in (part.method, part.baseline) if a is not None]
+            drawn = [row for a in sides for row in chosen(rows, {"model": part.model, **a})]
+            if part.seeds and not any("seed" in row for row in drawn):
+                found[claim.id, part.name] = "no seeds"
+    return found
+
+
+def test_low_rank(small):
+    rows = measured(small, "low_rank", ["mini", "smollm2"])
+    assert wanting(rows, "05_inference/2_low_rank") == {}
+    whole, less = (
+        chosen(rows, {"model": "mini-5m", **a})[0]["layer_bytes"]
+        for a in ({"method": "original"}, {"method": "SVD", "kept": 0.6})
+    )
+    assert less / whole == pytest.approx(0.6, abs=0.03)
+
+
+def test_codesign(small):
+    rows = measured(small, "codesign", ["mini", "smollm2"])
+    assert wanting(rows, "06_hardware/2_codesign", {"S-H3"}) == {}
+
+
+def test_pruning(small, monkeypatch):
+    def at_once(model, batches, settings, *_, **__):
+        return SimpleNamespace(model=pruning.magnitude(model, 0.9))
+
+    for name in ("movement", "soft_movement"):  # a few steps do not remove 90 %
+        monkeypatch.setattr(small.pruning.pruning, name, at_once)
+    rows = measured(small, "pruning", small.pruning.PARTS)
+    assert wanting(rows, "05_inference/1_pruning") == {}
+
+
+def test_quantization(small):
+    rows = measured(small, "quantization", small.quantization.PARTS)
+    assert wanting(rows, "05_inference/3_quantization") == {}
+    same = [row for row in rows if row.get("budget") == "2 bits, groups of 32"]
+    (uniform,) = [row["layer_bytes"] for row in same if row["method"] == "uniform GPTQ"]
+    sizes = [row["layer_bytes"] for row in same if row["method"] == "mixed GPTQ"]
+    assert len(sizes) == 2
+    assert all(0.9 * uniform < size <= uniform for size in sizes)
+
+
+def test_a_document_counts_the_same_alone_and_among_longer_ones(sweeps):
+    loaded = load("mini-300k", device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(2, 4000, (n,), generator=generator) for n in (30, 9, 17)]
+    together = sweeps.bench.by_document(loaded.model, documents)
+    alone = [sweeps.bench.by_document(loaded.model, [d])[0] for d in documents]
+    assert together == pytest.approx(alone, abs=2e-4)
+
+
+def test_documents_are_spread_over_all_of_a_corpus(sweeps):
+    loaded = load("mini-300k", device="cpu")
+    texts = [f"number {i} of many texts, none of them like the others: {i * i}" for i in range(100)]
+    found = sweeps.bench.documents_of(loaded, ["short", *texts], 4, 1000)
+    assert [loaded.tokenizer.decode(d) for d in found] == [texts[i] for i in (0, 25, 50, 75)]
+
+
+def test_each_kind_of_text_is_whole(sweeps):
+    found = sweeps.bench.domains_of(load("mini-300k", device="cpu"))
+    assert {name: len(of) for name, of in found.items()} == {
+        "novel": 24, "Bible": 46, "packages": 96,
+    }  # fmt: skip
