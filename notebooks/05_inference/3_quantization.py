@@ -217,8 +217,8 @@ drawings.smoothed(before, after)
 drawings.straight_through(bits=3, step=0.6)
 
 # %% [markdown]
-# Between rounding afterwards and training lies **quantization-aware fine-tuning** (QAF): the rounded weights stay frozen, and something small beside them is trained, such as a pair of thin matrices
-# (QLoRA; Dettmers et al., 2023) or the scales alone (PEQA; Kim et al., 2023).
+# Between rounding afterwards and training lies **quantization-aware fine-tuning** (QAF): the rounded weights stay frozen, and something small beside them is trained, such as a pair of thin matrices,
+# $\hat W + B A$ (QLoRA; Dettmers et al., 2023), or the scales alone (PEQA; Kim et al., 2023).
 #
 # ### Bits where they are needed
 #
@@ -293,7 +293,7 @@ quality_panel(
     title="Quantize mini-5m",
     caption="Left: perplexity over size. Right: questions about package descriptions.",
     idle=live.IDLE,
-    frames={"bits": [2, 3, 4], "method": ["RTN", "GPTQ"]},
+    frames={"bits": [2, 4], "method": ["RTN", "GPTQ"]},
     predict=guess(
         "Two bits, one scale per row, rounded to nearest: by what factor does perplexity grow?",
         answer=lambda found: round(math.exp(found.loss.difference), 2),

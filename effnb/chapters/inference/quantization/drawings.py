@@ -93,7 +93,7 @@ def result(methods: Sequence[Row], minilm: Sequence[Row]) -> CaptionedFigure:
         + f". Right, four curves rise to the original's {original:.0%}. At 2 bits: "
         + ", ".join(f"{name} {points[0][1]:.0%}" for name, points in recall.items())
         + ".",
-        figsize=(7.6, 3.4),
+        figsize=(6.8, 2.9),
     )
 
 
@@ -164,6 +164,7 @@ def moved(rows: Sequence[tuple[str, float, float]]) -> CaptionedFigure:
         "original than rounding to nearest; below it, nearer.",
         alt=f"The ratio of the weights' errors is {weights:.2f} on average, that of the outputs' "
         f"{outputs:.2f}; the dashed line is at 1.",
+        figsize=(6.4, 2.6),
     )
 
 
@@ -264,4 +265,5 @@ def mixed(table: Sequence[Row]) -> CaptionedFigure:
             for by, points in curves.items()
         )
         + ".",
+        figsize=(6.4, 2.8),
     )

@@ -64,7 +64,7 @@ def retrieval(data: Row) -> Panel:
         caption="How often the right one of 400 package descriptions comes first. Below: what "
         "is found for six queries that the original answers correctly.",
         figsize=(6.4, 1.5),
-        frames={"bits": [2, 3, 4], "method": None},
+        frames={"bits": [2, 3], "method": None},
         predict=guess(
             "With two bits per weight, rounded to nearest with one scale per row: how many of 100 "
             "queries still find their own description first?",
@@ -129,6 +129,6 @@ def smoothing() -> Panel:
         predict=guess(
             "Which setting gives the product the smallest error?", SETTINGS, answer=lambda _: best()
         ),
-        frames=(OFF, "0", "0.5", "1"),
+        frames=(OFF, "0.5", "1"),
         alpha=knob(SETTINGS, default=OFF),
     )
