@@ -272,7 +272,20 @@ def settle(notebook: Notebook, name: str, measured: Measured) -> None:
     for cell in notebook.cells:
         if "run-time" in tags(cell):
             cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=sentence)]
+    drop_defaults(notebook)
     number_widgets(notebook, name)
+
+
+def drop_defaults(notebook: Notebook) -> None:
+    """Leave out what the state of a widget says of properties that are not set.
+
+    A layout alone has about forty of them; whoever reads the state takes a missing one as not set.
+    """
+    state = notebook.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})
+    for widget in state.values():
+        widget["state"] = {
+            key: value for key, value in widget["state"].items() if value is not None
+        }
 
 
 def number_widgets(notebook: Notebook, name: str) -> None:

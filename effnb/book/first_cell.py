@@ -25,9 +25,7 @@ except ModuleNotFoundError as missing:
     raise
 
 run_time("{name}")"""
-UNTIL_REBUILT = {
-    "05_inference/3_quantization",
-}
+UNTIL_REBUILT: set[str] = set()
 """Chapters that were built before there was such a cell; one that is rebuilt leaves this list."""
 
 

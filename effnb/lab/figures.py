@@ -180,8 +180,7 @@ class CaptionedFigure:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return {
-            "text/html": captioned(self.picture, self.caption, self.alt),
-            "image/png": b64encode(self.picture.png).decode(),
+            "text/html": captioned(self.picture, self.caption, self.alt),  # holds the picture, once
             "text/plain": repr(self),
         }
 

@@ -55,6 +55,7 @@ def measure_packed():
         "float32": model,
         "int8": fast(model, 8),
         "int4": fast(model, 4),
+        "int4, head in int4": fast(model, 4, head=True),
         "int4, head in float32": fast(model, 4, head=False),
     }
 
@@ -100,7 +101,7 @@ def measure_torchao():
             "unquantized": own,
             "effnb int8": fast(own, 8),
             "torchao int8": theirs(Int8WeightOnlyConfig()),
-            "effnb int4": fast(own, 4),
+            "effnb int4": fast(own, 4, head=True),
             "torchao int4": theirs(PrototypeInt4WeightOnlyConfig(group_size=64)),
         }
         runs = {name: decoding(m, prompt, 4) for name, m in models.items()}

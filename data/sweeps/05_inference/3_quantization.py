@@ -8,13 +8,13 @@ Each part is written to `data/results/05_inference/3_quantization/<part>.json`:
 methods    rounding to nearest, GPTQ and AWQ at 2 to 8 bits, and the other formats, on `mini-5m`
 outliers   the same and W8A8 / W6A6 after function-preserving outlier injection
 domains    what quantization costs on novels, the Bible, package descriptions and translations
-mixed      bits chosen per layer under a budget, against uniform bits of equal size and data
+mixed      bits chosen per layer under a budget, against uniform bits of equal size
 training   quantization after, while fine-tuning, and in training: quality and cost, three seeds
 control    the same training steps without any rounding, three seeds
 cache      the key-value cache at 2, 4 and 8 bits
-minilm     retrieval quality of `minilm-l6` at every number of bits from 2 to 8
+minilm     retrieval quality of `minilm-l6` at 2 and 3 bits: every query's rank
 smollm2    `smollm2-135m` at 3 and 4 bits: quality
-speed      `smollm2-135m`: tokens per second of packed layers beside float32, and their loss
+speed      `smollm2-135m`: tokens per second of packed layers beside float32
 
 Quality is measured as `effnb.lab.bench` says; the loss of each window is stored, so that two
 settings can be compared pair by pair.
@@ -37,7 +37,6 @@ from effnb.core.modules import clone
 from effnb.core.outliers import inject_key_outliers, inject_outliers
 from effnb.core.training import TrainingSettings, train
 from effnb.evaluation import decode_tokens_per_second, retrieval
-from effnb.evaluation.quality import token_losses
 from effnb.finetuning import lora
 from effnb.inference import quantization
 from effnb.inference.quantization import QuantizedLinear, dequantized
@@ -50,9 +49,7 @@ from effnb.lab.sweeps import (
     SMOLLM2_WINDOWS,
     calibration,
     domain_windows,
-    held_out_novel,
     timed,
-    windows_of,
 )
 
 
@@ -184,14 +181,18 @@ def predictions(model: nn.Module, windows: torch.Tensor) -> tuple[list[float], f
 
 
 def mixed() -> dict:
-    """2, 3 or 4 bits for each layer, against the same bits for all, at equal bytes."""
+    """2, 3 or 4 bits for each layer, against the same bits for all, at equal bytes.
+
+    The costs are measured on as much text as the other methods are calibrated with. Uniform bits
+    are measured in several group sizes, which fill the gaps between whole numbers of bits.
+    """
     bench = Bench()
     choices, group_size = (2, 3, 4), 64
-    given = calibration(bench.loaded, 0)  # as much as every other method sees
+    given = calibration(bench.loaded, 0)
     sizes = quantization.layer_bytes(bench.model, choices, group_size=group_size)
     rounding = partial(quantization.quantize, group_size=group_size)
     rounded = partial(quantization.rtn, group_size=group_size)
-    traces = quantization.hessian_traces(bench.model, given, samples=8)
+    traces = quantization.hessian_traces(bench.model, given[::2], samples=8)
     costs = {
         "loss": quantization.loss_sensitivity(bench.model, given, choices, rounding=rounding),
         "output": quantization.output_sensitivity(bench.model, given, choices, rounding=rounding),
@@ -208,9 +209,15 @@ def mixed() -> dict:
         return row
 
     added = {"uniform 2 bits": dict.fromkeys(sizes, 2)}
-    for bits in choices:
-        row = add(dict.fromkeys(sizes, bits), by="uniform", method="uniform", bits=bits)
-        if bits == 3:
+    for bits, size in (
+        (2, 128), (2, 64), (2, 32), (2, 16), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64)
+    ):  # fmt: skip
+        packed = quantization.rtn(bench.model, bits, group_size=size)
+        row = bench.row(
+            dequantized(packed), packed, by="uniform", method="uniform", bits=bits, group_size=size
+        )
+        data["table"].append(row)
+        if (bits, size) == (3, group_size):
             data["uniform"] = row
     least, most = (sum(size[b] for size in sizes.values()) for b in (2, 4))
     middle = sum(size[3] for size in sizes.values())
@@ -364,37 +371,56 @@ def cache() -> dict:
 
 
 def minilm() -> dict:
-    """Find a package's long description from its one-line synopsis, with a rounded encoder."""
+    """Find a package's long description from its one-line synopsis, with a rounded encoder.
+
+    Stored are the rank of every query's own description, so that two settings can be compared query
+    by query, and the package that was found first for a few queries that the original gets right.
+    """
     encoder = load("minilm-l6", device="cpu")
     chosen = [p for p in corpora.packages("test") if len(p.text) > 300]
     chosen = random.Random(0).sample(chosen, 400)
+    # Texts of like length are encoded together: less padding.
+    chosen.sort(key=lambda package: len(package.text[:600]))
     queries, documents = [p.synopsis for p in chosen], [p.text[:600] for p in chosen]
 
-    def row(model: nn.Module, packed: nn.Module | None = None, **about) -> dict:
+    def search(model: nn.Module) -> tuple[list[int], list[int]]:
+        """Rank of each query's own description, and which description came first."""
         rounded = replace(encoder, model=model)
-        found = retrieval(rounded.encode(queries), rounded.encode(documents))
+        vectors = rounded.encode(queries), rounded.encode(documents)
+        return list(retrieval(*vectors).ranks), (vectors[0] @ vectors[1].T).argmax(1).tolist()
+
+    def row(model: nn.Module, packed: nn.Module | None = None, **about) -> dict:
+        ranks, first = search(model)
         row = about | {
-            "recall_at_1": round(found.recall_at_1, 4),
-            "mrr_at_10": round(found.mrr_at_10, 4),
-            "standard_error": round(found.standard_error, 4),
+            "ranks": ranks,
+            "recall_at_1": round(sum(rank == 1 for rank in ranks) / len(ranks), 4),
+            "found": [chosen[first[i]].name for i in shown],
             "bytes": file_bytes(packed or model),
         }
-        print(row, flush=True)
+        print({k: v for k, v in row.items() if k != "ranks"}, flush=True)
         return row
 
-    table = [row(encoder.model, method="original", bits=16, group_size="none")]
+    right = [i for i, rank in enumerate(search(encoder.model)[0]) if rank == 1]
+    shown = random.Random(0).sample(right, 6)
+    table = [row(encoder.model, method="original", bits=16, group_size="none", seed=0)]
+
     texts = [p.text[:600] for p in random.Random(1).sample(corpora.packages("train"), 64)]
     batch = encoder.tokenizer(
         texts, padding=True, truncation=True, max_length=128, return_tensors="pt"
     )
-    for bits in range(8, 1, -1):
+    for bits in (3, 2):
         for group_size in ("row", 64):
             packed = quantization.rtn(encoder.model, bits, group_size=group_size)
             about = {"bits": bits, "group_size": str(group_size)}
-            table.append(row(dequantized(packed), packed, method="RTN", **about))
+            table.append(row(dequantized(packed), packed, method="RTN", seed=0, **about))
             packed = quantization.gptq(encoder.model, [batch], bits, group_size=group_size)
-            table.append(row(dequantized(packed), packed, method="GPTQ", **about))
-    return {"model": "minilm-l6", "queries": len(queries), "table": table}
+            table.append(row(dequantized(packed), packed, method="GPTQ", seed=0, **about))
+    return {
+        "model": "minilm-l6",
+        "queries": len(queries),
+        "shown": [{"query": queries[i], "package": chosen[i].name} for i in shown],
+        "table": table,
+    }
 
 
 def smollm2() -> dict:
@@ -415,16 +441,21 @@ def smollm2() -> dict:
 
 
 def speed() -> dict:
-    """Tokens per second of SmolLM2 with packed layers, as ratios of one interleaved run."""
-    loaded = load("smollm2-135m", device="cpu")
+    """Tokens per second of SmolLM2 with packed layers, as ratios of one interleaved run.
+
+    The loss is that of the very models that are timed: how many bits the output head has matters.
+    """
+    bench = Bench("smollm2-135m", questions=0, windows=SMOLLM2_WINDOWS)
+    loaded = bench.loaded
     prompt = loaded.tokenizer("Efficient language models", return_tensors="pt").input_ids
     models = {
         "float32": loaded.model,
         "int8": quantization.fast(loaded.model, 8),
-        "int4": quantization.fast(loaded.model, 4),
-        "int4, 4-bit head": quantization.fast(loaded.model, 4, head=4),
+        "int4, head in int8": quantization.fast(loaded.model, 4),
+        "int4, head in int4": quantization.fast(loaded.model, 4, head=True),
     }
-    windows = windows_of(loaded, held_out_novel(), 4)
+    losses = {name: bench.losses(model) for name, model in models.items()}
+    print({name: sum(found) / len(found) for name, found in losses.items()}, flush=True)
     rates: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(5):  # interleaved: what else the machine does meets all of them alike
         for name, model in models.items():
@@ -434,20 +465,13 @@ def speed() -> dict:
     return {
         "model": "smollm2-135m",
         "threads": torch.get_num_threads(),
+        "loss": losses,
         "tokens_per_second": rates,
         "times_float32": {
             name: round(median(rates[name]) / median(rates["float32"]), 3) for name in models
         },
         "bytes": {name: file_bytes(model) for name, model in models.items()},
-        "loss": {name: mean_loss(model, windows) for name, model in models.items()},
     }
-
-
-@torch.inference_mode()
-def mean_loss(model: nn.Module, windows: torch.Tensor) -> float:
-    """The quality of the very model that is timed, in nats per token."""
-    losses = [float(token_losses(model, window[None]).mean()) for window in windows]
-    return round(sum(losses) / len(losses), 5)
 
 
 _ALL = (methods, outliers, domains, mixed, training, control, cache, minilm, smollm2, speed)

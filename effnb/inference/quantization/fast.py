@@ -317,7 +317,7 @@ def fast(
     bits: int = 4,
     *,
     group_size: Granularity | None = None,
-    head: bool | int = 8,
+    head: bool | int | None = None,
     source: Callable[..., Model] = rtn,
 ) -> Model:
     """Quantize a language model, its output head too, and let it run from packed codes.
@@ -330,31 +330,35 @@ def fast(
         bits: 2 to 8.
         group_size: What shares one scale. By default groups of 64 up to 4 bits; above, rows without
             zero points, which every kernel can multiply by.
-        head: Bits of the output head, if the model has one, which is rounded to nearest: 8 by
-            default, since on SmolLM2-135M a head of 4 bits lost as much as all other layers
-            together, and one of 8 bits hardly anything, in a little more time. True gives it the
-            bits of the other layers, False leaves it alone.
+        head: Bits of the output head, if the model has one, by rounding to nearest; True gives it
+            `bits`, False leaves it alone. By default 8 bits on a CPU: on SmolLM2-135M a head of 4
+            bits lost as much as all other layers together, one of 8 bits hardly anything, in a
+            little more time. A GPU's kernels know up to 4 bits: there it is left alone by default.
         source: What quantizes the rest, called as `source(model, bits, group_size=...)`, above 4
             bits and without a group size with `symmetric=True` as well.
 
     Raises:
         ValueError: Bits or a group size without a kernel, or what `source` refuses.
     """
+    by_default = head is None
+    if by_default:
+        head = 0 if any(p.device.type == "cuda" for p in model.parameters()) else 8
     head_bits = bits if head is True else head
     for number in (bits, head_bits or bits):
         check_bits(number)
     if isinstance(group_size, int) and group_size % 32:
         raise ValueError(f"groups of {group_size} have no kernel; only multiples of 32 have.")
 
-    def how(number: int) -> dict:
-        if group_size is not None:
-            return {"group_size": group_size}
+    def how(number: int, size: Granularity | None = group_size) -> dict:
+        if size is not None:
+            return {"group_size": size}
         return {"group_size": 64} if number <= 4 else {"group_size": "row", "symmetric": True}
 
     result = source(model, bits, **how(bits))
     known = output_heads(result)
+    of_head = how(head_bits, None) if by_default else how(head_bits)
     heads = {
-        name: QuantizedLinear(quantize(layer.weight, head_bits, **how(head_bits)), layer.bias)
+        name: QuantizedLinear(quantize(layer.weight, head_bits, **of_head), layer.bias)
         for name, layer in result.named_modules()
         if head_bits and isinstance(layer, nn.Linear) and name in known
     }
