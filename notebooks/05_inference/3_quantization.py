@@ -31,8 +31,15 @@
 # You need the tour (`00_start_here`), matrices and derivatives. Rounding to nearest, GPTQ, channel scaling and training through rounding
 # are taught in depth; a gallery near the end introduces the other methods.
 
-# %% tags=["run-time"]
-from effnb.lab.chapters import run_time
+# %% tags=["run-time", "hide-input"]
+try:
+    from effnb.lab.chapters import run_time
+except ModuleNotFoundError as missing:
+    missing._render_traceback_ = lambda: [
+        "This page needs the package effnb: get the repository that the page comes from, run "
+        "`make lab` in it or `pip install -e .[lab]`, and restart this page's kernel."
+    ]
+    raise
 
 run_time("05_inference/3_quantization")
 
