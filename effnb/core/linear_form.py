@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnb.core.modules import Model, exchange, share
+from effnb.core.modules import Model, exchange, share, shared_skeleton
 
 
 class ExpertLinears(nn.Module):
@@ -177,7 +177,7 @@ def _together(old: nn.Module, form: nn.Module | None, now: nn.Module) -> nn.Modu
     lists = {name: list(getattr(now, name)) if name else [now] for name in names}
     if not all(type(layer) is nn.Linear for layers in lists.values() for layer in layers):
         return None
-    result = share(old)
+    result = shared_skeleton(old)  # its weights may be gone, what it computes is not
     unchanged = form is not None and _same(form, now)
     trained = set()
     for name, layers in lists.items():

@@ -37,6 +37,11 @@ def share(model: Model) -> Model:
         ValueError: When weights are on the meta device (offloaded, or never loaded).
     """
     check_loaded(model)
+    return shared_skeleton(model)
+
+
+def shared_skeleton(model: Model) -> Model:
+    """What `share` does, also for a model whose weights are on the meta device."""
     kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo=kept)
 
