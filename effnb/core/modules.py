@@ -290,6 +290,19 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     return found or dict([find_blocks(model)])
 
 
+def refuse_encoder_decoder(model: nn.Module, method: str) -> None:
+    """Refuse a model of two stacks, for methods that follow one residual stream.
+
+    Raises:
+        ValueError: When the model's configuration says that it is an encoder-decoder.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} has an encoder and a decoder with a residual stream each; "
+            f"{method} follows one stream only."
+        )
+
+
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The stack of equal blocks that a transformer consists of, with its dotted name.
 

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.modules import HEADS, Model, find_blocks, share
+from effnb.core.modules import HEADS, Model, find_blocks, refuse_encoder_decoder, share
 from effnb.core.outliers import norm_offset, norm_readers
 from effnb.core.proof import EXACT, ROUNDED, InFloat64, Probe, exact, probes
 from effnb.inference.quantization.activations import check_inputs, quantize_inputs
@@ -327,6 +327,7 @@ def rotate(model: Model, seed: int = 0, *, heads: bool = True, online: bool = Fa
             rounded to their type.
     """
     refuse_quantized(model)
+    refuse_encoder_decoder(model, "rotation")
     stream = _stream(model, seed)
     sizes = _head_sizes(model) if heads else {}
     for name, size in sizes.items():

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from effnb.core.calibration import Calibration, batches_of
 from effnb.core.folding import Fold, scaled
-from effnb.core.modules import HEADS, Model, find_blocks, matches, share
+from effnb.core.modules import HEADS, Model, find_blocks, matches, refuse_encoder_decoder, share
 from effnb.core.outliers import norm_offset, norm_readers
 from effnb.core.proof import check_kept, exact, with_parameters
 from effnb.inference.quantization.activations import input_maxima, quantize_activations
@@ -208,6 +208,7 @@ def smooth(
     """
     _check_alpha(alpha)
     refuse_quantized(model)
+    refuse_encoder_decoder(model, "smoothing")
     batches_of(calibration, batch_size)  # says at once if there is none
     norms = smoothable(model, include=include, exclude=exclude)
     first = [readers[0] for readers in norms.values()]
