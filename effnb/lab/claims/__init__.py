@@ -2,7 +2,7 @@
 
     from effnb.lab import claims_table, judge, results
 
-    claims_table(judge("S-I3", results.read("05_inference/3_quantization_claims/mini")))
+    claims_table(judge("S-I3", *tables))
 
 The ledger (`data/claims.json`) holds every claim as a sentence and registers, before the sweep, the
 parts that it is judged by: which stored rows are compared, in which unit, against which bound, with

@@ -1,7 +1,6 @@
 """Verdicts: what the parts of a claim say together. They are computed, never typed.
 
-stored = results.read("05_inference/3_quantization_claims/mini")
-claims_table(judge("S-I3", stored))
+claims_table(judge("S-I3", *tables))  # the stored tables that the claim's rows are in
 """
 
 from __future__ import annotations
