@@ -162,6 +162,22 @@ def global_scores(score: Callable[[Tensor, Tensor], Tensor], sparsity: float = 0
     return oracle
 
 
+def fisher_scores(model: nn.Module, result: nn.Module, batch: Batch) -> None:
+    """An oracle for OBD: $w^2$ times the squared gradients, squared sequence by sequence."""
+    rows = len(batch["input_ids"])
+    squares: dict[str, Tensor] = {}
+    for r in range(rows):
+        one = {key: value[r : r + 1] for key, value in batch.items()}
+        for name, gradient in gradients(model.float(), one).items():
+            squares[name] = squares.get(name, 0) + gradient.square()
+    weights, found = dense(model), dense(result)
+    scores = torch.cat([(weights[n].square() * squares[n]).flatten() for n in weights])
+    kept = torch.cat([(found[n] != 0).flatten() for n in weights])
+    want = torch.ones_like(kept)
+    want[scores.argsort()[: round(0.5 * scores.numel())]] = False
+    assert (want != kept).float().mean() < 0.01
+
+
 def same_function(model: nn.Module, result: nn.Module, batch: Batch) -> None:
     """An oracle for what must not change the function at all."""
     with torch.no_grad():
@@ -242,6 +258,11 @@ def _steps(batch: Batch):
     return lambda step: batch
 
 
+def nf4(weight: Tensor) -> quantization.TableTensor:
+    """NF4 in blocks of 16."""
+    return quantization.quantize_table(weight, block_size=16)
+
+
 SCHEDULE = pruning.CubicSchedule(0.5, 0, 2)
 METHODS: dict[str, Method] = {
     # pruning, single weights
@@ -274,6 +295,11 @@ METHODS: dict[str, Method] = {
         global_scores(lambda w, g: (w * g).abs()),
         data=True,
     ),
+    "OBD": Method(
+        lambda m, b: pruning.obd(m, [b], 0.5, loss=loss),
+        fisher_scores,
+        data=True,
+    ),
     "gradual magnitude": Method(
         lambda m, b: pruning.gradual(m, _steps(b), STEPS, SCHEDULE, loss=loss).model,
         close_function(10.0),
@@ -286,6 +312,14 @@ METHODS: dict[str, Method] = {
         data=True,
         trains=True,
     ),
+    "soft movement": Method(
+        lambda m, b: (
+            pruning.soft_movement(m, _steps(b), STEPS, SCHEDULE, penalty=0.1, loss=loss).model
+        ),
+        close_function(10.0),
+        data=True,
+        trains=True,
+    ),
     # pruning, structures
     "head pruning": Method(
         lambda m, b: pruning.prune_heads(m, [b], 0.5, loss=loss).model, smaller, data=True
@@ -294,6 +328,12 @@ METHODS: dict[str, Method] = {
         lambda m, b: pruning.llm_pruner(m, [b], 0.5, loss=loss).model, smaller, data=True
     ),
     "ShortGPT": Method(lambda m, b: pruning.shortgpt(m, [b], 1).model, smaller, data=True),
+    "LoRAPrune": Method(
+        lambda m, b: pruning.lora_prune(m, _steps(b), STEPS, 0.5, rank=4, every=1, loss=loss).model,
+        smaller,
+        data=True,
+        trains=True,
+    ),
     "width": Method(lambda m, b: pruning.width(m, [b], neurons=0.5).model, smaller, data=True),
     # low rank
     "SVD": Method(
@@ -319,10 +359,33 @@ METHODS: dict[str, Method] = {
         data=True,
         file="factorized",
     ),
+    "low rank plus sparse": Method(
+        lambda m, b: low_rank.low_rank_plus_sparse(m, 0.6), close_function(10.0), file="none"
+    ),
+    "tensor train": Method(
+        lambda m, b: low_rank.tensor_train(m, 8, always=True), close_function(10.0), file="none"
+    ),
     # quantization
     "RTN": Method(
         lambda m, b: quantization.rtn(m, 4),
         each_weight(lambda w: quantization.quantize(w, 4).dequantize()),
+        file="quantized",
+    ),
+    "NF4": Method(
+        lambda m, b: quantization.quantize_linears(m, nf4),
+        each_weight(lambda w: nf4(w).dequantize()),
+        file="quantized",
+    ),
+    "ternary": Method(
+        lambda m, b: quantization.quantize_linears(m, quantization.ternarize),
+        each_weight(lambda w: quantization.ternarize(w).dequantize()),
+        file="quantized",
+    ),
+    "mixed precision": Method(
+        lambda m, b: quantization.mixed_precision(
+            m, dict.fromkeys(quantization.layer_bytes(m, (8,)), 8)
+        ),
+        each_weight(lambda w: quantization.quantize(w, 8).dequantize()),
         file="quantized",
     ),
     "GPTQ": Method(
@@ -341,10 +404,23 @@ METHODS: dict[str, Method] = {
         cache_bound=0.02,
     ),
     "SmoothQuant": Method(lambda m, b: quantization.smooth(m, [b]), same_function, data=True),
+    "SmoothQuant, W8A8": Method(
+        lambda m, b: quantization.smoothquant(m, [b]),
+        close_function(0.3),
+        data=True,
+        file="none",
+        cache_bound=0.05,
+    ),
     "LLM.int8()": Method(
         lambda m, b: quantization.llm_int8(m), close_function(0.2), file="none", cache_bound=0.02
     ),
     "rotation": Method(lambda m, b: quantization.rotate(m), same_function),
+    "QuaRot": Method(
+        lambda m, b: quantization.quarot(m, 8, 8),
+        close_function(0.3),
+        file="none",
+        cache_bound=0.05,
+    ),
     "KIVI": Method(
         lambda m, b: quantization.kivi(m, 8, residual=8, group_size=8),
         close_function(0.1),
