@@ -66,10 +66,10 @@ def test_steps_of_the_exercise_are_gptq():
 @pytest.mark.parametrize("method", methods.panel_methods(torch.zeros(1, 1, dtype=torch.long)))
 def test_a_method_of_the_panel_reads_every_knob_that_it_takes(tiny_llama, ids, method):
     """Knobs that it does not take are greyed, so those that it takes must change something."""
-    model = tiny_llama(0, intermediate_size=64)
+    model = tiny_llama(0, intermediate_size=128)
     function = methods.panel_methods(ids)[method]
     knobs = list(inspect.signature(function).parameters)[1:]
-    home = {"bits": 3, "group": "32", "outliers": 0}
+    home = {"bits": 3, "group": "64", "outliers": 0}
     other = {"bits": 4, "group": "row", "outliers": 30}
 
     def logits(values):

@@ -20,7 +20,7 @@ from effnb.lab import corpora, load
 from effnb.lab.bench import PANEL_WINDOWS, Bench
 from effnb.lab.quality import Quality, Subject
 
-GROUPS: dict[str, quantization.Granularity] = {"row": "row", "64": 64, "32": 32}
+GROUPS: dict[str, quantization.Granularity] = {"row": "row", "64": 64}
 """The panel's group sizes by name."""
 
 
@@ -54,7 +54,7 @@ def panel_methods(calibration: Int[Tensor, "batch time"]) -> dict[str, Callable[
 
     def awq(model: nn.Module, bits: int, group: str, outliers: int) -> nn.Module:
         model = with_outliers(model, outliers)
-        few = calibration[::4]
+        few = calibration[::4]  # its search takes many passes
         return quantization.awq(model, few, bits, group_size=GROUPS[group], grid=10)
 
     def rotated(model: nn.Module, bits: int, group: str) -> nn.Module:
