@@ -296,7 +296,7 @@ from effnb.lab import guess, knob, quality_panel
 
 quality_panel(
     live.subject(bench),
-    live.panel_methods(calibration[:16]),
+    live.panel_methods(calibration[:8]),
     title="Quantize mini-5m",
     caption="Left: perplexity over size. Right: questions about package descriptions.",
     idle=live.IDLE,
@@ -305,15 +305,15 @@ quality_panel(
         "Two bits, one scale per row, rounded to nearest: by what factor does perplexity grow?",
         answer=lambda found: round(math.exp(found.loss.difference), 2),
     ),
-    bits=knob([2, 3, 4, 6, 8], default=2),
+    bits=knob([2, 3, 4, 8], default=2),
     group=knob(list(live.GROUPS), label="one scale for"),
-    outliers=knob([0, 8, 30], default=0, label="outlier strength"),
+    outliers=knob([0, 30], default=0, label="outlier strength"),
 )
 
 # %% [markdown]
 # Things to try:
 #
-# - at two bits, go from one scale per row to groups of 32, or from RTN to GPTQ: which gains more?
+# - at two bits, go from one scale per row to groups of 64, or from RTN to GPTQ: which gains more?
 # - at three bits, set the outliers to 30 and compare RTN, GPTQ and AWQ;
 # - at four bits, compare RTN with *inputs too: plain*: inputs are harder to round than weights.
 

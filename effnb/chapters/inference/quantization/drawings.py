@@ -79,6 +79,7 @@ def result(methods: Sequence[Row], minilm: Sequence[Row]) -> CaptionedFigure:
         left.set_xlabel("bits stored per weight")
         right.set_title("MiniLM: found first")
         right.set_xlabel("bits per code")
+        right.set_xticks(tables.minilm_bits(minilm))
         right.yaxis.set_major_formatter("{x:.0%}")
         right.legend(loc="lower right")
 

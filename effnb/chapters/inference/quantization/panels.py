@@ -64,7 +64,7 @@ def retrieval(data: Row) -> Panel:
         caption="How often the right one of 400 package descriptions comes first. Below: what "
         "is found for six queries that the original answers correctly.",
         figsize=(6.4, 1.5),
-        frames={"bits": [2, 3], "method": None},
+        frames={"bits": [2, 4], "method": None},
         predict=guess(
             "With two bits per weight, rounded to nearest with one scale per row: how many of 100 "
             "queries still find their own description first?",

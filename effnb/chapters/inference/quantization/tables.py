@@ -526,7 +526,9 @@ def minilm_said(rows: Sequence[Row]) -> str:
                 break
             safe = bits
         loses = (
-            f"loses measurably below {safe} bits" if safe else f"loses measurably at {measured[0]}"
+            f"loses measurably below {safe} bits"
+            if safe
+            else f"loses measurably at {measured[0]} bits already"
         )
         said.append(f"Rounded to nearest {label}, MiniLM {loses}.")
         gain = Change.between(
