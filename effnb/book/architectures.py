@@ -1,7 +1,7 @@
 """Which method works on which model: the table that the tests measured, as a page of the book.
 
 `tests/architectures` runs every method on a tiny random model of every architecture and stores what
-came out in `data/results/architectures.json`; nothing here is typed.
+came out in `data/architectures.json`; nothing here is typed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).resolve().parents[2] / "data" / "results" / "architectures.json"
+RESULT = Path(__file__).resolve().parents[2] / "data" / "architectures.json"
 
 
 def read(path: Path = RESULT) -> dict[str, dict[str, Any]]:

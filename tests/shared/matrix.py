@@ -23,7 +23,7 @@ from effnb.core.deltas import delta_state_dict, load_delta
 from effnb.finetuning import lora
 from effnb.inference import low_rank, quantization
 
-TABLE = Path(__file__).resolve().parents[2] / "data" / "results" / "architectures.json"
+TABLE = Path(__file__).resolve().parents[2] / "data" / "architectures.json"
 transformers.logging.set_verbosity_error()
 
 
