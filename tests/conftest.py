@@ -33,6 +33,14 @@ settings.register_profile(
 settings.load_profile("effnb")
 
 
+@pytest.fixture(autouse=True)
+def own_record_of_what_was_read(monkeypatch):
+    """A test that reads a planted model leaves no trace of it in what later tests store."""
+    from effnb.lab import _files
+
+    monkeypatch.setattr(_files, "_used", dict(_files._used))
+
+
 def _tiny_llama(seed: int = 0, **changes):
     """A Llama of about 60,000 random parameters, with grouped-query attention and tied head."""
     from transformers import LlamaConfig, LlamaForCausalLM

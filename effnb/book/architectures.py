@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+HEADS = ("Architecture", "Right", "In part", "Refused")
 RESULT = Path(__file__).resolve().parents[2] / "data" / "architectures.json"
 
 
@@ -20,7 +21,48 @@ def read(path: Path = RESULT) -> dict[str, dict[str, Any]]:
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
-    """The table as HTML: one row an architecture, the reasons of refusals folded below it."""
+    """As HTML: the whole table at a glance, then each architecture with its reasons, folded."""
+    return glance(found) + _each(found)
+
+
+MARKS = {"right": ("●", "right"), "part": ("◐", "in part"), "refused": ("–", "refused")}
+"""How an outcome is drawn, and what a screen reader says."""
+
+
+def outcome(one: dict[str, Any]) -> str:
+    """One of "right", "part" (weights left out, or not saved as the class) and "refused"."""
+    if "refused" in one:
+        return "refused"
+    return "part" if "left out" in one or "not saved" in one else "right"
+
+
+def glance(found: dict[str, dict[str, Any]]) -> str:
+    """Methods down, architectures across, a mark in each place."""
+    names = list(found)
+    head = "".join(f'<th scope="col"><span>{html.escape(name)}</span></th>' for name in names)
+    rows = []
+    for method in dict.fromkeys(one for row in found.values() for one in row["methods"]):
+        marks = (
+            MARKS[outcome(one)] if (one := found[name]["methods"].get(method)) else ("", "not run")
+            for name in names
+        )
+        cells = "".join(
+            f'<td><span aria-hidden="true">{mark}</span>'
+            f'<span class="visually-hidden">{said}</span></td>'
+            for mark, said in marks
+        )
+        rows.append(f'<tr><th scope="row">{html.escape(method)}</th>{cells}</tr>')
+    legend = ", ".join(f"{mark} {said}" for mark, said in MARKS.values())
+    return (
+        '<div class="architecture-glance" tabindex="0" role="region" '
+        'aria-label="Methods and architectures"><table>'
+        f"<caption>{legend}; the reasons stand below.</caption>"
+        f'<thead><tr><th scope="col">Method</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _each(found: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, row in found.items():
         methods = row["methods"]
@@ -37,10 +79,13 @@ def page(found: dict[str, dict[str, Any]]) -> str:
             cells[0] += _reasons(unsaved, "works, but is not saved as the class")
         rows.append(
             f'<tr><th scope="row">{html.escape(name)}<br><small>{html.escape(row["traits"])}'
-            f"</small></th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+            f"</small></th>"
+            + "".join(
+                f'<td data-label="{label}">{cell}</td>' for label, cell in zip(HEADS[1:], cells)
+            )
+            + "</tr>"
         )
-    heads = ("Architecture", "Right", "In part", "Refused")
-    head = "".join(f'<th scope="col">{one}</th>' for one in heads)
+    head = "".join(f'<th scope="col">{one}</th>' for one in HEADS)
     return (
         f'<table class="architectures"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"

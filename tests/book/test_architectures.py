@@ -23,7 +23,25 @@ def test_every_cell_is_on_the_page():
     assert "<li>B, C: B needs &lt;blocks&gt;.</li>" in found
     assert "<li>A: 75% are left: router.</li>" in found
     assert "1 of 4: D" in found and "D is not saved." in found
-    assert len(re.findall("<tr>", found)) == 3
+    assert len(re.findall("<tr>", architectures._each(table))) == 3
+
+
+def test_the_glance_has_a_mark_for_every_method_and_architecture():
+    marked = {
+        "right": {"works": True},
+        "part": {"works": True, "left out": "x"},
+        "unsaved": {"works": True, "not saved": "x"},
+        "refused": {"refused": "x"},
+    }
+    found = architectures.glance({"Plain": {"methods": marked}, "Odd": {"methods": {}}})
+    rows = re.findall(r'<th scope="row">(\w+)</th>(.*?)</tr>', found)
+    said = {name: re.findall(r'hidden">([^<]*)<', cells) for name, cells in rows}
+    assert said == {
+        "right": ["right", "not run"],
+        "part": ["in part", "not run"],
+        "unsaved": ["in part", "not run"],
+        "refused": ["refused", "not run"],
+    }
 
 
 def test_the_stored_table_makes_a_page():
