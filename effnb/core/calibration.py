@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from effnb.core.context import context_limit
 from effnb.core.modules import (
-    HEADS,
+    LayerChoice,
+    Layers,
     Model,
     exchange,
     find_stacks,
-    matches,
     replace_modules,
     report_left_out,
-    resolved,
     share,
 )
 from effnb.core.observers import Hessian, InputNorm, InputSample, Observer
@@ -287,29 +286,28 @@ def _check_decoder(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
         ) from None
 
 
-def block_linears(
-    model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = HEADS
-) -> dict[str, nn.Linear]:
+def block_linears(model: nn.Module, layers: LayerChoice = "*") -> dict[str, nn.Linear]:
     """The linear layers inside the blocks of a model, by name.
 
     Raises:
         ValueError: When none fits the patterns.
     """
     stacks = find_stacks(model)
-    include, exclude = resolved(model, include), resolved(model, exclude)
+    choice = Layers.of(layers).on(model)
     wanted = {
         name: m
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear)
         and name.startswith(tuple(f"{prefix}." for prefix in stacks))
-        and matches(name, include)
-        and not matches(name, exclude)
+        and choice.fit(name)
     }
     if not wanted:
         where = ", ".join(f"{prefix}.*" for prefix in stacks)
-        raise ValueError(f"no linear layer inside the blocks {where} fits {', '.join(include)}.")
+        raise ValueError(
+            f"no linear layer inside the blocks {where} fits {', '.join(choice.include)}."
+        )
     report_left_out(
-        model, wanted.values(), include, exclude, "only linear layers inside blocks are compressed"
+        model, wanted.values(), layers, "only linear layers inside blocks are compressed"
     )
     return wanted
 
@@ -320,8 +318,7 @@ def layerwise(
     observe: Callable[[str, nn.Linear], Observer],
     compress: Callable[[str, nn.Linear, Any], nn.Module | None],
     *,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     true_sequential: bool = False,
     share_observers: bool = False,
     unreached: bool = False,
@@ -339,8 +336,7 @@ def layerwise(
         observe: From a layer's name and module to a fresh observer.
         compress: From name, module and the observer, now filled, to the module to put in its place;
             None keeps the layer.
-        include: Name patterns of the layers to visit.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to visit.
         true_sequential: Also within a block, compress layers that read one input (such as query,
             key and value) before the layers behind them are observed.
         share_observers: Give layers that read the very same tensor (query, key and value; gate and
@@ -357,7 +353,7 @@ def layerwise(
         ValueError: No calibration data, sequences beyond the context, or no fitting layer; what
             `compress` refuses, with the layer's name.
     """
-    wanted = block_linears(model, include, exclude)
+    wanted = block_linears(model, layers)
     reached: set[str] = set()
     changed: dict[nn.Module, nn.Module] = {}  # a layer may be used in a later block again
 
@@ -394,7 +390,7 @@ def layerwise(
     missed = {name: layer for name, layer in wanted.items() if name not in reached}
     if not unreached:
         names = [glob.escape(name) for name in missed]
-        report_left_out(result, (), names, (), "the calibration data did not reach them")
+        report_left_out(result, (), Layers(names, ()), "the calibration data did not reach them")
         return result
     missed = {name: named(name, layer, observe(name, layer)) for name, layer in missed.items()}
     return replace_modules(result, {name: new for name, new in missed.items() if new is not None})

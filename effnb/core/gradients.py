@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from effnb.core.calibration import batches_of
 from effnb.core.checks import check_loaded
 from effnb.core.context import check_causal, context_limit
-from effnb.core.modules import HEADS, linears, share
+from effnb.core.modules import LayerChoice, linears, share
 from effnb.core.training import Loss, next_token_loss, target_count
 
 Batches = Tensor | Sequence[Any]
@@ -163,7 +163,7 @@ def each_gradient(
 
 
 def weight_leaves(
-    model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = HEADS
+    model: nn.Module, layers: LayerChoice = "*"
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A twin of a model in evaluation mode, and the weights of its linear layers to derive by.
 
@@ -172,7 +172,7 @@ def weight_leaves(
     twin = share(model).eval()
     leaves: dict[str, Tensor] = {}
     with torch.inference_mode(False):
-        for name, layer in linears(twin, include, exclude).items():
+        for name, layer in linears(twin, layers).items():
             weight = layer.weight.detach()
             layer.weight = nn.Parameter(weight.clone() if weight.is_inference() else weight)
             leaves[name] = layer.weight
@@ -184,8 +184,7 @@ def mean_gradients(
     calibration: Batches,
     *,
     loss: Loss | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -199,8 +198,7 @@ def mean_gradients(
         calibration: See `loss_batches`.
         loss: From (model, batch) to a scalar, whose batches count equally; None for language
             modelling, where each token does.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
+        layers: Name patterns of the layers.
         batch_size: Sequences at a time, for token ids; it does not change the result.
         progress: Called with (batches done, batches).
 
@@ -208,7 +206,7 @@ def mean_gradients(
         ValueError: What `loss_batches` and `each_gradient` refuse, or no fitting layer.
     """
     batches = loss_batches(model, calibration, loss, batch_size)
-    twin, leaves = weight_leaves(model, include, exclude)
+    twin, leaves = weight_leaves(model, layers)
     sums: dict[str, Tensor] = {}
     total = 0
     for done, found in enumerate(each_gradient(twin, leaves, batches, loss), 1):
@@ -228,8 +226,7 @@ def fisher_diagonal(
     calibration: Batches,
     *,
     loss: Loss | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     r"""$F_{qq} = \frac1N \sum_n g_{nq}^2$ over single sequences, an estimate of $H_{qq}$.
@@ -243,15 +240,14 @@ def fisher_diagonal(
         calibration: See `loss_batches`; keyword arguments are cut into their sequences. With a loss
             of one's own, anything else must be single samples.
         loss: From (model, sample) to a scalar; None for language modelling.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
+        layers: Name patterns of the layers.
         progress: Called with (samples done, samples).
 
     Raises:
         ValueError: What `loss_batches` and `each_gradient` refuse, or no fitting layer.
     """
     samples = sequences_of(loss_batches(model, calibration, loss, batch_size=1), loss)
-    twin, leaves = weight_leaves(model, include, exclude)
+    twin, leaves = weight_leaves(model, layers)
     sums: dict[str, Tensor] = {}
     for done, found in enumerate(each_gradient(twin, leaves, samples, loss), 1):
         for name, gradient in found.items():

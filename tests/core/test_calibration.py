@@ -82,7 +82,7 @@ def test_hessian_is_the_second_moment(llama, ids):
         ids,
         lambda n, m: Hessian(m.in_features),
         lambda n, m, o: found.__setitem__(n, o),
-        include="*.0.*",
+        layers="*.0.*",
         batch_size=1,
     )
     name = "model.layers.0.mlp.down_proj"
@@ -208,7 +208,7 @@ def test_bad_calibration_is_one_sentence(llama, calibration, message):
 
 def test_no_matching_layer(llama, ids):
     with pytest.raises(ValueError, match="no linear layer inside the blocks"):
-        layerwise(llama, ids, lambda n, m: InputSample(), lambda n, m, o: None, include="nope")
+        layerwise(llama, ids, lambda n, m: InputSample(), lambda n, m, o: None, layers="nope")
 
 
 def test_batches_keep_every_sequence(ids):

@@ -340,7 +340,7 @@ def test_bad_input_of_calibrated_methods(llama, ids, method):
     with pytest.raises(ValueError, match="quantized already; factorise the original"):
         method(rtn(llama, 8), ids, 0.5)
     with pytest.raises(ValueError, match="nothing"):
-        method(llama, ids, 0.5, include="nothing")
+        method(llama, ids, 0.5, layers="nothing")
     with torch.no_grad():
         llama.model.layers[1].input_layernorm.weight[3] = torch.nan
     with pytest.raises(ValueError, match=r"finite|NaN|nan"):
@@ -442,9 +442,9 @@ def test_fisher_is_the_mean_of_squares_not_the_square_of_the_mean(llama, ids):
 
 
 def test_fisher_is_the_same_where_gradients_are_switched_off(llama, ids):
-    found = fisher(llama, ids[:2], include="*.q_proj")
+    found = fisher(llama, ids[:2], layers="*.q_proj")
     with torch.inference_mode():
-        again = fisher(llama, ids[:2], include="*.q_proj")
+        again = fisher(llama, ids[:2], layers="*.q_proj")
     assert found.keys() == again.keys()
     assert all(torch.equal(found[name], again[name]) for name in found)
 
@@ -454,12 +454,12 @@ def test_fisher_of_padded_batches_and_other_losses(llama, ids):
     padded = torch.cat([ids[:2], torch.zeros(2, 5, dtype=torch.long)], 1)
     mask = torch.ones_like(padded)
     mask[:, -5:] = 0
-    found = fisher(llama, [{"input_ids": padded, "attention_mask": mask}], include="*.q_proj")
-    plain = fisher(llama, ids[:2], include="*.q_proj")
+    found = fisher(llama, [{"input_ids": padded, "attention_mask": mask}], layers="*.q_proj")
+    plain = fisher(llama, ids[:2], layers="*.q_proj")
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-8)
     double = fisher(
-        llama, ids[:2], include="*.q_proj", loss=lambda m, s: 2 * m(**s, labels=s["input_ids"]).loss
+        llama, ids[:2], layers="*.q_proj", loss=lambda m, s: 2 * m(**s, labels=s["input_ids"]).loss
     )
     for name, value in plain.items():
         torch.testing.assert_close(double[name], 4 * value, rtol=1e-3, atol=1e-8)

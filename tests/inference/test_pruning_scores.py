@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effnb.core.calibration import InputNorm
-from effnb.core.modules import linears, share
+from effnb.core.modules import Layers, linears, share
 from effnb.core.outliers import inject_outliers
 from effnb.core.training import causal_lm_loss
 from effnb.inference.pruning import (
@@ -92,9 +92,9 @@ def test_a_sparsity_for_each_layer(method, llama, ids):
 @pytest.mark.parametrize("method", METHODS)
 def test_patterns_of_names_and_frozen_models(method, llama, ids):
     llama.requires_grad_(False)
-    pruned = METHODS[method](llama, ids, 0.5, "layer", include="*.mlp.*", exclude="*.0.*")
+    pruned = METHODS[method](llama, ids, 0.5, "layer", layers=Layers("*.mlp.*", "*.0.*"))
     sparse = {name for name, mask in masks_of(pruned).items() if not mask.all()}
-    assert sparse == set(linears(llama, "*.mlp.*", "*.0.*")) and len(sparse) == 6
+    assert sparse == set(linears(llama, Layers("*.mlp.*", "*.0.*"))) and len(sparse) == 6
     assert not any(p.requires_grad for p in pruned.parameters())
 
 
@@ -132,7 +132,7 @@ def test_bad_input_is_one_sentence(method, llama, ids):
     with pytest.raises(ValueError, match="rounds to all 32 weights of a row"):
         prune(llama, ids, 0.99, "row")
     with pytest.raises(ValueError, match="fits"):
-        prune(llama, ids, 0.5, "layer", include="nothing")
+        prune(llama, ids, 0.5, "layer", layers="nothing")
     with pytest.raises(ValueError, match="prune the original, then quantize"):
         prune(rtn(llama, 4), ids, 0.5, "layer")
     with torch.no_grad():

@@ -236,8 +236,8 @@ def test_masked_heads_are_silent(llama, ids):
 
 def test_scores_of_a_neuron_and_a_group_by_hand(llama, ids):
     inside = "model.layers.*"
-    g = mean_gradients(llama, ids, include=inside)
-    f = fisher_diagonal(llama, ids, include=inside)
+    g = mean_gradients(llama, ids, layers=inside)
+    f = fisher_diagonal(llama, ids, layers=inside)
     attention, mlp = "model.layers.1.self_attn.", "model.layers.1.mlp."
 
     def pieces(order):
@@ -332,7 +332,7 @@ def test_recovery_trains_and_merges_a_lora(llama, ids):
 
 def with_gradients(model, ids, rank=4, scale=1.0, warm=True):
     """A LoRA on all layers, its gradients, and the gradients of the merged weights."""
-    held = lora.attach(model, rank=rank, alpha=2.0 * rank, include="model.layers.*")
+    held = lora.attach(model, rank=rank, alpha=2.0 * rank, layers="model.layers.*")
     draw = torch.Generator().manual_seed(5)
     if warm:
         with torch.no_grad():
@@ -341,7 +341,7 @@ def with_gradients(model, ids, rank=4, scale=1.0, warm=True):
                 delta.B.add_(torch.randn(delta.B.shape, generator=draw) * 0.05)
     (causal_lm_loss(held, ids) * scale).backward()
     merged = lora.merge(held, "default")
-    full = mean_gradients(merged, ids, include="model.layers.*")
+    full = mean_gradients(merged, ids, layers="model.layers.*")
     return held, {name: gradient * scale for name, gradient in full.items()}
 
 
@@ -452,7 +452,7 @@ def test_the_model_that_was_trained_is_the_one_that_is_cut_out(llama, ids):
 
 
 def test_what_was_masked_stays_masked(llama):
-    working = lora.attach(llama, "lora_prune", rank=2, include="model.layers.*")
+    working = lora.attach(llama, "lora_prune", rank=2, layers="model.layers.*")
     schedule = CubicSchedule(0.5, 1, 9)
     run = _Pruning(anatomy(llama), working, schedule, "groups", 0.9, keep_all(llama))
     run.average.scores = {
@@ -482,7 +482,7 @@ def test_bad_input_of_lora_prune(llama, ids):
             lora_prune(llama, lambda step: ids, settings, 0.5, **options)
     with pytest.raises(ValueError, match="patience"):
         lora_prune(llama, lambda step: ids, TrainingSettings(steps=10, patience=2), 0.5)
-    partly = lora.attach(llama, rank=2, include="*.q_proj")
+    partly = lora.attach(llama, rank=2, layers="*.q_proj")
     with pytest.raises(ValueError, match="has no LoRA 'default'"):
         lora_importance(partly, ids)
 

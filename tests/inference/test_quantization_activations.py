@@ -306,7 +306,7 @@ def test_bad_input_is_one_sentence(llama, ids):
     with pytest.raises(ValueError, match="calibration data is empty"):
         quantize_inputs(llama, granularity="static", calibration=ids[:0])
     with pytest.raises(ValueError, match="no Linear or QuantizedLinear fits the pattern nothing"):
-        quantize_inputs(llama, include="nothing")
+        quantize_inputs(llama, layers="nothing")
     with pytest.raises(ValueError, match="quantized already"):
         quantize_activations(rtn(llama, 4))
     with pytest.raises(ValueError, match="inputs are quantized already"):

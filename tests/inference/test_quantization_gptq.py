@@ -8,7 +8,7 @@ from torch import nn
 
 from effnb.core.calibration import Hessian, layerwise
 from effnb.core.hessian import damp_hessian
-from effnb.core.modules import linears
+from effnb.core.modules import Layers, linears
 from effnb.inference.quantization import QuantizedLinear, quantize, rtn
 from effnb.inference.quantization.clipping import choose_grid, round_to_grid
 from effnb.inference.quantization.gptq import gptq, gptq_columns, gptq_weight, invert_hessian
@@ -236,7 +236,7 @@ def output_error(model, new, ids):
 
 def test_each_layer_is_rounded_by_its_own_inputs(llama, ids):
     new = gptq(llama, ids, 3, group_size=16, batch_size=3)
-    first = hessians(llama, ids, include="*.0.*", batch_size=3)
+    first = hessians(llama, ids, layers="*.0.*", batch_size=3)
     for name, layer in linears(llama).items():
         module = new.get_submodule(name)
         assert isinstance(module, QuantizedLinear) and module.quantized.bits == 3
@@ -293,7 +293,7 @@ def test_report_and_progress(llama, ids):
 
 
 def test_patterns(llama, ids):
-    new = gptq(llama, ids, 4, include="*.mlp.*", exclude="*.1.*")
+    new = gptq(llama, ids, 4, layers=Layers("*.mlp.*", "*.1.*"))
     found = {n for n, m in new.named_modules() if isinstance(m, QuantizedLinear)}
     assert found == {
         f"model.layers.{i}.mlp.{n}_proj" for i in (0, 2) for n in ("gate", "up", "down")
@@ -365,9 +365,9 @@ def test_bad_models_are_one_sentence(llama, ids):
     with pytest.raises(ValueError, match="bits is 16"):
         gptq(llama, ids, 16)
     with pytest.raises(ValueError, match="no linear layer inside the blocks"):
-        gptq(llama, ids, 4, include="nothing")
+        gptq(llama, ids, 4, layers="nothing")
     with pytest.raises(ValueError, match="quantized already"):
-        gptq(rtn(llama, 4, include="*.0.*"), ids, 4)
+        gptq(rtn(llama, 4, layers="*.0.*"), ids, 4)
     with torch.no_grad():
         llama.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
     started = []

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from effnb.core.calibration import layerwise
-from effnb.core.modules import linears, map_linears
+from effnb.core.modules import Layers, linears, map_linears
 from effnb.core.training import TrainingSettings, train
 from effnb.evaluation import decode_tokens_per_second
 from effnb.evaluation import latency as seconds_of
@@ -460,7 +460,7 @@ def speed() -> dict:
     prompt = bench.windows[:, :256]
     generator = torch.Generator().manual_seed(0)
     decomposition = {}
-    for name, layer in linears(bench.model, "*", ("*lm_head",)).items():
+    for name, layer in linears(bench.model, Layers("*", ("*lm_head",))).items():
         m, n = layer.weight.shape  # numbers do not matter for time, shapes do
         full = min(m, n)
         left, right = (torch.randn(*s, generator=generator) / 100 for s in ((m, full), (full, n)))

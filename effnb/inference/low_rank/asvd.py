@@ -15,7 +15,7 @@ Models", 2023, arXiv 2312.05821. Their search for a rank per layer is `allocate_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model
+from effnb.core.modules import LayerChoice, Model
 from effnb.inference.low_rank.calibrated import Progress, calibrated, decompose_calibrated
 from effnb.inference.low_rank.factors import Factors, exact
 from effnb.inference.low_rank.svd import scaled_svd
@@ -90,8 +90,7 @@ def asvd(
     alpha: float = 0.5,
     always: bool = False,
     sequential: bool = True,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Model:
@@ -107,8 +106,7 @@ def asvd(
         always: Factorise also where it saves nothing.
         sequential: Observe each block behind the factorised ones before it; otherwise in the
             unchanged model.
-        include: Name patterns of the layers to factorise.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to factorise.
         batch_size: Sequences at a time.
         progress: Called with (blocks done, blocks).
 
@@ -130,8 +128,7 @@ def asvd(
         rank=rank,
         always=always,
         sequential=sequential,
-        include=include,
-        exclude=exclude,
+        layers=layers,
         batch_size=batch_size,
         progress=progress,
     )
@@ -143,8 +140,7 @@ def decompose_asvd(
     calibration: Calibration,
     *,
     alpha: float = 0.5,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> dict[str, Factors]:
@@ -154,8 +150,7 @@ def decompose_asvd(
         model: A transformer; it is not changed.
         calibration: See `asvd`.
         alpha: See `asvd`.
-        include: Name patterns.
-        exclude: Name patterns.
+        layers: Name patterns.
         batch_size: Sequences at a time.
         progress: Called with (blocks done, blocks).
 
@@ -168,8 +163,7 @@ def decompose_asvd(
         calibration,
         InputMean,
         lambda weight, seen, r: asvd_weight(weight, seen.value, r, alpha=alpha),
-        include=include,
-        exclude=exclude,
+        layers=layers,
         batch_size=batch_size,
         progress=progress,
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, Observer, layerwise
-from effnb.core.modules import Model, put_modules, share
+from effnb.core.modules import LayerChoice, Layers, Model, put_modules, share
 from effnb.inference.low_rank.factors import (
     Factors,
     LowRankLinear,
@@ -34,8 +34,7 @@ def calibrated(
     rank: int | Mapping[str, int] | None,
     always: bool,
     sequential: bool,
-    include: str | Iterable[str],
-    exclude: str | Iterable[str],
+    layers: LayerChoice,
     batch_size: int,
     progress: Progress | None,
 ) -> Model:
@@ -51,14 +50,13 @@ def calibrated(
         always: See there.
         sequential: Observe each block behind the factorised ones before it; otherwise in the
             unchanged model.
-        include: Name patterns.
-        exclude: Name patterns.
+        layers: Name patterns.
         batch_size: Sequences at a time.
         progress: Called with (blocks done, blocks).
     """
     check_setting(kept, rank)
-    layers = choose_layers(model, include, exclude, in_blocks=True)
-    ranks = plan(layers, kept, rank, always=always)
+    chosen = choose_layers(model, layers, in_blocks=True)
+    ranks = plan(chosen, kept, rank, always=always)
     if not ranks:
         return share(model)
     made: dict[str, LowRankLinear] = {}
@@ -81,8 +79,7 @@ def decompose_calibrated(
     observe: Observe,
     factorise: Factorise,
     *,
-    include: str | Iterable[str],
-    exclude: str | Iterable[str],
+    layers: LayerChoice,
     batch_size: int,
     progress: Progress | None,
 ) -> dict[str, Factors]:
@@ -93,12 +90,11 @@ def decompose_calibrated(
         calibration: See `effnb.core.calibration.batches_of`.
         observe: From the number of inputs and the device to an observer.
         factorise: From weight, observer and rank to the factors.
-        include: Name patterns.
-        exclude: Name patterns.
+        layers: Name patterns.
         batch_size: Sequences at a time.
         progress: Called with (blocks done, blocks).
     """
-    names = list(choose_layers(model, include, exclude, in_blocks=True))
+    names = list(choose_layers(model, layers, in_blocks=True))
     found: dict[str, Factors] = {}
 
     def compress(name: str, layer: nn.Linear, observer: Any) -> None:
@@ -122,8 +118,7 @@ def _pass(
         calibration,
         lambda name, layer: observe(layer.in_features, layer.weight.device),
         compress,
-        include=names,
-        exclude=(),
+        layers=Layers(names, ()),
         share_observers=True,  # query, key and value read the same inputs
         batch_size=batch_size,
         progress=progress,

@@ -20,7 +20,7 @@ and then the right ones by LoRA, is `tune_factors`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from effnb.core.calibration import Calibration
 from effnb.core.deltas import attach_deltas
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model
+from effnb.core.modules import LayerChoice, Model
 from effnb.core.training import Loss, TrainingResult, TrainingSettings, causal_lm_loss, train
 from effnb.finetuning import lora
 from effnb.inference.low_rank.calibrated import Progress, calibrated, decompose_calibrated
@@ -133,8 +133,7 @@ def svd_llm(
     rank: int | Mapping[str, int] | None = None,
     always: bool = False,
     sequential: bool = True,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Model:
@@ -150,8 +149,7 @@ def svd_llm(
         always: Factorise also where it saves nothing.
         sequential: Observe each block behind the factorised ones before it; otherwise in the
             unchanged model.
-        include: Name patterns of the layers to factorise.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to factorise.
         batch_size: Sequences at a time.
         progress: Called with (blocks done, blocks).
 
@@ -172,8 +170,7 @@ def svd_llm(
         rank=rank,
         always=always,
         sequential=sequential,
-        include=include,
-        exclude=exclude,
+        layers=layers,
         batch_size=batch_size,
         progress=progress,
     )
@@ -184,8 +181,7 @@ def decompose_svd_llm(
     model: nn.Module,
     calibration: Calibration,
     *,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> dict[str, Factors]:
@@ -196,8 +192,7 @@ def decompose_svd_llm(
     Args:
         model: A transformer; it is not changed.
         calibration: See `svd_llm`.
-        include: Name patterns.
-        exclude: Name patterns.
+        layers: Name patterns.
         batch_size: Sequences at a time.
         progress: Called with (blocks done, blocks).
 
@@ -209,8 +204,7 @@ def decompose_svd_llm(
         calibration,
         Gram,
         lambda weight, seen, r: scaled_svd(weight, seen.root, r),
-        include=include,
-        exclude=exclude,
+        layers=layers,
         batch_size=batch_size,
         progress=progress,
     )

@@ -118,12 +118,12 @@ def llm_pruner_scores(
     gradients = fishers = None
     if order != "second":
         gradients = mean_gradients(
-            model, calibration, loss=loss, include=inside, batch_size=batch_size,
+            model, calibration, loss=loss, layers=inside, batch_size=batch_size,
             progress=progress,
         )  # fmt: skip
     if order != "first":
         fishers = fisher_diagonal(
-            model, calibration, loss=loss, include=inside, progress=progress
+            model, calibration, loss=loss, layers=inside, progress=progress
         )  # fmt: skip
 
     def change(layer: int, part: str) -> Tensor:

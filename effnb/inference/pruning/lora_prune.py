@@ -264,7 +264,7 @@ def lora_prune(
         )
     schedule = CubicSchedule(ratio, begin, end, every=every)
     working = lora.attach(
-        model, _NAME, rank=rank, alpha=alpha, include=f"{shape.blocks}.*", seed=seed
+        model, _NAME, rank=rank, alpha=alpha, layers=f"{shape.blocks}.*", seed=seed
     )
     run = _Pruning(shape, working, schedule, unit, momentum, keep_all(model))
 

@@ -14,7 +14,7 @@ inputs that are not correlated with each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, InputNorm, block_linears, layerwise
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model
+from effnb.core.modules import LayerChoice, Model
 from effnb.inference.pruning.masks import (
     Sparsity,
     apply_masks,
@@ -91,8 +91,7 @@ def wanda_scores(
     model: nn.Module,
     calibration: Calibration,
     *,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -105,19 +104,18 @@ def wanda_scores(
     Args:
         model: A transformer; it is not changed.
         calibration: Token ids (sequences, time), or keyword arguments per batch.
-        include: Name patterns of the layers to score.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to score.
         batch_size: Sequences at a time.
         progress: Called with (blocks done, blocks).
     """
-    layers = block_linears(model, include, exclude)
-    scores = {name: layer.weight.detach().abs() for name, layer in layers.items()}
+    chosen = block_linears(model, layers)
+    scores = {name: layer.weight.detach().abs() for name, layer in chosen.items()}
 
     def note(name: str, layer: nn.Linear, norm: InputNorm) -> None:
         scores[name] = wanda_score(layer.weight, _norms(norm))
 
     layerwise(
-        model, calibration, _observe, note, include=include, exclude=exclude,
+        model, calibration, _observe, note, layers=layers,
         share_observers=True, batch_size=batch_size, progress=progress,
     )  # fmt: skip
     return scores
@@ -141,8 +139,7 @@ def wanda(
     pattern: str = "row",
     adaptive: bool = False,
     true_sequential: bool = False,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
@@ -159,8 +156,7 @@ def wanda(
         pattern: Where weights compete: "row" (the paper's), "layer", "global" or "N:M".
         adaptive: Let the rows of a layer differ in sparsity, see `cumulative_share`.
         true_sequential: Also within a block, prune layers before those behind them are calibrated.
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to prune.
         batch_size: Sequences at a time.
         progress: Called with (blocks done, blocks).
 
@@ -173,10 +169,10 @@ def wanda(
     """
     if adaptive:
         _check_adaptive(pattern)
-    _, goals = prunable(model, sparsity, pattern, include, exclude, inside_blocks=True)
+    _, goals = prunable(model, sparsity, pattern, layers, inside_blocks=True)
     if pattern == "global":
         scores = wanda_scores(
-            model, calibration, include=include, exclude=exclude,
+            model, calibration, layers=layers,
             batch_size=batch_size, progress=progress,
         )  # fmt: skip
         return apply_masks(model, choose_masks(scores, sparsity, pattern))
@@ -186,7 +182,7 @@ def wanda(
         return with_weight(layer, masked(layer.weight, mask))
 
     return layerwise(
-        model, calibration, _observe, prune, include=include, exclude=exclude,
+        model, calibration, _observe, prune, layers=layers,
         true_sequential=true_sequential, share_observers=True, unreached=True,
         batch_size=batch_size, progress=progress,
     )  # fmt: skip

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, unpadded_batches
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, named_modules_of, replace_modules, share
+from effnb.core.modules import LayerChoice, Model, named_modules_of, replace_modules, share
 from effnb.core.padding import gaps, masked_rows
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_bits
 from effnb.inference.quantization.linear import QuantizedLinear
@@ -279,8 +279,7 @@ def quantize_inputs(
     clip_ratio: float = 1.0,
     calibration: Calibration | None = None,
     batch_size: int = 8,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     r"""Let linear layers round their inputs; weights stay as they are, quantized or not.
@@ -293,8 +292,7 @@ def quantize_inputs(
         clip_ratio: Fraction of the largest magnitude that the grid spans.
         calibration: Token ids (sequences, time) or batches, for "static" only.
         batch_size: Calibration sequences at a time.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers.
         progress: Called with (calibration batches done, batches).
 
     Returns:
@@ -305,10 +303,10 @@ def quantize_inputs(
             layer, or a model whose inputs are quantized already.
     """
     _check_model(model, bits, granularity, clip_ratio, calibration)
-    layers = named_modules_of(model, (nn.Linear, QuantizedLinear), include, exclude)
+    chosen = named_modules_of(model, (nn.Linear, QuantizedLinear), layers)
     maxima: dict[str, Tensor] = {}
     if granularity == "static":
-        maxima = input_maxima(model, calibration, layers, batch_size=batch_size, progress=progress)
+        maxima = input_maxima(model, calibration, chosen, batch_size=batch_size, progress=progress)
     return replace_modules(
         model,
         {
@@ -319,7 +317,7 @@ def quantize_inputs(
                 maximum=maxima[name].max().float() if maxima else None,
                 clip_ratio=clip_ratio,
             )
-            for name, layer in layers.items()
+            for name, layer in chosen.items()
         },
     )
 
@@ -349,8 +347,7 @@ def quantize_activations(
     clip_ratio: float = 1.0,
     calibration: Calibration | None = None,
     batch_size: int = 8,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Round weights to nearest and inputs at run time: W8A8, W4A8 and their like.
@@ -367,8 +364,7 @@ def quantize_activations(
         clip_ratio: Fraction of the inputs' largest magnitude that their grid spans.
         calibration: Token ids (sequences, time) or batches, for "static" only.
         batch_size: Calibration sequences at a time.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers.
         progress: Called with (calibration batches done, batches).
 
     Returns:
@@ -383,8 +379,7 @@ def quantize_activations(
         weight_bits,
         group_size=group_size,
         symmetric=symmetric,
-        include=include,
-        exclude=exclude,
+        layers=layers,
     )
     return quantize_inputs(
         rounded,
@@ -393,7 +388,6 @@ def quantize_activations(
         clip_ratio=clip_ratio,
         calibration=calibration,
         batch_size=batch_size,
-        include=include,
-        exclude=exclude,
+        layers=layers,
         progress=progress,
     )

@@ -40,7 +40,7 @@ from effnb.core.calibration import (
 from effnb.core.checks import check_finite
 from effnb.core.folding import Fold, find_folds, scaled, set_parameters
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, in_several_blocks, matches, put_modules
+from effnb.core.modules import LayerChoice, Model, in_several_blocks, matches, put_modules
 from effnb.inference.quantization.formats import (
     Granularity,
     check_granularity,
@@ -203,8 +203,7 @@ def awq(
     grid: int = 20,
     clip: bool = True,
     unclipped: str | Iterable[str] = UNCLIPPED,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str, ScaleSearch], None] | None = None,
@@ -233,9 +232,8 @@ def awq(
         grid: How many exponents to try.
         clip: Whether to narrow ranges too.
         unclipped: Name patterns of layers whose ranges are not narrowed.
-        include: Name patterns of the layers to quantize. The scales of layers that share an input
+        layers: Name patterns of the layers to quantize. The scales of layers that share an input
             with them and are not quantized themselves are taken into their weights.
-        exclude: Name patterns of layers to leave alone.
         batch_size: Sequences at a time.
         progress: Called with (blocks done, blocks).
         report: Called with the name of each layer that takes in scales, and what was found.
@@ -249,7 +247,7 @@ def awq(
     """
     _check(bits, group_size, grid)
     refuse_quantized(model)
-    wanted = block_linears(model, include, exclude)
+    wanted = block_linears(model, layers)
     for name, layer in wanted.items():
         try:
             check_matrix(layer.weight)

@@ -19,7 +19,7 @@ Pre-trained Transformers", 2022, arXiv 2210.17323.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from effnb.core.calibration import Calibration, Hessian, block_linears, layerwise
 from effnb.core.hessian import check_damping, inverse_cholesky
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model
+from effnb.core.modules import LayerChoice, Model
 from effnb.inference.quantization.clipping import check_clip, choose_grid
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_granularity
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
@@ -283,8 +283,7 @@ def gptq(
     damping: float = 0.01,
     clip: str = "minmax",
     exponent: float = EXPONENT,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str, GptqResult], None] | None = None,
@@ -311,8 +310,7 @@ def gptq(
         damping: Share of the mean diagonal entry added to the diagonal.
         clip: What a grid covers.
         exponent: For the clip "mse".
-        include: Name patterns of the layers to quantize.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to quantize.
         batch_size: Sequences at a time.
         progress: Called with (blocks done, blocks).
         report: Called with each layer's name and result.
@@ -326,7 +324,7 @@ def gptq(
     """
     _check(bits, group_size, block_size, damping, clip, exponent)
     refuse_quantized(model)
-    for name, layer in block_linears(model, include, exclude).items():
+    for name, layer in block_linears(model, layers).items():
         try:
             check_matrix(layer.weight)
         except ValueError as problem:
@@ -357,8 +355,7 @@ def gptq(
         calibration,
         observe,
         compress,
-        include=include,
-        exclude=exclude,
+        layers=layers,
         true_sequential=true_sequential,
         share_observers=True,
         unreached=True,

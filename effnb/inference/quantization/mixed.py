@@ -20,7 +20,7 @@ from torch import nn
 
 from effnb.core.calibration import Calibration
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, linears, replace_modules, share
+from effnb.core.modules import LayerChoice, Layers, Model, linears, replace_modules, share
 from effnb.core.training import next_token_loss
 from effnb.inference.quantization.allocation import (
     Costs,
@@ -83,8 +83,7 @@ def layer_bytes(
     *,
     group_size: Granularity = "row",
     symmetric: bool = False,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> dict[str, dict[int, int]]:
     """Bytes that each linear layer's weight takes at each bit-width, by arithmetic.
 
@@ -101,7 +100,7 @@ def layer_bytes(
             )
             for b in bits
         }
-        for name, layer in linears(model, include, exclude).items()
+        for name, layer in linears(model, layers).items()
     }
 
 
@@ -119,7 +118,7 @@ def mixed_precision(
     Args:
         model: The model; it is not changed.
         allocation: Bits by layer; layers that are not named stay as they are.
-        quantizer: Called as `quantizer(model, bits, include=names, exclude=())`, such as `rtn`,
+        quantizer: Called as `quantizer(model, bits, layers=Layers(names, ()))`, such as `rtn`,
             `functools.partial(rtn, group_size=64)` or `lambda m, b, **o: gptq(m, data, b, **o)`.
 
     Returns:
@@ -132,14 +131,14 @@ def mixed_precision(
     if not allocation:
         raise ValueError("the allocation is empty; name at least one layer.")
     check_all_bits(allocation.values())
-    known = linears(model, "*", ())
+    known = linears(model, Layers("*", ()))
     for name in allocation:
         if name not in known:
             raise ValueError(f"the allocation names {name!r}, which is no linear layer.")
     new: dict[str, nn.Module] = {}
     for bits in sorted(set(allocation.values())):
         names = [name for name, b in allocation.items() if b == bits]
-        part = quantizer(model, bits, include=names, exclude=())
+        part = quantizer(model, bits, layers=Layers(names, ()))
         _check_rest(model, part, names)
         new |= {name: part.get_submodule(name) for name in names}
     return replace_modules(model, new)

@@ -28,7 +28,7 @@ from effnb.core.calibration import Calibration, batches_of
 from effnb.core.context import context_limit
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import (
-    HEADS,
+    LayerChoice,
     Model,
     clone,
     linears,
@@ -129,8 +129,7 @@ def prepare_qat(
     sub_norm: bool = False,
     calibration: Calibration | None = None,
     batch_size: int = 8,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Model:
     """A copy of a model to train with rounded weights, and rounded activations if wanted.
 
@@ -153,8 +152,7 @@ def prepare_qat(
             function at once: for models trained from the start.
         calibration: Token ids (sequences, time) or batches, to start the steps of the inputs.
         batch_size: Calibration sequences at a time.
-        include: Name patterns of the layers to quantize.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers to quantize.
 
     Returns:
         A new model with weights of its own, all of which require gradients.
@@ -167,7 +165,7 @@ def prepare_qat(
         raise ValueError("this model is prepared for training already; start from the original.")
     refuse_quantized(model)
     _check(bits, method, group_size, clip, activation_bits, kv_bits, calibration)
-    found = linears(model, include, exclude)
+    found = linears(model, layers)
     keys_and_values = [name for name in found if matches(name, kv)]
     if kv_bits is not None and not keys_and_values:
         raise ValueError("kv_bits was given, but no layer fits the patterns of keys and values.")
@@ -200,7 +198,7 @@ def prepare_qat(
             norm = nn.RMSNorm(layer.in_features, eps=1e-5, **like)
         return FakeQuantLinear(layer, weights, inputs, outputs, norm)
 
-    return map_linears(own, prepared, include, exclude)
+    return map_linears(own, prepared, layers)
 
 
 def convert(model: Model) -> Model:

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from effnb.core.calibration import Calibration, Hessian, batches_of, layerwise
 from effnb.core.context import context_limit
 from effnb.core.gradients import loss_batches, to_device
-from effnb.core.modules import HEADS, linears, replace_modules, share
+from effnb.core.modules import LayerChoice, linears, replace_modules, share
 from effnb.core.training import next_token_loss, target_count
 from effnb.inference.quantization.formats import quantize
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
@@ -61,8 +61,7 @@ def output_sensitivity(
     bits: Iterable[int],
     *,
     rounding: Rounding = quantize,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     batch_size: int = 8,
     executor: Executor | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -77,8 +76,7 @@ def output_sensitivity(
         calibration: See `effnb.core.calibration.batches_of`.
         bits: Bit-widths to try.
         rounding: Rounds a weight.
-        include: Name patterns of the layers; only those inside the blocks.
-        exclude: Name patterns of layers to leave out.
+        layers: Name patterns of the layers; only those inside the blocks.
         batch_size: Sequences at a time.
         executor: Any `concurrent.futures` executor, to round layers at the same time.
         progress: Called with (blocks done, blocks).
@@ -100,8 +98,7 @@ def output_sensitivity(
         calibration,
         lambda name, layer: Hessian(layer.in_features, layer.weight.device),
         compress,
-        include=include,
-        exclude=exclude,
+        layers=layers,
         share_observers=True,
         batch_size=batch_size,
         progress=progress,
@@ -131,8 +128,7 @@ def hessian_traces(
     seed: int = 0,
     jointly: bool = True,
     loss: Loss = next_token_loss,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, HessianTrace]:
@@ -151,8 +147,7 @@ def hessian_traces(
             of one for each layer. The estimate stays unbiased; the blocks of $H$ between two layers
             add $\sum_{j \ne i} \lVert H_{ij} \rVert_F^2$ to the variance.
         loss: From the model and a batch's keyword arguments to the mean loss.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
+        layers: Name patterns of the layers.
         batch_size: Sequences at a time; the graph of one batch is held in memory.
         progress: Called with (batches done, batches).
 
@@ -165,7 +160,7 @@ def hessian_traces(
     model = share(model).eval()
     leaves = {
         f"{name}.weight": layer.weight.detach().requires_grad_()
-        for name, layer in linears(model, include, exclude).items()
+        for name, layer in linears(model, layers).items()
     }
     parameters = list(leaves.values())
     totals = torch.zeros(samples, len(leaves), dtype=torch.float64)
@@ -257,8 +252,7 @@ def loss_sensitivity(
     *,
     rounding: Rounding = quantize,
     loss: Loss = next_token_loss,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     batch_size: int = 8,
     executor: Executor | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -273,8 +267,7 @@ def loss_sensitivity(
         bits: Bit-widths to try.
         rounding: Rounds a weight.
         loss: From the model and a batch's keyword arguments to the mean loss.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
+        layers: Name patterns of the layers.
         batch_size: Sequences at a time.
         executor: Any `concurrent.futures` executor: threads, processes, or a cluster's. Each layer
             is one call; for processes, `rounding` and `loss` must be functions of a module.
@@ -285,7 +278,7 @@ def loss_sensitivity(
     """
     bits = check_all_bits(bits)
     refuse_quantized(model)
-    names = list(linears(model, include, exclude))
+    names = list(linears(model, layers))
     batches = model_batches(model, calibration, batch_size, loss)
     quiet = share(model).eval()
     base = mean_loss(quiet, batches, loss)
