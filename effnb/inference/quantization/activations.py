@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, unpadded_batches
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model, named_modules_of, replace_modules, share
+from effnb.core.modules import LayerChoice, Layers, Model, named_modules_of, replace_modules, share
 from effnb.core.padding import gaps, masked_rows
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_bits
 from effnb.inference.quantization.linear import QuantizedLinear
@@ -303,7 +303,7 @@ def quantize_inputs(
             layer, or a model whose inputs are quantized already.
     """
     _check_model(model, bits, granularity, clip_ratio, calibration)
-    chosen = named_modules_of(model, (nn.Linear, QuantizedLinear), layers)
+    chosen = named_modules_of(model, (nn.Linear, QuantizedLinear), Layers.of(layers))
     maxima: dict[str, Tensor] = {}
     if granularity == "static":
         maxima = input_maxima(model, calibration, chosen, batch_size=batch_size, progress=progress)

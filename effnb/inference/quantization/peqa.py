@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from effnb.core.deltas import freeze, refuse_rounded_inputs
-from effnb.core.modules import LayerChoice, Model, named_modules_of, replace_modules
+from effnb.core.modules import LayerChoice, Layers, Model, named_modules_of, replace_modules
 from effnb.inference.quantization.clipping import HALF_MAX, HALF_MIN
 from effnb.inference.quantization.estimators import straight_through
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, spread
@@ -156,7 +156,7 @@ def tune_scales(model: Model, *, layers: LayerChoice = "*") -> Model:
     refuse_rounded_inputs(model)
     if any(isinstance(m, ScaleTunedLinear) for m in model.modules()):
         raise ValueError("the scales of this model are tuned already.")
-    chosen = named_modules_of(model, QuantizedLinear, layers)
+    chosen = named_modules_of(model, QuantizedLinear, Layers.of(layers))
     for name, layer in chosen.items():
         if not isinstance(layer.quantized, QuantizedTensor):
             raise ValueError(
