@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from effnb.core.calibration import Calibration
 from effnb.core.modules import linears
 from effnb.core.training import TrainingSettings
 from effnb.inference.low_rank import (
@@ -302,7 +303,8 @@ def test_which_inputs_are_looked_at(llama, ids, sequential, method):
 def test_calibrated_methods_keep_their_word(llama, ids, method):
     before = {name: p.clone() for name, p in llama.named_parameters()}
     calls = []
-    new = method(llama, ids, 0.5, progress=lambda done, all_: calls.append((done, all_)))
+    watched = Calibration(ids, progress=lambda done, all_: calls.append((done, all_)))
+    new = method(llama, watched, 0.5)
     assert calls[-1][0] == calls[-1][1] == len(calls)
     assert new.model.embed_tokens.weight is llama.model.embed_tokens.weight
     assert ranks_of(new) == ranks_of(svd(llama, 0.5))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from effnb.core.calibration import Calibration
 from effnb.core.deltas import hosts
 from effnb.core.modules import share
 from effnb.core.training import TrainingSettings, causal_lm_loss
@@ -167,7 +168,7 @@ def test_a_gates_gradient_is_the_sum_over_tokens_for_each_example(llama, ids):
         for layer, gradient in enumerate(torch.autograd.grad(value, seen)):
             product = (seen[layer] * gradient).view(24, 4, 8)
             expected[layer] += product.sum((0, 2)).abs() / len(ids)
-    found = head_importance(llama, ids, normalize=False, batch_size=3)
+    found = head_importance(llama, Calibration(ids, batch_size=3), normalize=False)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
     normal = head_importance(llama, ids)
     assert torch.allclose(normal.norm(dim=1), torch.ones(3))
@@ -404,7 +405,7 @@ def test_importances_of_structures_by_hand(llama, ids):
     assert lora_importance(held, ids, unit="heads")["heads"].shape == (3, 4)
     assert all(torch.equal(before[name], p) for name, p in held.named_parameters())
     # The moving average starts at 0; two equal batches give 0.1 + 0.09 of one.
-    twice = lora_importance(held, torch.cat([ids, ids]), batch_size=4)
+    twice = lora_importance(held, Calibration(torch.cat([ids, ids]), batch_size=4))
     assert torch.allclose(twice["neurons"], 0.19 * found["neurons"], rtol=1e-4)
 
 
@@ -522,11 +523,11 @@ def test_influence_and_angles_by_hand(llama, ids):
         nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
         for a, b in ((hidden[0], hidden[1]), (hidden[1], hidden[2]), (hidden[0], hidden[2]))
     ]
-    influence = block_influence(llama, ids, batch_size=3)
+    influence = block_influence(llama, Calibration(ids, batch_size=3))
     assert torch.allclose(
         influence[:2].double(), torch.stack([1 - c.mean() for c in cosine[:2]]), atol=1e-6
     )
-    angles = angular_distances(llama, ids, 2, batch_size=3)
+    angles = angular_distances(llama, Calibration(ids, batch_size=3), 2)
     assert float(angles[0]) == pytest.approx(float((cosine[2].acos() / math.pi).mean()), rel=1e-5)
     assert len(angles) == 2
     normed = nn.functional.cosine_similarity(hidden[2], hidden[3], dim=-1)  # behind the last norm
@@ -571,7 +572,7 @@ def test_a_stream_of_zeros_has_no_direction(llama, ids):
 
 
 def test_activation_importance_by_hand(llama, ids):
-    found = activation_importance(llama, ids, batch_size=3)
+    found = activation_importance(llama, Calibration(ids, batch_size=3))
     twin, seen = share(llama), {}
     block = twin.model.layers[1]
     block.mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.update(neurons=a[0]))

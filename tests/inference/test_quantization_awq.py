@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from effnb.core.calibration import Calibration
 from effnb.core.folding import find_folds, fold_scales
 from effnb.core.modules import Layers, linears
 from effnb.core.outliers import inject_outliers
@@ -185,7 +186,9 @@ def test_scales_are_folded_and_the_function_stays(tiny_llama, ids, heads):
 
 def test_query_key_and_value_are_judged_by_the_attention_s_output(llama, ids):
     searches, kept = {}, []
-    awq(llama, ids, 3, group_size=16, grid=4, report=searches.__setitem__, batch_size=3)
+    awq(
+        llama, Calibration(ids, batch_size=3), 3, group_size=16, grid=4, report=searches.__setitem__
+    )
     attention = llama.model.layers[0].self_attn
     hook = attention.register_forward_hook(
         lambda m, a, k, out: kept.append((k, out[0])), with_kwargs=True
@@ -248,7 +251,9 @@ def test_invariant_to_outliers_that_ruin_rounding_to_nearest(tiny_llama, ids):
 def test_the_original_is_untouched_and_the_rest_shared(llama, ids):
     before = {k: v.clone() for k, v in llama.state_dict().items()}
     steps = []
-    new = awq(llama, ids, 4, group_size=16, grid=3, progress=lambda *step: steps.append(step))
+    new = awq(
+        llama, Calibration(ids, progress=lambda *step: steps.append(step)), 4, group_size=16, grid=3
+    )
     for key, value in llama.state_dict().items():
         assert torch.equal(value, before[key])
     assert new.model.embed_tokens.weight is llama.model.embed_tokens.weight

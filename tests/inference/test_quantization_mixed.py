@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from effnb.core.calibration import Calibration
 from effnb.core.modules import Layers, linears
 from effnb.inference.quantization import QuantizedLinear, awq, gptq, quantize, rtn
 from effnb.inference.quantization.allocation import (
@@ -258,7 +259,7 @@ def test_the_trace_and_its_variance(jointly):
     hessian = torch.func.hessian(loss_of)(flat)
     samples = 800
     traces = hessian_traces(
-        toy, ids, samples=samples, jointly=jointly, loss=square_loss, batch_size=2
+        toy, Calibration(ids, batch_size=2), samples=samples, jointly=jointly, loss=square_loss
     )
     starts = [0, 12]
     for (name, found), start, size in zip(traces.items(), starts, sizes, strict=True):
@@ -277,7 +278,8 @@ def test_traces_do_not_depend_on_the_batches(tiny_llama, ids):
     model = tiny_llama(0, num_hidden_layers=1)
     ids = ids[:, :12]
     whole, split = (
-        hessian_traces(model, ids, samples=2, batch_size=size, layers="*.mlp.*") for size in (4, 1)
+        hessian_traces(model, Calibration(ids, batch_size=size), samples=2, layers="*.mlp.*")
+        for size in (4, 1)
     )
     for name, trace in whole.items():
         assert split[name].trace == pytest.approx(trace.trace, rel=1e-3)
@@ -331,7 +333,7 @@ def test_hawqs_cost_is_the_mean_trace_times_the_error(llama):
 
 def test_output_error_is_that_of_the_real_inputs(llama, ids):
     rounding = partial(quantize, group_size=16)
-    found = output_sensitivity(llama, ids, BITS, rounding=rounding, batch_size=2)
+    found = output_sensitivity(llama, Calibration(ids, batch_size=2), BITS, rounding=rounding)
     assert list(found) == list(linears(llama))
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
         layer, seen = llama.get_submodule(name), []
@@ -353,7 +355,10 @@ def test_loss_change_is_that_of_the_model_with_one_layer_rounded(llama, ids):
     names = ["model.layers.0.self_attn.o_proj", "model.layers.2.mlp.gate_proj"]
     steps = []
     found = loss_sensitivity(
-        llama, ids, [3, 8], layers=names, progress=lambda done, total: steps.append((done, total))
+        llama,
+        Calibration(ids, progress=lambda done, total: steps.append((done, total))),
+        [3, 8],
+        layers=names,
     )
     assert steps == [(1, 2), (2, 2)]
     assert list(found) == names
@@ -372,7 +377,7 @@ def test_padding_counts_neither_in_the_loss_nor_in_its_mean(llama, ids):
     assert padded == pytest.approx(mean_loss(llama, apart), rel=1e-5)
     losses = [mean_loss(llama, [one]) for one in apart]
     assert padded == pytest.approx((23 * losses[0] + 9 * losses[1]) / 32, rel=1e-5)
-    assert len(model_batches(llama, ids, 3)) == 2
+    assert len(model_batches(llama, Calibration(ids, batch_size=3))) == 2
 
 
 class Elsewhere(Executor):

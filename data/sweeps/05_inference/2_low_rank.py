@@ -27,7 +27,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from effnb.core.calibration import layerwise
+from effnb.core.calibration import Calibration, layerwise
 from effnb.core.modules import Layers, linears, map_linears
 from effnb.core.training import TrainingSettings, train
 from effnb.evaluation import decode_tokens_per_second
@@ -423,7 +423,7 @@ def inputs() -> dict:
         ) -> low_rank.InputMean:
             return seen.setdefault(layer, low_rank.InputMean(module.in_features))
 
-        layerwise(bench.model, given, observe, lambda *_: None, batch_size=2)
+        layerwise(bench.model, Calibration(given, batch_size=2), observe, lambda *_: None)
         ratios = {n: m.value.max() / m.value.median() for n, m in seen.items()}
         table[name] = {n: round(float(x), 2) for n, x in ratios.items()}
         print(name, sorted(table[name].items(), key=lambda one: -one[1])[:5], flush=True)

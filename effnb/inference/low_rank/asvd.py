@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration
+from effnb.core.calibration import CalibrationLike
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import LayerChoice, Model
-from effnb.inference.low_rank.calibrated import Progress, calibrated, decompose_calibrated
+from effnb.inference.low_rank.calibrated import calibrated, decompose_calibrated
 from effnb.inference.low_rank.factors import Factors, exact
 from effnb.inference.low_rank.svd import scaled_svd
 
@@ -83,7 +83,7 @@ def check_alpha(alpha: float) -> None:
 @in_linear_form
 def asvd(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     kept: float | None = None,
     *,
     rank: int | Mapping[str, int] | None = None,
@@ -91,8 +91,6 @@ def asvd(
     always: bool = False,
     sequential: bool = True,
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Progress | None = None,
 ) -> Model:
     r"""Replace the linear layers inside the blocks by factors that respect their inputs' sizes.
 
@@ -107,8 +105,6 @@ def asvd(
         sequential: Observe each block behind the factorised ones before it; otherwise in the
             unchanged model.
         layers: Name patterns of the layers to factorise.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
 
     Returns:
         A new model with `LowRankLinear` layers that shares every other tensor.
@@ -129,20 +125,16 @@ def asvd(
         always=always,
         sequential=sequential,
         layers=layers,
-        batch_size=batch_size,
-        progress=progress,
     )
 
 
 @in_linear_form
 def decompose_asvd(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
     alpha: float = 0.5,
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Progress | None = None,
 ) -> dict[str, Factors]:
     """The full decompositions that `truncate` makes models of, from the unchanged model's inputs.
 
@@ -151,8 +143,6 @@ def decompose_asvd(
         calibration: See `asvd`.
         alpha: See `asvd`.
         layers: Name patterns.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
 
     Raises:
         ValueError: See `asvd`.
@@ -164,6 +154,4 @@ def decompose_asvd(
         InputMean,
         lambda weight, seen, r: asvd_weight(weight, seen.value, r, alpha=alpha),
         layers=layers,
-        batch_size=batch_size,
-        progress=progress,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, Observer, layerwise
+from effnb.core.calibration import CalibrationLike, Observer, layerwise
 from effnb.core.modules import LayerChoice, Layers, Model, put_modules, share
 from effnb.inference.low_rank.factors import (
     Factors,
@@ -26,7 +26,7 @@ Factorise = Callable[[Tensor, Any, int | None], Factors]
 
 def calibrated(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     observe: Observe,
     factorise: Factorise,
     *,
@@ -35,8 +35,6 @@ def calibrated(
     always: bool,
     sequential: bool,
     layers: LayerChoice,
-    batch_size: int,
-    progress: Progress | None,
 ) -> Model:
     """Observe the inputs of the layers inside the blocks, and factorise each by what was seen.
 
@@ -51,8 +49,6 @@ def calibrated(
         sequential: Observe each block behind the factorised ones before it; otherwise in the
             unchanged model.
         layers: Name patterns.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
     """
     check_setting(kept, rank)
     chosen = choose_layers(model, layers, in_blocks=True)
@@ -66,7 +62,7 @@ def calibrated(
         made[name] = LowRankLinear.replacing(layer, factors)
         return made[name] if sequential else None
 
-    result = _pass(model, calibration, observe, compress, list(ranks), batch_size, progress)
+    result = _pass(model, calibration, observe, compress, list(ranks))
     if sequential:
         return result
     put_modules(result, made)  # `result` is a copy of ours, so far with the old layers
@@ -75,13 +71,11 @@ def calibrated(
 
 def decompose_calibrated(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     observe: Observe,
     factorise: Factorise,
     *,
     layers: LayerChoice,
-    batch_size: int,
-    progress: Progress | None,
 ) -> dict[str, Factors]:
     """The full decomposition of each layer inside the blocks, from the unchanged model's inputs.
 
@@ -91,8 +85,6 @@ def decompose_calibrated(
         observe: From the number of inputs and the device to an observer.
         factorise: From weight, observer and rank to the factors.
         layers: Name patterns.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
     """
     names = list(choose_layers(model, layers, in_blocks=True))
     found: dict[str, Factors] = {}
@@ -100,18 +92,16 @@ def decompose_calibrated(
     def compress(name: str, layer: nn.Linear, observer: Any) -> None:
         found[name] = keep(factorise(layer.weight, observer, None))
 
-    _pass(model, calibration, observe, compress, names, batch_size, progress)
+    _pass(model, calibration, observe, compress, names)
     return found
 
 
 def _pass(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     observe: Observe,
     compress: Callable[[str, nn.Linear, Any], nn.Module | None],
     names: list[str],
-    batch_size: int,
-    progress: Progress | None,
 ) -> Model:
     return layerwise(
         model,
@@ -120,6 +110,4 @@ def _pass(
         compress,
         layers=Layers(names, ()),
         share_observers=True,  # query, key and value read the same inputs
-        batch_size=batch_size,
-        progress=progress,
     )

@@ -22,12 +22,13 @@ Hsu et al., "Language model compression with weighted low-rank factorization", 2
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, batches_of
+from effnb.core.calibration import Calibration, CalibrationLike, batches_of
 from effnb.core.context import context_limit
 from effnb.core.gradients import fisher_diagonal, sequences_of
 from effnb.core.linear_form import in_linear_form
@@ -51,11 +52,10 @@ FLOOR = 1e-6
 @in_linear_form
 def fisher(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
     loss: SampleLoss = next_token_loss,
     layers: LayerChoice = "*",
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Float[Tensor, "out in"]]:
     r"""$F = \frac1N \sum_s (\partial \mathcal L_s / \partial W)^2$ of each linear layer's weight.
 
@@ -67,7 +67,6 @@ def fisher(
         calibration: Token ids (samples, time), or ready keyword arguments per batch.
         loss: From the model and the keyword arguments of one sample to a scalar.
         layers: Name patterns of the layers.
-        progress: Called with (samples done, samples).
 
     Raises:
         ValueError: When there are no samples, no fitting layer, the loss is not finite for one of
@@ -79,15 +78,15 @@ def fisher(
         _batches(model, calibration, loss),
         loss=None if loss is next_token_loss else loss,
         layers=Layers(list(chosen), ()),
-        progress=progress,
     )
 
 
-def _batches(model: nn.Module, calibration: Calibration, loss: SampleLoss) -> Calibration:
+def _batches(model: nn.Module, calibration: CalibrationLike, loss: SampleLoss) -> Calibration:
     """Ids as keyword arguments of one sample each, which is what a given loss takes."""
     if loss is next_token_loss:
-        return calibration
-    return sequences_of(batches_of(calibration, 1, context_limit(model)), loss)
+        return Calibration.of(calibration)
+    given = Calibration.of(calibration).one_by_one()
+    return replace(given, data=sequences_of(batches_of(given, context_limit(model)), loss))
 
 
 def importance(
@@ -153,12 +152,11 @@ def fwsvd_weight(
 @in_linear_form
 def decompose_fwsvd(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
     axis: str = "inputs",
     loss: SampleLoss = next_token_loss,
     layers: LayerChoice = "*",
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Factors]:
     """The full decompositions that `truncate` makes models of.
 
@@ -168,7 +166,6 @@ def decompose_fwsvd(
         axis: See `fwsvd`.
         loss: See `fwsvd`.
         layers: Name patterns.
-        progress: Called with (samples done, samples).
 
     Raises:
         ValueError: See `fwsvd`.
@@ -176,7 +173,10 @@ def decompose_fwsvd(
     check_axis(axis)
     chosen = choose_layers(model, layers)
     found = fisher(
-        model, calibration, loss=loss, layers=Layers(list(chosen), ()), progress=progress
+        model,
+        calibration,
+        loss=loss,
+        layers=Layers(list(chosen), ()),
     )
     return {n: keep(fwsvd_weight(m.weight, found[n], axis=axis)) for n, m in chosen.items()}
 
@@ -184,7 +184,7 @@ def decompose_fwsvd(
 @in_linear_form
 def fwsvd(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     kept: float | None = None,
     *,
     rank: int | Mapping[str, int] | None = None,
@@ -192,7 +192,6 @@ def fwsvd(
     loss: SampleLoss = next_token_loss,
     always: bool = False,
     layers: LayerChoice = "*",
-    progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Replace linear layers by factors that spare the weights on which the loss depends.
 
@@ -206,7 +205,6 @@ def fwsvd(
         loss: From the model and the keyword arguments of one sample to a scalar.
         always: Factorise also where it saves nothing.
         layers: Name patterns of the layers to factorise.
-        progress: Called with (samples done, samples).
 
     Returns:
         A new model with `LowRankLinear` layers that shares every other tensor.
@@ -222,7 +220,10 @@ def fwsvd(
     if not ranks:
         return share(model)
     information = fisher(
-        model, calibration, loss=loss, layers=Layers(list(ranks), ()), progress=progress
+        model,
+        calibration,
+        loss=loss,
+        layers=Layers(list(ranks), ()),
     )
     return put_factors(
         model,

@@ -28,13 +28,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration
+from effnb.core.calibration import CalibrationLike
 from effnb.core.deltas import attach_deltas
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import LayerChoice, Model
 from effnb.core.training import Loss, TrainingResult, TrainingSettings, causal_lm_loss, train
 from effnb.finetuning import lora
-from effnb.inference.low_rank.calibrated import Progress, calibrated, decompose_calibrated
+from effnb.inference.low_rank.calibrated import calibrated, decompose_calibrated
 from effnb.inference.low_rank.factors import Factors, exact, ranks_of
 from effnb.inference.low_rank.svd import scaled_svd
 
@@ -127,15 +127,13 @@ def svd_llm_weight(
 @in_linear_form
 def svd_llm(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     kept: float | None = None,
     *,
     rank: int | Mapping[str, int] | None = None,
     always: bool = False,
     sequential: bool = True,
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Progress | None = None,
 ) -> Model:
     """Replace the linear layers inside the blocks by the factors that best keep their outputs.
 
@@ -150,8 +148,6 @@ def svd_llm(
         sequential: Observe each block behind the factorised ones before it; otherwise in the
             unchanged model.
         layers: Name patterns of the layers to factorise.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
 
     Returns:
         A new model with `LowRankLinear` layers that shares every other tensor.
@@ -171,19 +167,15 @@ def svd_llm(
         always=always,
         sequential=sequential,
         layers=layers,
-        batch_size=batch_size,
-        progress=progress,
     )
 
 
 @in_linear_form
 def decompose_svd_llm(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Progress | None = None,
 ) -> dict[str, Factors]:
     r"""The full decompositions that `truncate` makes models of, from the unchanged model's inputs.
 
@@ -193,8 +185,6 @@ def decompose_svd_llm(
         model: A transformer; it is not changed.
         calibration: See `svd_llm`.
         layers: Name patterns.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
 
     Raises:
         ValueError: See `svd_llm`.
@@ -205,8 +195,6 @@ def decompose_svd_llm(
         Gram,
         lambda weight, seen, r: scaled_svd(weight, seen.root, r),
         layers=layers,
-        batch_size=batch_size,
-        progress=progress,
     )
 
 

@@ -19,14 +19,13 @@ model has to be done in hours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, Hessian, layerwise
+from effnb.core.calibration import CalibrationLike, Hessian, layerwise
 from effnb.core.gradients import Batches, fisher_diagonal
 from effnb.core.hessian import check_damping, damp_hessian
 from effnb.core.linear_form import in_linear_form
@@ -260,15 +259,13 @@ def _check(pattern: str) -> Pattern:
 @in_linear_form
 def obs(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     sparsity: Sparsity = None,
     *,
     pattern: str = "row",
     damping: float = 0.01,
     true_sequential: bool = False,
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Optimal Brain Surgeon on the layers of a transformer's blocks, each on its real inputs.
 
@@ -283,8 +280,6 @@ def obs(
         damping: Share of the mean diagonal entry that is added to the diagonal.
         true_sequential: Also within a block, prune layers before those behind them are calibrated.
         layers: Name patterns of the layers to prune.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
 
     Returns:
         A new model with exact zeros, sharing every tensor that was not pruned.
@@ -309,10 +304,15 @@ def obs(
         return with_weight(layer, found.weight)
 
     return layerwise(
-        model, calibration, observe, prune, layers=layers,
-        true_sequential=true_sequential, share_observers=True, unreached=True,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        model,
+        calibration,
+        observe,
+        prune,
+        layers=layers,
+        true_sequential=true_sequential,
+        share_observers=True,
+        unreached=True,
+    )
 
 
 @in_linear_form
@@ -324,7 +324,6 @@ def obd(
     pattern: str = "global",
     loss: Loss | None = None,
     layers: LayerChoice = "*",
-    progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     r"""Set the weights with the smallest $\tfrac12 F_{qq} w_q^2$ to 0; no other weight moves.
 
@@ -335,7 +334,6 @@ def obd(
         pattern: Where weights compete: "global", "layer", "row" or "N:M".
         loss: From (model, sample) to a scalar; None for language modelling.
         layers: Name patterns of the layers to prune.
-        progress: Called with (samples done, samples).
 
     Returns:
         A new model with exact zeros, sharing every tensor that was not pruned.
@@ -345,7 +343,12 @@ def obd(
             are not finite, a layer that would lose every weight, or a quantized model.
     """
     prunable(model, sparsity, pattern, layers)
-    diagonals = fisher_diagonal(model, calibration, loss=loss, layers=layers, progress=progress)
+    diagonals = fisher_diagonal(
+        model,
+        calibration,
+        loss=loss,
+        layers=layers,
+    )
     chosen = linears(model, layers)
     scores = {name: obd_saliency(chosen[name].weight, d) for name, d in diagonals.items()}
     return apply_masks(model, choose_masks(scores, sparsity, pattern))

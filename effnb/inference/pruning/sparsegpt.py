@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, Hessian, layerwise
+from effnb.core.calibration import CalibrationLike, Hessian, layerwise
 from effnb.core.hessian import check_damping, inverse_cholesky
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import LayerChoice, Model
@@ -255,7 +255,7 @@ class _Curvature(Hessian):
 @in_linear_form
 def sparsegpt(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     sparsity: Sparsity = None,
     *,
     pattern: str = "layer",
@@ -267,8 +267,6 @@ def sparsegpt(
     symmetric: bool = False,
     true_sequential: bool = False,
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
     report: Callable[[str, SparseGptResult], None] | None = None,
 ) -> Model:
     """Prune the linear layers of a transformer's blocks, each on the inputs it will really see.
@@ -290,8 +288,6 @@ def sparsegpt(
         symmetric: Whether the grids have no zero points.
         true_sequential: Also within a block, prune layers before those behind them are calibrated.
         layers: Name patterns of the layers to prune.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
         report: Called with each layer's name and result.
 
     Returns:
@@ -321,10 +317,15 @@ def sparsegpt(
         return with_weight(layer, found.weight)
 
     return layerwise(
-        model, calibration, observe, prune, layers=layers,
-        true_sequential=true_sequential, share_observers=True, unreached=True,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        model,
+        calibration,
+        observe,
+        prune,
+        layers=layers,
+        true_sequential=true_sequential,
+        share_observers=True,
+        unreached=True,
+    )
 
 
 def _check(

@@ -13,12 +13,12 @@ $\partial L / \partial c_j = w_j\, \partial L / \partial w_j$.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effnb.core.calibration import Calibration
 from effnb.core.gradients import Batches, mean_gradients
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import LayerChoice, Model, linears
@@ -65,8 +65,6 @@ def taylor_scores(
     *,
     loss: Loss | None = None,
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     r"""$|w g|$ of every fitting linear layer; arguments as in `mean_gradients`.
 
@@ -75,13 +73,13 @@ def taylor_scores(
         calibration: See `effnb.core.gradients.loss_batches`.
         loss: From (model, batch) to a scalar; None for language modelling.
         layers: Name patterns of the layers.
-        batch_size: Sequences at a time, for token ids.
-        progress: Called with (batches done, batches).
     """
     gradients = mean_gradients(
-        model, calibration, loss=loss, layers=layers,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        model,
+        calibration,
+        loss=loss,
+        layers=layers,
+    )
     chosen = linears(model, layers)
     return {name: taylor_score(chosen[name].weight, g) for name, g in gradients.items()}
 
@@ -95,8 +93,6 @@ def taylor(
     pattern: str = "global",
     loss: Loss | None = None,
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     r"""Set the weights with the smallest $|w g|$ to 0.
 
@@ -110,8 +106,6 @@ def taylor(
         pattern: Where weights compete: "global", "layer", "row" or "N:M".
         loss: From (model, batch) to a scalar; None for language modelling.
         layers: Name patterns of the layers to prune.
-        batch_size: Sequences at a time, for token ids.
-        progress: Called with (batches done, batches).
 
     Returns:
         A new model with exact zeros, sharing every tensor that was not pruned.
@@ -122,9 +116,11 @@ def taylor(
     """
     prunable(model, sparsity, pattern, layers)
     scores = taylor_scores(
-        model, calibration, loss=loss, layers=layers,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        model,
+        calibration,
+        loss=loss,
+        layers=layers,
+    )
     return apply_masks(model, choose_masks(scores, sparsity, pattern))
 
 
@@ -148,7 +144,7 @@ def snip_scores(
     """
     alone = batch if loss is None and isinstance(batch, Tensor) else [batch]
     size = len(batch) if isinstance(batch, Tensor) and len(batch) else 1
-    scores = taylor_scores(model, alone, loss=loss, layers=layers, batch_size=size)
+    scores = taylor_scores(model, Calibration(alone, size), loss=loss, layers=layers)
     total = sum(float(score.double().sum()) for score in scores.values())
     if total == 0:
         raise ValueError("every gradient of this batch is 0; there is nothing to rank.")

@@ -14,13 +14,11 @@ inputs that are not correlated with each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, InputNorm, block_linears, layerwise
+from effnb.core.calibration import CalibrationLike, InputNorm, block_linears, layerwise
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import LayerChoice, Model
 from effnb.inference.pruning.masks import (
@@ -89,11 +87,9 @@ def _check_adaptive(pattern: str) -> None:
 
 def wanda_scores(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Wanda scores of the dense model's layers, by name; nothing is pruned.
 
@@ -105,8 +101,6 @@ def wanda_scores(
         model: A transformer; it is not changed.
         calibration: Token ids (sequences, time), or keyword arguments per batch.
         layers: Name patterns of the layers to score.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
     """
     chosen = block_linears(model, layers)
     scores = {name: layer.weight.detach().abs() for name, layer in chosen.items()}
@@ -116,7 +110,7 @@ def wanda_scores(
 
     layerwise(
         model, calibration, _observe, note, layers=layers,
-        share_observers=True, batch_size=batch_size, progress=progress,
+        share_observers=True,
     )  # fmt: skip
     return scores
 
@@ -133,15 +127,13 @@ def _norms(seen: InputNorm) -> Float[Tensor, "in"]:
 @in_linear_form
 def wanda(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     sparsity: Sparsity = None,
     *,
     pattern: str = "row",
     adaptive: bool = False,
     true_sequential: bool = False,
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     r"""Set the weights with the smallest $|W_{ij}| \cdot \lVert X_j \rVert_2$ to 0.
 
@@ -157,8 +149,6 @@ def wanda(
         adaptive: Let the rows of a layer differ in sparsity, see `cumulative_share`.
         true_sequential: Also within a block, prune layers before those behind them are calibrated.
         layers: Name patterns of the layers to prune.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
 
     Returns:
         A new model with exact zeros, sharing every tensor that was not pruned.
@@ -172,9 +162,10 @@ def wanda(
     _, goals = prunable(model, sparsity, pattern, layers, inside_blocks=True)
     if pattern == "global":
         scores = wanda_scores(
-            model, calibration, layers=layers,
-            batch_size=batch_size, progress=progress,
-        )  # fmt: skip
+            model,
+            calibration,
+            layers=layers,
+        )
         return apply_masks(model, choose_masks(scores, sparsity, pattern))
 
     def prune(name: str, layer: nn.Linear, seen: InputNorm) -> nn.Linear:
@@ -182,7 +173,12 @@ def wanda(
         return with_weight(layer, masked(layer.weight, mask))
 
     return layerwise(
-        model, calibration, _observe, prune, layers=layers,
-        true_sequential=true_sequential, share_observers=True, unreached=True,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        model,
+        calibration,
+        _observe,
+        prune,
+        layers=layers,
+        true_sequential=true_sequential,
+        share_observers=True,
+        unreached=True,
+    )

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, Hessian, block_linears, layerwise
+from effnb.core.calibration import CalibrationLike, Hessian, block_linears, layerwise
 from effnb.core.hessian import check_damping, inverse_cholesky
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import LayerChoice, Model
@@ -271,7 +271,7 @@ class _Curvature(Hessian):
 @in_linear_form
 def gptq(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     bits: int,
     *,
     group_size: Granularity = "row",
@@ -284,8 +284,6 @@ def gptq(
     clip: str = "minmax",
     exponent: float = EXPONENT,
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
     report: Callable[[str, GptqResult], None] | None = None,
 ) -> Model:
     """Round the linear layers of a transformer's blocks, each on the inputs it will really see.
@@ -311,8 +309,6 @@ def gptq(
         clip: What a grid covers.
         exponent: For the clip "mse".
         layers: Name patterns of the layers to quantize.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
         report: Called with each layer's name and result.
 
     Returns:
@@ -359,8 +355,6 @@ def gptq(
         true_sequential=true_sequential,
         share_observers=True,
         unreached=True,
-        batch_size=batch_size,
-        progress=progress,
     )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from effnb.core.calibration import Calibration
+from effnb.core.calibration import CalibrationLike
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import LayerChoice, Layers, Model, linears, replace_modules, share
 from effnb.core.training import next_token_loss
@@ -161,11 +161,10 @@ def additivity(
     model: nn.Module,
     allocation: Mapping[str, int],
     sensitivity: Costs,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
     quantizer: Callable[..., nn.Module] = rtn,
     loss: Loss = next_token_loss,
-    batch_size: int = 8,
 ) -> Additivity:
     """Compare the sum of the layers' costs with the loss that they cause together.
 
@@ -176,9 +175,8 @@ def additivity(
         calibration: The data.
         quantizer: See `mixed_precision`.
         loss: From the model and a batch's keyword arguments to the mean loss.
-        batch_size: Sequences at a time.
     """
-    batches = model_batches(model, calibration, batch_size, loss)
+    batches = model_batches(model, calibration, loss)
     together = mixed_precision(model, allocation, quantizer)
     losses = [mean_loss(share(m).eval(), batches, loss) for m in (model, together)]
     return Additivity(allocation_cost(sensitivity, allocation), losses[1] - losses[0])

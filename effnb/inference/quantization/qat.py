@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, batches_of
+from effnb.core.calibration import CalibrationLike, batches_of
 from effnb.core.context import context_limit
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import (
@@ -127,8 +127,7 @@ def prepare_qat(
     kv_bits: int | None = None,
     kv: str | Iterable[str] = KEYS_AND_VALUES,
     sub_norm: bool = False,
-    calibration: Calibration | None = None,
-    batch_size: int = 8,
+    calibration: CalibrationLike | None = None,
     layers: LayerChoice = "*",
 ) -> Model:
     """A copy of a model to train with rounded weights, and rounded activations if wanted.
@@ -151,7 +150,6 @@ def prepare_qat(
         sub_norm: Whether to put an RMSNorm before each layer, as BitNet has. It changes the
             function at once: for models trained from the start.
         calibration: Token ids (sequences, time) or batches, to start the steps of the inputs.
-        batch_size: Calibration sequences at a time.
         layers: Name patterns of the layers to quantize.
 
     Returns:
@@ -173,7 +171,7 @@ def prepare_qat(
         activation_bits = 8
     seen = {}
     if method == "lsq" and activation_bits is not None:
-        seen = _input_statistics(model, calibration, list(found), batch_size)
+        seen = _input_statistics(model, calibration, list(found))
     own = clone(model)
     for parameter in own.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -223,7 +221,7 @@ def _check(
     clip: str,
     activation_bits: int | None,
     kv_bits: int | None,
-    calibration: Calibration | None,
+    calibration: CalibrationLike | None,
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
@@ -243,7 +241,7 @@ def _check(
 
 
 def _input_statistics(
-    model: nn.Module, calibration: Calibration, names: list[str], batch_size: int
+    model: nn.Module, calibration: CalibrationLike, names: list[str]
 ) -> dict[str, tuple[Tensor, float]]:
     """Mean magnitude and smallest value of the inputs of each layer; padding is left out."""
     context = context_limit(model)
@@ -266,7 +264,7 @@ def _input_statistics(
     for name in names:
         watched.get_submodule(name).register_forward_pre_hook(hook_for(name))
     with torch.no_grad():
-        for batch in batches_of(calibration, batch_size, context):
+        for batch in batches_of(calibration, context):
             given = batch.get("attention_mask")
             mask[0] = None if given is None or given.ndim != 2 else given.bool().to(device)
             watched(**{key: tensor.to(device) for key, tensor in batch.items()})

@@ -18,7 +18,7 @@ for Large Language Models", 2022, arXiv 2211.10438, eq. 4.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from effnb.core.calibration import Calibration, batches_of
+from effnb.core.calibration import CalibrationLike, batches_of
 from effnb.core.folding import Fold, scaled
 from effnb.core.modules import (
     LayerChoice,
@@ -181,12 +181,10 @@ def check_same_function(model: nn.Module, changed: nn.Module) -> None:
 
 def smooth(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     alpha: float = 0.5,
     *,
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     r"""The same function with smoother activations; nothing is quantized yet.
 
@@ -199,8 +197,6 @@ def smooth(
         calibration: Token ids (sequences, time), or batches of keyword arguments.
         alpha: 0 to 1; see `smooth_scales`.
         layers: Name patterns of the layers to smooth; a norm takes part if all its readers fit.
-        batch_size: Calibration sequences at a time.
-        progress: Called with (batches done, batches).
 
     Returns:
         A new model with the same outputs up to rounding, sharing all tensors but those scaled.
@@ -213,10 +209,14 @@ def smooth(
     _check_alpha(alpha)
     refuse_quantized(model)
     refuse_encoder_decoder(model, "smoothing")
-    batches_of(calibration, batch_size)  # says at once if there is none
+    batches_of(calibration)  # says at once if there is none
     norms = smoothable(model, layers=layers)
     first = [readers[0] for readers in norms.values()]
-    maxima = input_maxima(model, calibration, first, batch_size=batch_size, progress=progress)
+    maxima = input_maxima(
+        model,
+        calibration,
+        first,
+    )
     new: dict[str, Tensor] = {}
     stored: dict[str, Tensor] = {}
     for name, readers in norms.items():
@@ -237,7 +237,7 @@ def smooth(
 
 def smoothquant(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     alpha: float = 0.5,
     *,
     weight_bits: int = 8,
@@ -245,8 +245,6 @@ def smoothquant(
     level: str = "O1",
     group_size: Granularity = "row",
     layers: LayerChoice = "*",
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Smooth, then quantize weights and inputs of all linear layers.
 
@@ -260,9 +258,6 @@ def smoothquant(
             batch, found at run time. "O3": one scale, from the calibration data.
         group_size: What shares a scale of the weights. They are symmetric.
         layers: Name patterns of the layers to quantize.
-        batch_size: Calibration sequences at a time.
-        progress: Called with (batches done, batches) of each pass over the calibration data: one
-            for smoothing, a second for the scales of "O3".
 
     Returns:
         A new model that shares every tensor it did not change.
@@ -279,8 +274,6 @@ def smoothquant(
         calibration,
         alpha,
         layers=layers,
-        batch_size=batch_size,
-        progress=progress,
     )
     return quantize_activations(
         smoothed,
@@ -289,7 +282,5 @@ def smoothquant(
         granularity=LEVELS[level],
         group_size=group_size,
         calibration=calibration if level == "O3" else None,
-        batch_size=batch_size,
         layers=layers,
-        progress=progress,
     )
