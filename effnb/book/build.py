@@ -5,6 +5,7 @@
     python -m effnb.book.build --check                  # do the pairs agree? nothing is executed
     python -m effnb.book.build --learners FOLDER        # the same chapters without their answers
     python -m effnb.book.build --lines                  # how long each chapter is
+    python -m effnb.book.build --shrink                 # store the built ones smaller, unexecuted
 
 Building executes a chapter in a clean kernel of this environment, started in the chapter's folder,
 offline and with EFFNB_BUILD=1 (panels then store the frames that move without a kernel). What is
@@ -45,6 +46,7 @@ from traitlets import default
 
 from effnb.book import first_cell, limits, methods
 from effnb.book.limits import tags
+from effnb.book.shrink import VIEW, WIDGETS, shrink, text_of
 from effnb.lab.chapters import (
     NOTEBOOKS,
     Measured,
@@ -69,7 +71,6 @@ SIZE_LIMIT = 800_000
 """Bytes that a built notebook may take: more, and repository browsers show nothing."""
 CELL_SECONDS = 600
 """Seconds after which a cell counts as hanging."""
-WIDGETS = "application/vnd.jupyter.widget-state+json"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LANGUAGE = {
     "file_extension": ".py",
@@ -272,20 +273,8 @@ def settle(notebook: Notebook, name: str, measured: Measured) -> None:
     for cell in notebook.cells:
         if "run-time" in tags(cell):
             cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=sentence)]
-    drop_defaults(notebook)
+    shrink(notebook)
     number_widgets(notebook, name)
-
-
-def drop_defaults(notebook: Notebook) -> None:
-    """Leave out what the state of a widget says of properties that are not set.
-
-    A layout alone has about forty of them; whoever reads the state takes a missing one as not set.
-    """
-    state = notebook.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})
-    for widget in state.values():
-        widget["state"] = {
-            key: value for key, value in widget["state"].items() if value is not None
-        }
 
 
 def number_widgets(notebook: Notebook, name: str) -> None:
@@ -338,11 +327,34 @@ def build(path: Path, folder: Path = NOTEBOOKS) -> Measured:
 def write(notebook: Notebook, path: Path) -> None:
     """Write a notebook whole or not at all."""
     nbformat.validate(notebook)
-    text = nbformat.writes(notebook)
+    text = text_of(notebook)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text, encoding="utf-8", newline="\n")
     temporary.replace(path)
+
+
+def shrink_built(path: Path) -> tuple[int, int]:
+    """Store a built chapter, given by its `.py` file, in fewer bytes; nothing is executed.
+
+    Returns:
+        The bytes before and after.
+
+    Raises:
+        BuildError: When it was never built, or its file is damaged.
+    """
+    built = path.with_suffix(".ipynb")
+    try:
+        text = built.read_text(encoding="utf-8")
+        notebook = nbformat.reads(text, as_version=4)
+        nbformat.validate(notebook)
+    except FileNotFoundError:
+        raise BuildError(f"{built.name} has never been built; run `make notebooks`.") from None
+    except (ValueError, nbformat.ValidationError):
+        raise BuildError(f"{built.name} is not a valid notebook; build it again.") from None
+    shrink(notebook)
+    write(notebook, built)
+    return len(text.encode()), built.stat().st_size
 
 
 def renew_maps(folder: Path = NOTEBOOKS) -> list[Path]:
@@ -490,7 +502,7 @@ def _output_problems(built: Notebook) -> Iterator[str]:
         yield from (f"{where} {problem}." for problem in _verdict_problems(cell))
     widgets = built.metadata.get("widgets", {}).get(WIDGETS)
     shown = any(
-        "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+        VIEW in output.get("data", {})
         for cell in built.cells
         if cell.cell_type == "code"
         for output in cell.outputs
@@ -646,12 +658,20 @@ def main(arguments: list[str] | None = None, folder: Path = NOTEBOOKS) -> int:
     parser.add_argument("--check", action="store_true", help="only say what is out of step")
     parser.add_argument("--learners", metavar="FOLDER", type=Path, help="write without answers")
     parser.add_argument("--lines", action="store_true", help="print how long each chapter is")
+    parser.add_argument("--shrink", action="store_true", help="store built chapters smaller")
     options = parser.parse_args(arguments)
     try:
         paths = chosen(options.chapters, folder)
         if options.lines:
             sizes = {name_of(p, folder): limits.counts(p, read_source(p)) for p in paths}
             print(limits.table(sizes))
+            return 0
+        if options.shrink:
+            for path in paths:
+                before, after = shrink_built(path)
+                print(
+                    f"{name_of(path, folder)}: {before / 1000:.0f} kB, now {after / 1000:.0f} kB."
+                )
             return 0
         if options.learners:
             written = write_learners(folder, options.learners, paths)

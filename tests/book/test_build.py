@@ -390,20 +390,6 @@ def too_large(notebook):
     notebook.metadata.ballast = "x" * build.SIZE_LIMIT
 
 
-def test_what_is_not_set_is_left_out_of_the_state_of_widgets():
-    notebook = nbformat.v4.new_notebook()
-    state = {
-        "a": {"model_name": "LayoutModel", "state": {"flex": None, "width": "9px"}},
-        "b": {"model_name": "HTMLModel", "state": {"value": "", "layout": "IPY_MODEL_a"}},
-    }
-    notebook.metadata.widgets = {build.WIDGETS: {"state": state, "version_major": 2}}
-    build.drop_defaults(notebook)
-    kept = notebook.metadata.widgets[build.WIDGETS]["state"]
-    assert kept["a"]["state"] == {"width": "9px"}
-    assert kept["b"]["state"] == {"value": "", "layout": "IPY_MODEL_a"}
-    build.drop_defaults(nbformat.v4.new_notebook())  # one without widgets
-
-
 PICTURE = {"image/png": "iVBORw0KGgo="}
 
 

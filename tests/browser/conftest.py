@@ -33,6 +33,8 @@ from nbconvert import HTMLExporter
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from traitlets.config import Config
 
+from effnb.book.shrink import shrink
+
 ROOT = Path(__file__).resolve().parents[2]
 NPM = ROOT / "build" / "npm"
 """Ignored by git; filled once from the npm registry."""
@@ -450,6 +452,7 @@ def built() -> Callable[[str], nbformat.NotebookNode]:
         with client.setup_kernel(env={**kept, "EFFNB_BUILD": "1"}):
             client.execute_cell(notebook.cells[0], 0)
             client.set_widgets_metadata()
+        shrink(notebook)
         return notebook
 
     return build
