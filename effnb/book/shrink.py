@@ -44,8 +44,9 @@ SHADES = 64
 
 _PNG = re.compile(r'(?<=src=")data:image/png;base64,([A-Za-z0-9+/=]+)(?=")')
 _WIDGET = "IPY_MODEL_"
-_NEEDED = {"_options_labels", "children", "description", "index", "value"}
-"""Properties that stay even at their default: what a panel without its own script is read from."""
+_NEEDED = {"_options_labels", "children", "description", "index", "selected_index", "value"}
+"""Properties that stay even at their default. The book's pages read them; and in the browser the
+default of `index` is an empty word, which a link would hand on in place of no choice."""
 
 Notebook = nbformat.NotebookNode
 
@@ -199,10 +200,17 @@ def drop_defaults(notebook: Notebook) -> None:
         widget["state"] = {
             key: value
             for key, value in widget["state"].items()
-            if value is not None
-            and (key in _NEEDED or key not in default or default[key] != value)
-            and not (key in ("_dom_classes", "titles") and not any(value))
+            if key in _NEEDED or not _is_default(key, value, default)
         }
+        if "_options_labels" in widget["state"]:
+            widget["state"].setdefault("index", None)  # which older builds left out
+
+
+def _is_default(key: str, value: Any, default: dict[str, Any]) -> bool:
+    """Whether a property says nothing: it is not set, empty, or what its class has by itself."""
+    if value is None or (key in ("_dom_classes", "titles") and not any(value)):
+        return True
+    return key in default and default[key] == value
 
 
 def merge_equal(notebook: Notebook) -> None:

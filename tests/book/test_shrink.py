@@ -159,6 +159,23 @@ def test_no_property_that_matters_is_lost(notebook):
     assert {layout.get("width") for layout in of_kind(notebook, "LayoutModel")} == {None, "auto"}
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["stored", "left out by an older build"])
+def test_that_no_choice_is_made_yet_is_kept(lost):
+    """The browser takes a missing index for an empty word, and a link would hand that on."""
+    options = widgets.RadioButtons(options=["a", "b"], index=None)
+    stack = widgets.Stack([widgets.HTML("a"), widgets.HTML("b")], selected_index=None)
+    made = {one.model_id: nbformat.from_dict(one._get_embed_state()) for one in (options, stack)}
+    if lost:
+        del made[options.model_id]["state"]["index"]
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata.widgets = {WIDGETS: {"version_major": 2, "state": made}}
+    shrink.drop_defaults(notebook)
+    (shown,) = of_kind(notebook, "RadioButtonsModel")
+    assert shown["index"] is None
+    (shown,) = of_kind(notebook, "StackModel")
+    assert shown["selected_index"] is None
+
+
 def test_equal_widgets_are_one_and_no_reference_is_lost(notebook):
     shrink.shrink(notebook)
     state = state_of(notebook)
