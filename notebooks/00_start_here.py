@@ -52,8 +52,8 @@ start_here.answers((8, "row"), (4, "row"), (3, "row"), (3, "32 weights"))
 # of 32. Its answers therefore tell you nothing about 4 bits or more, where a second rounding falls on top of the first. Only what
 # happens at 3 bits and below is a finding. The rest of this page uses a model that has never been rounded.
 #
-# On a page without a kernel the panel shows stored answers. Where it runs, it rounds the model and asks it again each time you
-# move a knob.
+# A page without a *kernel*, the process that runs a notebook's cells, shows stored answers. With one, the panel rounds the
+# model and asks it again each time you move a knob.
 #
 # ## After these ten minutes you can
 #
@@ -66,28 +66,57 @@ start_here.answers((8, "row"), (4, "row"), (3, "row"), (3, "32 weights"))
 # You need to know what a matrix is, and a little Python. Nothing is downloaded, and no GPU is needed.
 
 # %% [markdown]
+# ## What is measured
+#
+# A language model reads and writes *tokens*: words, parts of words and punctuation marks from a fixed list. Given the tokens so
+# far, it computes, for every token in the list, the probability that this token comes next. To write, it appends the
+# likeliest one and starts over. What it has learned lies in its *weights*, the numbers in the matrices by which it
+# multiplies. Rounding the weights changes the probabilities. How much does that matter?
+#
+# The workbook answers with two measures. The first needs only a *held-out* text, one that the model was not trained on. At
+# each position, we look up the probability that the model gave to the token that does come next. The *loss* is the
+# negative logarithm of this probability, averaged over all positions. With the natural logarithm, its unit is the *nat*:
+# at 0 nats, every token was predicted with certainty. *Perplexity* is $e$ to the power of the loss.
+#
+# Suppose the next three tokens had the probabilities 1/2, 1/4 and 1/8:
+
+# %% tags=["nbval-check-output"]
+import math
+
+chances = [1 / 2, 1 / 4, 1 / 8]
+loss = -sum(math.log(p) for p in chances) / len(chances)
+print(f"loss        {loss:.3f} nats per token")
+print(f"perplexity  {math.exp(loss):.1f}")
+
+# %% [markdown]
+# A perplexity of 4.0 means that the model was as uncertain, on average, as if it had to choose among four equally likely
+# tokens each time. Lower is better. A loss that is higher by one hundredth of a nat means a perplexity that is higher by about one
+# per cent. Compare perplexities only on the same text, and only between models that use the same list of tokens.
+#
+# The second measure, the share of *right answers*, comes from *ranked choice*. The model sees the beginning of a software
+# package's description and four continuations, one of which is the true one. Its answer is right when it finds that one
+# the likeliest. Guessing would be right a quarter of the time.
+#
+# Perplexity registers changes too small to alter a single answer. Ranked choice shows whether a change
+# matters for a task. You need both.
+
+# %% [markdown]
 # ## The result first
 #
-# One question is an anecdote. The picture below measures the same thing on `mini-5m`, a Llama-style model with five million
-# parameters, trained for this workbook. Each curve is one way to share a grid among weights; each point is a number
+# One question about a capital is an anecdote. The picture below shows both measures for `mini-5m`, a Llama-style model with five
+# million parameters, trained for this workbook. Each curve is one way to share a grid among weights; each point is a number
 # of bits, from 2 to 8. On the right nothing is lost. Towards the left the model gets worse; how soon depends on
 # how many weights share one grid.
 
-# %% tags=["hide-input"]
-from effnb.lab import figure, results
-
-figure(
-    start_here.draw_sweep,
-    caption="Fewer bits per weight, for three ways to share a scale: perplexity on a held-out novel, and how often "
-    "the model prefers the true continuation of a software package's description among four.",
-    alt=start_here.describe_sweep(),
-)
+# %%
+start_here.sweep_figure()
 
 # %% [markdown]
-# *Perplexity* is the number of equally likely tokens that would leave the model just as uncertain: lower is better. These points
-# take minutes, so they were computed once and stored. A stored result always says where it comes from:
+# These points take minutes to compute, so they were computed once and stored. A stored result always says where it comes from:
 
 # %%
+from effnb.lab import results
+
 results.read("00_start_here/rtn")
 
 # %% [markdown]
@@ -130,7 +159,7 @@ Markdown(chapter_map())
 # $$s = \frac{\max - \min}{2^b - 1},$$
 #
 # and each weight $w$ is stored as the whole number $q = \operatorname{round}(w / s) + z$, where $z$ is the code
-# of the value 0. Reading it back gives $\hat w = s\,(q - z)$.
+# of the value 0. Reading it back gives $\hat w = s\,(q - z)$. Papers call the step the *scale*, and so do the knobs on this page.
 #
 # Five weights and three bits, by hand:
 
@@ -187,9 +216,10 @@ start_here.rounding_panel("mini-5m", frames=[2, 3, 4], predict=start_here.TWO_BI
 # *matrix* and go down again: at two bits, one coarse grid for each matrix leaves nothing of the model.
 #
 # The text behaves differently. It can change while perplexity does not: the model always writes its likeliest
-# token, and where two tokens are almost equally likely, a tiny change of the weights decides between them and changes everything
+# token (here a penalty keeps it from repeating itself), and where two tokens are almost equally likely, a tiny change of the weights decides between them and changes everything
 # that follows. A *different* text is not always a *worse* one. Nor do 40 questions reveal a small loss: compare
-# the change with the ± beside it. This is why panels show several measures.
+# the change with the ± beside it, the standard error, which says how far the share would typically move if 40 other questions
+# were asked. This is why panels show several measures.
 #
 # These two functions do the measuring:
 
@@ -214,8 +244,8 @@ start_here.saved(mini, packed)
 
 # %% [markdown]
 # The second line is the lesson. Weights that are *stored* in four bits but read back before the multiplication save memory and
-# no operations. To save time as well, a kernel has to compute on the packed weights; the chapter *Co-design*
-# is about such kernels.
+# no operations. To save time as well, the program that multiplies has to compute on the packed weights. Such a program
+# is also called a kernel, a *compute kernel*; the chapter *Co-design* is about these.
 #
 # One setting on one model decides no claim. Claim S-I3 says that quantization cuts memory and computation, that training with it limits the loss of quality,
 # and that mixed precision helps. The chapter *Quantization* tests it: what is compared, and with which bounds, was registered before the
@@ -245,6 +275,10 @@ cost_card(
 )
 
 # %% [markdown]
+# *Prefill* reads the prompt, all of its tokens at once; *decode* writes the answer, one token after another. FLOPs are
+# floating-point operations, counted rather than timed. If the packed model is slower on your machine, you see the cost of
+# reading every weight back before each multiplication.
+#
 # ## Where it breaks
 #
 # Bad input gets one sentence, before any work starts:

@@ -15,9 +15,10 @@ from effnb.core.modules import linears
 from effnb.evaluation import flops, perplexity, ranked_choice, stored_bytes
 from effnb.evaluation.quality import token_losses
 from effnb.inference import quantization
-from effnb.lab import PALETTE, Exercise, corpora, knob, load, panel, results
+from effnb.lab import PALETTE, Exercise, corpora, figure, knob, load, panel, results
 from effnb.lab.bench import file_bytes
 from effnb.lab.devices import Machine
+from effnb.lab.figures import CaptionedFigure
 from effnb.lab.models import LoadedModel, ModelUnavailable
 from effnb.lab.panels import Guess, Panel
 
@@ -197,6 +198,17 @@ def describe_sweep() -> str:
     )
 
 
+def sweep_figure() -> CaptionedFigure:
+    """The tour's result: what fewer bits cost `mini-5m`, by both measures."""
+    return figure(
+        draw_sweep,
+        caption="Fewer bits per weight, for three ways to share a scale: perplexity on a held-out "
+        "novel, and how often the model prefers the true continuation of a software package's "
+        "description among four.",
+        alt=describe_sweep(),
+    )
+
+
 # --- this machine ---------------------------------------------------------------------------------
 
 
@@ -212,7 +224,9 @@ def what_it_means(here: Machine) -> None:
     if here.gpu:
         print(f"GPU: {here.gpu}. It is used wherever it helps.")
     else:
-        print("GPU: none, and none is needed: kernels then run their plain PyTorch versions.")
+        print(
+            "GPU: none, and none is needed: compute kernels then run their plain PyTorch versions."
+        )
     if here.triton:
         print(f"Triton {here.triton}: GPU kernels run, or are stepped through without a GPU.")
     else:
