@@ -1,8 +1,9 @@
 """Cells run out of order: a sentence that says which cell comes first, in place of a NameError.
 
 Importing anything from `effnb.lab` in a notebook, as every chapter's first cell does, prepares
-this. When a cell then needs a name that an earlier cell would have made, the notebook's file says
-which one that is.
+this; kernels that `make lab` starts have it from the beginning (`effnb.lab.notebook_kernels`).
+When a cell then needs a name that an earlier cell would have made, the notebook's file says which
+one that is.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ def prepare() -> None:
     if shell is None or not hasattr(shell, "kernel") or shell.custom_exceptions:
         return
     shell.set_custom_exc((NameError,), _explain)
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """What a kernel calls that is told to load this module: the same as `prepare`."""
+    prepare()
 
 
 def _explain(

@@ -292,7 +292,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def lab(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """A JupyterLab of its own, serving an empty folder."""
+    """A JupyterLab of its own with the settings of `make lab`, serving an empty folder."""
     private = tmp_path_factory.mktemp("private")
     folder = tmp_path_factory.mktemp("served")
     settings = private / "app-settings"
@@ -313,7 +313,7 @@ def lab(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment(private),
+            env={**environment(private), "JUPYTER_CONFIG_PATH": str(ROOT / ".make" / "jupyter")},
             start_new_session=True,
         )
     try:

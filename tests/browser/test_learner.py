@@ -327,22 +327,25 @@ def test_a_reopened_notebook_shows_what_was_saved(notebook, lab):
     again.page.close()
 
 
-def test_a_cell_that_is_run_alone_says_which_comes_first(lab):
-    lab.write("alone.ipynb", *ALONE)
-    opened = lab.open("alone.ipynb")
+@pytest.mark.parametrize("order", [[0, 2], [2]], ids=["after the first cell", "before any other"])
+def test_a_cell_that_is_run_alone_says_which_comes_first(lab, order):
+    name = f"alone-{len(order)}.ipynb"
+    lab.write(name, *ALONE)
+    opened = lab.open(name)
     opened.page.evaluate(
-        """async () => {
+        """async order => {
             const notebook = window.jupyterapp.shell.currentWidget.content;
-            for (const index of [0, 2]) {
+            for (const index of order) {
                 notebook.activeCellIndex = index;
                 await window.jupyterapp.commands.execute("notebook:run-cell");
             }
-        }"""
+        }""",
+        order,
     )
     outputs(opened).last.get_by_text("NameError").wait_for()
     assert opened.tracebacks() == 1
     said = outputs(opened).last.inner_text()
     assert "'weights' does not exist yet: code cell 2" in said
     assert "Traceback" not in said
-    shot(opened.page, "12-alone")
+    shot(opened.page, f"12-alone-{len(order)}")
     opened.page.close()

@@ -1,10 +1,19 @@
 """A cell that is run alone says which cell comes first."""
 
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_client.manager import KernelManager
 
+from effnb.lab.notebook_kernels import EXTENSION, PYTHON, ExplainingKernels
 from effnb.lab.order import missing
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CELLS = [
     "",  # prose
@@ -57,3 +66,54 @@ def test_a_local_name_that_is_read_too_early_is_left_alone():
 
 def test_without_the_notebooks_file_nothing_is_said():
     assert missing(*raised("print(model)"), []) is None
+
+
+# ------------------------------------------------------------------- before the first cell is run
+
+
+def test_make_lab_starts_kernels_that_explain_from_the_start(tmp_path):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("JUPYTER")}
+    ours = {"JUPYTER_CONFIG_PATH": ROOT / ".make" / "jupyter", "JUPYTER_CONFIG_DIR": tmp_path}
+    shown = subprocess.run(
+        [sys.executable, "-m", "jupyter_server", "--show-config-json"],
+        env={**kept, **{name: str(folder) for name, folder in ours.items()}},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    settings = json.loads(shown.stdout)["ServerApp"]
+    home = ExplainingKernels.__module__
+    assert settings["kernel_spec_manager_class"] == f"{home}.{ExplainingKernels.__name__}"
+    spec = ExplainingKernels().get_kernel_spec(PYTHON)
+    assert spec.argv.count(EXTENSION) == 1
+    with pytest.raises(NoSuchKernel):
+        ExplainingKernels().get_kernel_spec("no-such-kernel")
+
+
+def test_a_new_kernel_says_which_cell_comes_first_and_is_light(monkeypatch, tmp_path):
+    cells = ["import torch", "weights = [1, 2]", "sum(weights)"]
+    written = [{"cell_type": "code", "source": source} for source in cells]
+    path = tmp_path / "chapter.ipynb"
+    path.write_text(json.dumps({"cells": written}))
+    monkeypatch.setenv("JPY_SESSION_NAME", str(path))
+    manager = KernelManager(kernel_name=PYTHON, kernel_spec_manager=ExplainingKernels())
+    manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        reply = client.execute_interactive(cells[-1], timeout=60, output_hook=lambda _: None)
+        assert reply["content"]["ename"] == "NameError"
+        (said,) = reply["content"]["traceback"]
+        assert "'weights' does not exist yet: code cell 2" in said
+        printed = []
+        client.execute_interactive(
+            "import sys\nprint('torch' in sys.modules, 'effnb' in globals())",
+            timeout=60,
+            output_hook=lambda message: printed.append(message["content"].get("text", "")),
+        )
+        assert "".join(printed).strip() == "False False"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
