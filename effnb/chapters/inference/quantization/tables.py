@@ -7,20 +7,16 @@ measured again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from torch import nn
 
 from effnb.inference import quantization
-from effnb.lab import results
-from effnb.lab.claims import interval
+from effnb.lab import domains, results
+from effnb.lab.stored_rows import Change, Row, if_measured, mean_windows, pick, spoken, tidy
 from effnb.lab.tables import NOT_MEASURED, Table, table
-
-Row = Mapping[str, Any]
 
 SETTINGS = ((4, "row"), (4, "64"), (3, "row"), (3, "64"), (2, "row"), (2, "64"))
 """Bits and group size of the rows of the tables of methods."""
@@ -31,89 +27,9 @@ def stored(part: str) -> results.StoredResult:
     return results.read(f"05_inference/3_quantization/{part}")
 
 
-def if_measured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function of stored rows give back a missing result, which says so, and not fail."""
-
-    @wraps(function)
-    def careful(*given: Any) -> Any:
-        missing = [one for one in given if isinstance(one, results.NotMeasured)]
-        return missing[0] if missing else function(*given)
-
-    return careful
-
-
 def setting_label(bits: int, group_size: str) -> str:
     """A setting in words."""
     return f"{bits} bits, {'per row' if group_size == 'row' else f'groups of {group_size}'}"
-
-
-# --- differences with their uncertainty -----------------------------------------------------------
-
-
-def tidy(value: float, digits: int = 3) -> float:
-    """A number as it is printed, without the sign of a zero."""
-    return round(value, digits) + 0.0
-
-
-@dataclass(frozen=True)
-class Change:
-    """The mean of paired differences, with its 95 % interval.
-
-    Attributes:
-        mean: Mean difference.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def between(cls, after: Sequence[float], before: Sequence[float]) -> Change:
-        """After minus before, pair by pair.
-
-        Raises:
-            ValueError: When the two do not pair up, or there are fewer than two pairs.
-        """
-        if len(after) != len(before):
-            raise ValueError(f"{len(after)} numbers do not pair up with {len(before)}.")
-        differences = [a - b for a, b in zip(after, before, strict=True)]
-        low, high = interval(differences)
-        return cls(fmean(differences), low, high)
-
-    @property
-    def decided(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
-
-    def number(self, digits: int = 3) -> str:
-        """The difference and its interval."""
-        mean, low, high = (
-            f"{tidy(v, digits):+.{digits}f}" for v in (self.mean, self.low, self.high)
-        )
-        return f"{mean} [{low}, {high}]".replace("-", "−")
-
-    def word(self, lower_is_better: bool = True) -> str:
-        """Better, worse, or indistinguishable."""
-        if not self.decided:
-            return "indistinguishable"
-        return "better" if (self.mean < 0) == lower_is_better else "worse"
-
-
-def mean_windows(rows: Iterable[Row]) -> list[float]:
-    """The loss of each window, averaged over the rows of several calibration seeds."""
-    return [fmean(losses) for losses in zip(*(row["windows"] for row in rows), strict=True)]
-
-
-def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """The rows whose entries are as wanted; entries that a row does not have are None."""
-    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
-
-
-def spoken(parts: Sequence[str]) -> str:
-    """A list as English joins it: a, b and c."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 # --- rounding to nearest and GPTQ -----------------------------------------------------------------
@@ -396,48 +312,16 @@ def mixed_said(mixed: Row) -> str:
 
 # --- domains --------------------------------------------------------------------------------------
 
-KNOWN = ("novel", "Bible", "packages")
-"""The domains that the model was trained on."""
 
-
-def rises(table: Row, setting: str, domain: str) -> Change:
-    """The rise of the loss in one domain, in nats per token, window by window."""
-    return Change.between(table[setting][domain], table["original"][domain])
-
-
-@if_measured
 def domains_table(found: Row) -> Table:
     """The rise of the loss in each domain, in nats and in per cent of the original's."""
-    lines = []
-    for setting in found:
-        if setting == "original":
-            continue
-        line = {"setting": setting}
-        for domain in found[setting]:
-            rise, base = rises(found, setting, domain).mean, fmean(found["original"][domain])
-            share = tidy(100 * rise / base, 1)
-            line[domain.replace("packages in ", "")] = f"{tidy(rise):+.3f} ({share:+.1f} %)"
-        lines.append(line)
-    return table(
-        lines,
-        caption="mini-5m: the rise of the loss in nats per token and, in brackets, in per cent of "
-        "the original's loss. The last three columns are languages that it never learned.",
-    )
+    return domains.domains_table(found)
 
 
 @if_measured
-def domains_said(table: Row) -> str:
+def domains_said(found: Row) -> str:
     """Which known domain each setting of rounding to nearest hurts most, in nats and per cent."""
-    said = []
-    for setting in table:
-        if not setting.startswith("RTN"):
-            continue
-        nats = {d: rises(table, setting, d).mean for d in KNOWN}
-        share = {d: nats[d] / fmean(table["original"][d]) for d in KNOWN}
-        most, most_share = max(nats, key=nats.get), max(share, key=share.get)
-        ending = "and in per cent" if most == most_share else f"but in per cent {most_share} does"
-        said.append(f"{setting}: {most} loses most in nats ({nats[most]:+.3f}) {ending}.")
-    return " ".join(said)
+    return domains.domains_said(found, (name for name in found if name.startswith("RTN")))
 
 
 # --- the key-value cache --------------------------------------------------------------------------
