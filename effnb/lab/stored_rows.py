@@ -96,3 +96,8 @@ class Change:
         if not self.decided:
             return "indistinguishable"
         return "better" if (self.mean < 0) == lower_is_better else "worse"
+
+    def than(self, other: str, digits: int = 3, lower_is_better: bool = True) -> str:
+        """The word and the number in nats: better than OTHER (…), indistinguishable from it (…)."""
+        link = "than" if self.decided else "from"
+        return f"{self.word(lower_is_better)} {link} {other} ({self.number(digits)} nats)"
