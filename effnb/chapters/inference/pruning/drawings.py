@@ -111,7 +111,7 @@ def masks(score: Float[Tensor, "out in"], kinds: Mapping[str, Tensor]) -> Captio
 
     def draw(fig: Figure) -> None:
         for axes, (name, mask) in zip(fig.subplots(1, len(kinds)), kinds.items(), strict=True):
-            axes.imshow(torch.where(mask, score, torch.nan), cmap="Blues", vmin=-1, vmax=3)
+            axes.imshow(torch.where(mask, score, torch.nan).numpy(), cmap="Blues", vmin=-1, vmax=3)
             axes.set_title(name)
             axes.set_xticks([])
             axes.set_yticks([])

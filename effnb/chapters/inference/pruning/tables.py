@@ -192,8 +192,8 @@ def outliers_said(rows: Sequence[Row]) -> str:
             for injected in ("8 x on 16 channels", "none")
         )
         change = Change.between(with_them["windows"], without["windows"])
-        parts.append(f"{method} is {change.than('without them')}")
-    return f"Half removed, with 16 enlarged channels: {'; '.join(parts)}."
+        parts.append(f"{method} is {change.word()} ({change.number()} nats)")
+    return f"Half removed, with 16 enlarged channels against without: {spoken(parts)}."
 
 
 BY = {
