@@ -214,14 +214,10 @@ print(f"both sides agree: {abs(found.error / live.output_error(delta, damped) - 
 # How much of the output's energy does each method change? The surgeon is slow, so it gets 32 of the outputs. The last line but one keeps SparseGPT's choice and finds the best weights for it:
 
 # %% tags=["nbval-check-output"]
-for method, change in live.layer_errors(weight[:32], hessian).items():
-    print(f"{method:32} {change:.1%}")
 count = live.products(model)
-print(
-    f"multiplications for half of all weights: surgery {count['surgery'] / 1e9:.0f} billion,",
-    end=" ",
-)
+print(f"multiplications for half of all weights: surgery {count['surgery'] / 1e9:.0f} billion,")
 print(f"SparseGPT's walk {count['SparseGPT'] / 1e9:.1f} billion")
+live.errors_table(live.layer_errors(weight[:32], hessian))
 
 # %% [markdown]
 # **Coupled groups** are found by trying: set one column of one matrix to zero, and see what else stops mattering.

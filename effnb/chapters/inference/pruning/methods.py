@@ -175,7 +175,7 @@ def hessian_of(model: nn.Module, calibration: Int[Tensor, "batch time"], name: s
         seen.append(Hessian(layer.in_features, layer.weight.device))
         return seen[-1]
 
-    layerwise(model, calibration, observe, lambda *_: None, include=name)
+    layerwise(model, calibration, observe, lambda *_: None, layers=name)
     return seen[0].value.double().cpu()
 
 
@@ -200,6 +200,16 @@ def layer_errors(
     }
     whole = output_error(weight, hessian)
     return {name: output_error(new - weight, hessian) / whole for name, new in pruned.items()}
+
+
+def errors_table(errors: dict[str, float]) -> Table:
+    """What `layer_errors` found."""
+    return table(
+        [{"method": name, "of the output's energy": error} for name, error in errors.items()],
+        {"method": "", "of the output's energy": ".1%"},
+        caption="Half of the weights of one layer removed: the squared change of its output, as a "
+        "part of the output's square.",
+    )
 
 
 def products(model: nn.Module) -> dict[str, float]:
@@ -230,7 +240,7 @@ def outlier_masks(
     found = {}
     for name, method in prune.items():
         plain, changed = (
-            pruning.masks_of(method(m), include=["*.q_proj", "*.up_proj"])
+            pruning.masks_of(method(m), layers=["*.q_proj", "*.up_proj"])
             for m in (model, with_outliers(model, factor))
         )
         shares = [
