@@ -18,7 +18,7 @@
 # %% [markdown]
 # # Pruning
 #
-# **Some of a language model's weights can become zero at little cost if they are chosen by what each layer computes. Zeros save bytes, not time: for speed, remove whole heads, neurons or blocks.**
+# **Some of a language model's weights can become zero at little cost if they are chosen by what each layer computes. Zeros save bytes but, on ordinary hardware, hardly any time: for speed, remove whole heads, neurons or blocks.**
 #
 # After this chapter you can
 #
@@ -157,11 +157,11 @@ print(f"the price by the formula: {two[1] ** 2 / (2 * inverse[1, 1]):.2f}")
 # The first weight has taken over most of the second one's work. But the surgeon removes one weight at a time, and after each of them every row needs a new inverse. **SparseGPT** (Frantar and Alistarh, 2023) walks
 # through the columns once, in one order for all rows, and leaves those it has passed as they are. Then one **Cholesky decomposition**, which writes a positive definite matrix as the product of a
 # triangular matrix and its transpose, holds all the inverses that are needed: $U^\top U = (H + \lambda I)^{-1}$ with $U$ upper triangular. Row $i$ of $U$ serves step $i$ (the chapter on quantization derives
-# this for GPTQ), and the **damping** $\lambda$ keeps the matrix invertible. Removing a weight of column $i$ has the score $w_i^2 / U_{ii}^2$, and its error is handed on to the columns behind:
+# this for GPTQ), and the **damping** $\lambda$ keeps the matrix invertible. A weight of column $i$ has the score $w_i^2 / U_{ii}^2$, and the error that its removal leaves is passed on to the later columns:
 #
 # $$e_i = \frac{w_i - \hat w_i}{U_{ii}}, \qquad W_{:,j} \leftarrow W_{:,j} - e_i\, U_{ij} \quad (j > i).$$
 #
-# The mask is chosen for 128 columns at a time, on weights that have moved already. If a weight that stays is rounded too, its error is handed on in the same way.
+# The mask is chosen for 128 columns at a time, on weights that have moved already. If a weight that stays is rounded too, its error is passed on in the same way.
 #
 # ### Whole structures
 #
@@ -185,7 +185,7 @@ print(f"the price by the formula: {two[1] ** 2 / (2 * inverse[1, 1]):.2f}")
 # %% [markdown]
 # ## The code
 #
-# Wanda's score is one line, and SparseGPT's walk is one loop. It keeps the weight transposed, so that a column is a row of memory:
+# Wanda's score is one line, and SparseGPT's walk is one loop. The loop keeps the weight transposed, so that a column lies together in memory:
 
 # %%
 from effnb.inference.pruning.sparsegpt import sparsegpt_columns
@@ -202,6 +202,7 @@ from effnb.lab.bench import Bench
 
 bench = Bench("mini-5m")
 model, calibration = bench.model, bench.calibration(seed=0)
+few = calibration[::4]  # eight sequences, some of each corpus
 name = "model.layers.2.self_attn.q_proj"
 weight = model.get_submodule(name).weight.detach().double().cpu()
 hessian = live.hessian_of(model, calibration, name)
@@ -211,7 +212,7 @@ delta = found.weight - weight
 print(f"both sides agree: {abs(found.error / live.output_error(delta, damped) - 1) < 1e-6}")
 
 # %% [markdown]
-# How much of the output's energy does each method change? The surgeon is slow, so it gets 32 of the outputs. The last line but one keeps SparseGPT's choice and finds the best weights for it:
+# How much of the output's energy does each method change? The surgeon is slow, so only 32 of the outputs are pruned. The fifth row keeps SparseGPT's mask and solves for the best weights:
 
 # %% tags=["nbval-check-output"]
 count = live.products(model)
@@ -236,7 +237,7 @@ for name, dead in pruning.coupled(tiny.model, [seed], ids).items():
 # Cutting must give what zeros in the same places give. Here LLM-Pruner removes half of all heads and neurons:
 
 # %% tags=["nbval-check-output"]
-cut = pruning.llm_pruner(model, calibration[::4], 0.5)
+cut = pruning.llm_pruner(model, few, 0.5)
 zeroed = pruning.mask_structures(model, cut.scores, {"heads": 0.5, "neurons": 0.5}).model
 text = bench.windows[:2]
 with torch.inference_mode():
@@ -272,13 +273,13 @@ from effnb.lab import guess, knob, quality_panel
 
 quality_panel(
     live.subject(bench),
-    live.panel_methods(calibration[:8]),
+    live.panel_methods(few),
     title="Prune mini-5m",
     caption="Left: perplexity over size, zeros stored in the smallest form. Right: questions about package descriptions.",
     idle=live.IDLE,
     frames={"sparsity": [50, 70], "method": ["magnitude", "SparseGPT", "LLM-Pruner"]},
     predict=guess(
-        "Seven of ten weights go, the smallest of each layer. What do 28 questions say of the answers?",
+        "Seven of ten weights go, the smallest of each layer. What do 28 questions show of the answers?",
         ["better", "indistinguishable", "worse"],
         answer=lambda found: found.choice.outcome(lower_is_better=False),
     ),
@@ -317,7 +318,7 @@ claims_table(
 # %% tags=["nbval-check-output"]
 from effnb.core.training import TrainingSettings
 
-one_shot = pruning.sparsegpt(model, calibration[:8], 0.5)
+one_shot = pruning.sparsegpt(model, few, 0.5)
 short = TrainingSettings(steps=10, learning_rate=1e-3)
 by_lora = pruning.lora_prune(tiny.model, live.german_batches(tiny), short, 0.5, every=2)
 print(f"SparseGPT: {live.whole_share(one_shot):.1%} of what it removed are whole rows or columns")
@@ -336,7 +337,7 @@ tables.methods_table("mini-5m", mini)
 # **Outliers.** Of the weights that read the enlarged channels, how many stay when half of all go? Then the loss:
 
 # %% tags=["nbval-check-output"]
-for method, (plain, changed, same) in live.outlier_masks(model, calibration[:8]).items():
+for method, (plain, changed, same) in live.outlier_masks(model, few).items():
     print(f"{method}: {plain:.1%} stay without outliers, {changed:.1%} with;", end=" ")
     print(f"the same masks: {same}")
 
@@ -421,7 +422,7 @@ compare_costs(model, one_shot, prompt, labels=("original", "SparseGPT, half zero
 compare_costs(model, cut.model, prompt, labels=("original", "LLM-Pruner, half"))
 
 # %% [markdown]
-# `mini-5m` is so small that much of its time is Python's own. The larger model below is the better witness.
+# `mini-5m` is so small that much of its time is Python's own. The larger model below is better evidence.
 #
 # ## On a real model
 #
@@ -432,10 +433,13 @@ print(tables.methods_said("SmolLM2-135M", smollm2))
 tables.methods_table("SmolLM2-135M", smollm2)
 
 # %% [markdown]
-# SmolLM2 has outliers by nature: none had to be injected.
+# Whole structures, and what a LoRA wins back:
 
 # %% tags=["nbval-check-output"]
 tables.real_table(smollm2)
+
+# %% [markdown]
+# Its speed, in the forms of the first picture and some more:
 
 # %% tags=["nbval-check-output"]
 tables.speed_table(speed)
@@ -497,7 +501,7 @@ for name, given in (("as it is", pruning.magnitude_scores(model)), ("other units
         print(f"{name}: {problem}")
 
 # %% [markdown]
-# **One too many.** Much code removes every score up to the one at place $ns$ of the sorted list. That is one weight too many, and with ties many more:
+# **One too many.** Much code removes every score up to the one at place $ns$ of the sorted list. That is one weight too many and, with ties, many more:
 
 # %% tags=["nbval-check-output"]
 tied = torch.tensor([[0.1, 0.2, 0.2, 0.2, 0.2, 0.2, 0.9, 0.8]])
@@ -639,7 +643,7 @@ exercises.movement.solution()
 #
 # **Soft movement** (Sanh et al., 2020). $M = [\sigma(S) > \tau]$, and a penalty $\lambda\,\sigma(S)$ on the scores, so that each layer finds its sparsity. Use it when $\lambda$ can be searched.
 #
-# **Heads** (Michel et al., 2019). A gate $\xi_h$ on each head, $I_h = \mathbb{E}_x \left| \partial L(x) / \partial \xi_h \right|$. One backward pass scores them all.
+# **Heads** (Michel et al., 2019). A gate $\xi_h$ on each head, $I_h = \mathbb{E}_x \left| \partial L(x) / \partial \xi_h \right|$. Use it when heads alone may go: one backward pass scores them all.
 #
 # **LoRAPrune** (Zhang et al., 2023). Only a LoRA has gradients, so $\hat G = \partial B\, A + B\, \partial A - \partial B\, \partial A$ replaces the weight's own. Use it when the model fits into memory and its gradients do not.
 #

@@ -173,7 +173,7 @@ def test_whole_rows_and_columns_are_told_from_single_weights(llama):
 
 
 def test_products_are_timed_beside_the_dense_one():
-    shown = methods.product_times(runs=1)
+    shown = methods.product_times(rounds=1, runs=1)
     assert shown.rows[0] == ("dense", "1.00")
     assert len(shown.rows) == 5
 
@@ -227,7 +227,7 @@ def test_methods_are_ranked_as_planted():
     assert [row[0] for row in shown.rows] == ["50 %", "70 %", "2:4"]
     assert [row[-1] for row in shown.rows] == ["better", "worse", "not measured"]
     cost = tables.harm_said("a model", PLANTED, [("magnitude", 0.5), ("SparseGPT", "1:4")])
-    assert cost.startswith("a model. magnitude, 50 % removed, is worse than the original (+0.500 [")
+    assert cost.startswith("a model. 50 % removed by magnitude: worse than the original (+0.500 [")
     assert "SparseGPT" not in cost
 
 
@@ -351,10 +351,10 @@ def test_tickets_are_compared_with_controls_of_their_size():
             | controls
         )
     said = training.tickets_said(rows)
-    assert "With 12.5% of the weights left, tickets are better than other starting weights" in said
+    assert "With 12.5 % of the weights left, tickets are better than other starting weights" in said
     assert "indistinguishable from random masks" in said
     shown = training.tickets_table(rows)
-    assert shown.columns == ("network", "1", "0.5", "0.125")
+    assert shown.columns == ("network", "100 %", "50 %", "12.5 %")
     assert shown.rows[2][1:3] == ("not measured", "not measured")
 
 

@@ -83,7 +83,7 @@ def harm_said(model: str, rows: Sequence[Row], asked: Sequence[tuple[str, Settin
         change = rise(rows, method, setting)
         if change is None:
             continue
-        parts.append(f"{method}, {label(setting)} removed, is {change.than('the original')}")
+        parts.append(f"{label(setting)} removed by {method}: {change.than('the original')}")
     return f"{model}. {'; '.join(parts)}."
 
 

@@ -144,11 +144,16 @@ def tickets(rows: Sequence[Row]) -> tuple[str, str]:
     return first, late
 
 
+def share_left(sparsity: float) -> str:
+    """How much is left, in words."""
+    return f"{100 * (1 - sparsity):.3g} %"
+
+
 @if_measured
 def tickets_table(rows: Sequence[Row]) -> Table:
     """Perplexity of tickets by the weights that are left, and of their controls."""
     first, late = tickets(rows)
-    left = {f"{1 - s:.3g}": i for i, s in enumerate(rows[0]["sparsities"])}
+    left = {share_left(s): i for i, s in enumerate(rows[0]["sparsities"])}
     lines: list[dict[str, Any]] = []
     for name in (first, late):
         losses = [row["losses"] for row in pick(rows, method=name)]
@@ -157,7 +162,7 @@ def tickets_table(rows: Sequence[Row]) -> Table:
             | {share: math.exp(fmean(one[i] for one in losses)) for share, i in left.items()}
         )
     controls = pick(rows, method=first)
-    sizes = {f"{1 - s:.3g}": i for i, s in enumerate(controls[0]["control_sparsities"])}
+    sizes = {share_left(s): i for i, s in enumerate(controls[0]["control_sparsities"])}
     for key, name in (
         ("re-drawn", "the first tickets' masks, other weights"),
         ("random mask", "their weights, random masks"),
@@ -190,4 +195,4 @@ def tickets_said(rows: Sequence[Row]) -> str:
     for key, name in (("re-drawn", "other starting weights"), ("random mask", "random masks")):
         change = Change.between(own, [row[key][-1] for row in found])
         parts.append(change.than(name))
-    return f"With {1 - share:.1%} of the weights left, tickets are {spoken(parts)}."
+    return f"With {share_left(share)} of the weights left, tickets are {spoken(parts)}."
