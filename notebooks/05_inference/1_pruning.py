@@ -283,8 +283,8 @@ quality_panel(
         ["better", "indistinguishable", "worse"],
         answer=lambda found: found.choice.outcome(lower_is_better=False),
     ),
-    sparsity=knob(10, 90, step=10, default=70, label="sparsity in %"),
-    outliers=knob([0, 8, 30], default=0, label="outlier strength"),
+    sparsity=knob([20, 30, 50, 70, 90], default=70, label="sparsity in %"),
+    outliers=knob([0, 8], default=0, label="outlier strength"),
 )
 
 # %% [markdown]

@@ -31,6 +31,8 @@ from effnb.lab.tables import Table, table
 Method = Callable[..., nn.Module]
 OUTLIERS = 16
 """Every so many channels, one is enlarged."""
+TWO_OF_FOUR = ("magnitude", "SparseGPT")
+"""The methods that the panel also has with the pattern 2:4."""
 
 
 def with_outliers(model: nn.Module, factor: float) -> nn.Module:
@@ -137,13 +139,12 @@ def panel_methods(calibration: Int[Tensor, "batch time"]) -> dict[str, Method]:
     single = single_weights(calibration)
     return (
         {name: sparse(prune) for name, prune in single.items()}
-        | {f"{name}, 2:4": two_of_four(single[name]) for name in ("magnitude", "Wanda")}
-        | {"SparseGPT, 2:4": two_of_four(single["SparseGPT"])}
+        | {f"{name}, 2:4": two_of_four(single[name]) for name in TWO_OF_FOUR}
         | {name: structured(name, score) for name, score in structure_scores(calibration).items()}
     )
 
 
-IDLE = {f"{name}, 2:4": "2:4 always removes half" for name in ("magnitude", "Wanda", "SparseGPT")}
+IDLE = {f"{name}, 2:4": "2:4 always removes half" for name in TWO_OF_FOUR}
 """Why a method of the panel leaves the sparsity alone."""
 
 
