@@ -90,7 +90,7 @@ panels.methods(smollm2, [*methods, *patterns])
 import torch
 
 toy = torch.randn(8, 16, generator=torch.Generator().manual_seed(3)).abs()
-toy *= torch.linspace(0.4, 1.6, 8)[:, None]  # outputs differ in size, as in real layers
+toy *= torch.linspace(0.4, 1.6, 8)[:, None]  # outputs differ in size
 kinds = drawings.patterns(toy)
 drawings.masks(toy, kinds)
 

@@ -82,7 +82,7 @@ def methods(smollm2: Sequence[Row], mini: Sequence[Row]) -> Panel:
         caption="Perplexity of the pruned model, as a multiple of the original's, with its "
         "interval. The axis is logarithmic.",
         figsize=(6.4, 1.7),
-        frames={"removed": list(by_label)[:2], "model": None},
+        frames={"removed": None, "model": None},
         predict=guess(
             "Half of SmolLM2's weights are set to zero, the smallest of each matrix. By what "
             "factor does its perplexity grow?",
