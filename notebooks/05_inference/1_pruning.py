@@ -212,13 +212,13 @@ delta = found.weight - weight
 print(f"both sides agree: {abs(found.error / live.output_error(delta, damped) - 1) < 1e-6}")
 
 # %% [markdown]
-# How much of the output's energy does each method change? The surgeon is slow, so only 32 of the outputs are pruned. The fifth row keeps SparseGPT's mask and solves for the best weights:
+# How much of the output's energy does each method change? The surgeon is slow, so only 16 of the outputs are pruned. The fifth row keeps SparseGPT's mask and solves for the best weights:
 
 # %% tags=["nbval-check-output"]
 count = live.products(model)
 print(f"multiplications for half of all weights: surgery {count['surgery'] / 1e9:.0f} billion,")
 print(f"SparseGPT's walk {count['SparseGPT'] / 1e9:.1f} billion")
-live.errors_table(live.layer_errors(weight[:32], hessian))
+live.errors_table(live.layer_errors(weight[:16], hessian))
 
 # %% [markdown]
 # **Coupled groups** are found by trying: set one column of one matrix to zero, and see what else stops mattering.
