@@ -356,7 +356,7 @@ tables.structures_table(structured)
 
 # %% [markdown]
 # **Healing.** A few steps of training win some of it back. After single weights were removed, all that is left is trained with the mask held; after structures, a LoRA (two thin matrices beside each weight) is trained
-# and merged. LoRAPrune (Zhang et al., 2023) prunes *while* it trains one. How much comes back depends on how much was lost:
+# and merged. LoRAPrune (Zhang et al., 2023) prunes *while* it trains one. Compare what comes back with what was lost:
 
 # %% tags=["nbval-check-output"]
 from effnb.chapters.inference.pruning import training
@@ -633,7 +633,7 @@ exercises.movement.solution()
 # %% [markdown]
 # ## Gallery
 #
-# All of these are in the package. Those that need no training are in the panel.
+# All of these are in the package; Taylor, OBD, heads, ShortGPT and width are in the panel too.
 #
 # **Taylor and SNIP** (Molchanov et al., 2019; Lee et al., 2018). $S = |w\,g|$: what the loss changes to first order when a weight goes. SNIP takes it at the random start, before any training. Use it where a backward pass is affordable, SNIP where even dense training is not.
 #
@@ -647,11 +647,11 @@ exercises.movement.solution()
 #
 # **LoRAPrune** (Zhang et al., 2023). Only a LoRA has gradients, so $\hat G = \partial B\, A + B\, \partial A - \partial B\, \partial A$ replaces the weight's own. Use it when the model fits into memory and its gradients do not.
 #
-# **ShortGPT and runs of layers** (Men et al., 2024; Gromov et al., 2024). Drop the blocks of least influence, $1 - \mathbb{E}\cos(h_l, h_{l+1})$, or the run of neighbouring blocks that turns the residual stream least. Use it for the most speed with the least work, and heal afterwards.
+# **ShortGPT and runs of blocks** (Men et al., 2024; Gromov et al., 2024). Drop the blocks of least influence, $1 - \mathbb{E}\cos(h_l, h_{l+1})$, or the run of neighbouring blocks that turns the residual stream least. Use it for the most speed with the least work, and heal afterwards.
 #
 # **Width** (Minitron; Muralidharan et al., 2024). Heads, neurons and channels of the residual stream by their mean activation. Use it when there is no room for gradients.
 #
-# **Sharing the sparsity.** The same share for every layer is a habit. One threshold over all scores lets them decide; measured *sensitivity* prunes each layer alone and takes most from those that mind least:
+# **Sharing the sparsity.** The same share for every layer is a habit. One threshold over all scores decides for all of them; measured *sensitivity* prunes each layer alone and takes most from those that mind least:
 
 # %% tags=["nbval-check-output"]
 print(tables.allocation_said(tables.stored("allocation").data["table"]))
