@@ -18,7 +18,7 @@ from effnb.chapters.inference.pruning import (
 from effnb.core.outliers import inject_outliers
 from effnb.inference import pruning
 from effnb.lab import load, results
-from effnb.lab.stored_rows import Change
+from effnb.lab.changes import Change
 
 EXERCISES = [exercises.storage, exercises.wanda, exercises.surgery, exercises.movement]
 
@@ -285,7 +285,7 @@ def test_seeds_of_domains_are_averaged():
     found = tables.by_domain(rows)
     assert found["Wanda, 70 %"]["novel"] == pytest.approx([4.4, 4.4])
     assert tables.domains_said(rows) == (
-        "Wanda, 70 %: novel loses most in nats (+0.400) and in per cent."
+        "Wanda, 70 %: most nats are lost on novel (+0.400), most per cent on novel (+10.0)."
     )
 
 
@@ -473,7 +473,8 @@ def test_the_panel_of_storage_counts_by_the_formulas():
 
 def test_a_change_that_is_not_decided_is_said_to_be_so():
     open_ = Change(0.1, -0.1, 0.3)
-    assert "indistinguishable" in open_.than("the original")
+    said = tables.than(open_, "the original")
+    assert said == "indistinguishable from the original (+0.100 [−0.100, +0.300] nats)"
 
 
 def test_injection_is_that_of_the_core(llama, ids):

@@ -15,8 +15,8 @@ from effnb.chapters.inference.pruning import tables
 from effnb.chapters.inference.pruning.methods import Learned
 from effnb.inference import pruning
 from effnb.lab import PALETTE, figure, name_lines
+from effnb.lab.changes import Row, if_measured
 from effnb.lab.figures import CaptionedFigure
-from effnb.lab.stored_rows import Row, if_measured
 
 METHODS = {
     "magnitude": PALETTE[1],

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from effnb.chapters.inference.pruning import tables
 from effnb.inference import pruning
 from effnb.lab import PALETTE, knob, panel
+from effnb.lab.changes import Change, Row, if_measured
 from effnb.lab.panels import Panel, guess
-from effnb.lab.stored_rows import Change, Row, if_measured
 
 # --- three methods on two models ------------------------------------------------------------------
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from effnb.lab import domains, results
-from effnb.lab.stored_rows import Change, Row, if_measured, mean_windows, pick, spoken, tidy
+from effnb.chapters.inference.quantization.tables import KNOWN, rises
+from effnb.chapters.inference.quantization.tables import domains_table as table_of_domains
+from effnb.lab import results
+from effnb.lab.changes import Change, Row, if_measured, mean_windows, pick, spoken, tidy
 from effnb.lab.tables import NOT_MEASURED, Table, table
 
 Setting = float | str
@@ -35,6 +37,12 @@ def stored(part: str) -> results.StoredResult:
 def label(setting: Setting) -> str:
     """A setting in words."""
     return setting if isinstance(setting, str) else f"{100 * setting:g} %"
+
+
+def than(change: Change, other: str) -> str:
+    """The word and the number: better than OTHER (…), indistinguishable from OTHER (…)."""
+    link = "than" if change.decided else "from"
+    return f"{change.word()} {link} {other} ({change.number()} nats)"
 
 
 def original(rows: Sequence[Row]) -> list[float]:
@@ -83,7 +91,7 @@ def harm_said(model: str, rows: Sequence[Row], asked: Sequence[tuple[str, Settin
         change = rise(rows, method, setting)
         if change is None:
             continue
-        parts.append(f"{label(setting)} removed by {method}: {change.than('the original')}")
+        parts.append(f"{label(setting)} removed by {method}: {than(change, 'the original')}")
     return f"{model}. {'; '.join(parts)}."
 
 
@@ -150,8 +158,8 @@ def rounded_said(rows: Sequence[Row]) -> str:
     walk, beside = Change.between(together, after), Change.between(together, dense)
     return (
         "Half of the weights removed and the rest in 4 bits, in one walk: "
-        f"{walk.than('rounding afterwards')}, and "
-        f"{beside.than('GPTQ at 3 bits with nothing removed')}."
+        f"{than(walk, 'rounding afterwards')}, and "
+        f"{than(beside, 'GPTQ at 3 bits with nothing removed')}."
     )
 
 
@@ -212,7 +220,7 @@ def allocation_said(rows: Sequence[Row], sparsity: float = 0.7) -> str:
         found = pick(rows, by=by, method="magnitude", sparsity=sparsity)
         if by != "uniform" and found:
             change = Change.between(found[0]["windows"], same)
-            parts.append(f"{name} is {change.than('the same share for every layer')}")
+            parts.append(f"{name} is {than(change, 'the same share for every layer')}")
     return f"mini-5m, magnitude, {label(sparsity)} removed: {'; '.join(parts)}."
 
 
@@ -238,15 +246,23 @@ def by_domain(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
 @if_measured
 def domains_table(rows: Sequence[Row]) -> Table:
     """The rise of the loss in each domain, in nats and in per cent of the original's."""
-    return domains.domains_table(by_domain(rows))
+    return table_of_domains(by_domain(rows))
 
 
 @if_measured
 def domains_said(rows: Sequence[Row], sparsity: float = 0.7) -> str:
-    """Which known domain each method hurts most, in nats and in per cent."""
-    found = by_domain(rows)
-    asked = [name for name in found if name.endswith(f", {label(sparsity)}")]
-    return domains.domains_said(found, asked)
+    """Which known domain loses most by each method, in nats and in per cent."""
+    found, said = by_domain(rows), []
+    for name in found:
+        if name.endswith(f", {label(sparsity)}"):
+            nats = {domain: rises(found, name, domain).mean for domain in KNOWN}
+            share = {d: 100 * nats[d] / fmean(found["original"][d]) for d in KNOWN}
+            most, most_share = max(nats, key=nats.get), max(share, key=share.get)
+            said.append(
+                f"{name}: most nats are lost on {most} ({nats[most]:+.3f}), most per cent on "
+                f"{most_share} ({share[most_share]:+.1f})."
+            )
+    return " ".join(said)
 
 
 # --- whole structures -----------------------------------------------------------------------------
@@ -313,7 +329,7 @@ def structures_said(rows: Sequence[Row]) -> str:
     change = Change.between(losses(rows, "LLM-Pruner", 0.2), losses(rows, "random", 0.2))
     return (
         f"Nats lost for each per cent of the blocks' weights: {each}. LLM-Pruner's heads and "
-        f"neurons are {change.than('random ones')}."
+        f"neurons are {than(change, 'random ones')}."
     )
 
 

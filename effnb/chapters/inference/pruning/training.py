@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from effnb.lab.stored_rows import Change, Row, if_measured, pick, spoken, tidy
+from effnb.chapters.inference.pruning.tables import than
+from effnb.lab.changes import Change, Row, if_measured, pick, spoken, tidy
 from effnb.lab.tables import NOT_MEASURED, Table, table
 
 
@@ -76,7 +77,7 @@ def healing_said(recovery: Sequence[Row], healing: Sequence[Row]) -> str:
             by_seed(healing, method="LLM-Pruner", amount=amount),
         )
         said.append(
-            f"With {share} removed LoRAPrune is {change.than('LLM-Pruner, healed afterwards')}."
+            f"With {share} removed LoRAPrune is {than(change, 'LLM-Pruner, healed afterwards')}."
         )
     return " ".join(said)
 
@@ -130,7 +131,7 @@ def training_said(rows: Sequence[Row]) -> str:
         parts = []
         for way in WAYS[:2]:
             change = Change.between(moved, by_seed(rows, method=way, sparsity=sparsity))
-            parts.append(change.than(way))
+            parts.append(than(change, way))
         said.append(f"At {sparsity:.0%} removed, movement is {spoken(parts)}.")
     return " ".join(said)
 
@@ -194,5 +195,5 @@ def tickets_said(rows: Sequence[Row]) -> str:
     parts = []
     for key, name in (("re-drawn", "other starting weights"), ("random mask", "random masks")):
         change = Change.between(own, [row[key][-1] for row in found])
-        parts.append(change.than(name))
+        parts.append(than(change, name))
     return f"With {share_left(share)} of the weights left, tickets are {spoken(parts)}."

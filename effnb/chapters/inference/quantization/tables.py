@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from effnb.inference import quantization
-from effnb.lab import domains, results
-from effnb.lab.stored_rows import Change, Row, if_measured, mean_windows, pick, spoken, tidy
+from effnb.lab import results
+from effnb.lab.changes import Change, Row, if_measured, mean_windows, pick, spoken, tidy
 from effnb.lab.tables import NOT_MEASURED, Table, table
 
 SETTINGS = ((4, "row"), (4, "64"), (3, "row"), (3, "64"), (2, "row"), (2, "64"))
@@ -312,16 +312,48 @@ def mixed_said(mixed: Row) -> str:
 
 # --- domains --------------------------------------------------------------------------------------
 
+KNOWN = ("novel", "Bible", "packages")
+"""The domains that the model was trained on."""
 
-def domains_table(found: Row) -> Table:
-    """The rise of the loss in each domain, in nats and in per cent of the original's."""
-    return domains.domains_table(found)
+
+def rises(table: Row, setting: str, domain: str) -> Change:
+    """The rise of the loss in one domain, in nats per token, window by window."""
+    return Change.between(table[setting][domain], table["original"][domain])
 
 
 @if_measured
-def domains_said(found: Row) -> str:
+def domains_table(found: Row) -> Table:
+    """The rise of the loss in each domain, in nats and in per cent of the original's."""
+    lines = []
+    for setting in found:
+        if setting == "original":
+            continue
+        line = {"setting": setting}
+        for domain in found[setting]:
+            rise, base = rises(found, setting, domain).mean, fmean(found["original"][domain])
+            share = tidy(100 * rise / base, 1)
+            line[domain.replace("packages in ", "")] = f"{tidy(rise):+.3f} ({share:+.1f} %)"
+        lines.append(line)
+    return table(
+        lines,
+        caption="mini-5m: the rise of the loss in nats per token and, in brackets, in per cent of "
+        "the original's loss. The last three columns are languages that it never learned.",
+    )
+
+
+@if_measured
+def domains_said(table: Row) -> str:
     """Which known domain each setting of rounding to nearest hurts most, in nats and per cent."""
-    return domains.domains_said(found, (name for name in found if name.startswith("RTN")))
+    said = []
+    for setting in table:
+        if not setting.startswith("RTN"):
+            continue
+        nats = {d: rises(table, setting, d).mean for d in KNOWN}
+        share = {d: nats[d] / fmean(table["original"][d]) for d in KNOWN}
+        most, most_share = max(nats, key=nats.get), max(share, key=share.get)
+        ending = "and in per cent" if most == most_share else f"but in per cent {most_share} does"
+        said.append(f"{setting}: {most} loses most in nats ({nats[most]:+.3f}) {ending}.")
+    return " ".join(said)
 
 
 # --- the key-value cache --------------------------------------------------------------------------

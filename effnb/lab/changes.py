@@ -1,10 +1,9 @@
-"""What chapters ask of the rows of stored results: picking, means over seeds, paired changes.
+"""Stored rows, and how two settings of them differ: pick, average, compare, and say so in words.
 
-    change = Change.between(mean_windows(pick(rows, method="Wanda")), original["windows"])
-    f"Wanda is {change.word()}: {change.number()} nats"
+    before, after = (mean_windows(pick(rows, method=name)) for name in ("SVD", "SVD-LLM"))
+    Change.between(after, before).word()
 
-Sentences of chapters are put together from such numbers, so that they stay true when everything is
-measured again.
+What companions of chapters share to put sentences together from stored tables.
 """
 
 from __future__ import annotations
@@ -32,24 +31,9 @@ def if_measured(function: Callable[..., Any]) -> Callable[..., Any]:
     return careful
 
 
-def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """The rows whose entries are as wanted; entries that a row does not have are None."""
-    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
-
-
-def mean_windows(rows: Iterable[Row]) -> list[float]:
-    """The loss of each window, averaged over the rows of several calibration seeds."""
-    return [fmean(losses) for losses in zip(*(row["windows"] for row in rows), strict=True)]
-
-
 def tidy(value: float, digits: int = 3) -> float:
     """A number as it is printed, without the sign of a zero."""
     return round(value, digits) + 0.0
-
-
-def spoken(parts: Sequence[str]) -> str:
-    """A list as English joins it: a, b and c."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +81,17 @@ class Change:
             return "indistinguishable"
         return "better" if (self.mean < 0) == lower_is_better else "worse"
 
-    def than(self, other: str, digits: int = 3, lower_is_better: bool = True) -> str:
-        """The word and the number in nats: better than OTHER (…), indistinguishable from it (…)."""
-        link = "than" if self.decided else "from"
-        return f"{self.word(lower_is_better)} {link} {other} ({self.number(digits)} nats)"
+
+def mean_windows(rows: Iterable[Row]) -> list[float]:
+    """The loss of each window, averaged over the rows of several calibration seeds."""
+    return [fmean(losses) for losses in zip(*(row["windows"] for row in rows), strict=True)]
+
+
+def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows whose entries are as wanted; entries that a row does not have are None."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def spoken(parts: Sequence[str]) -> str:
+    """A list as English joins it: a, b and c."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
