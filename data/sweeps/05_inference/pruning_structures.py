@@ -190,7 +190,7 @@ def _smollm2_of(bench: Bench, table: Table, seed: int) -> None:
     for method in ("magnitude", "Wanda") if seed == 0 else ("Wanda",):
         for amount in (0.3, 0.5, 0.6, "2:4"):
             add(sparse, method, amount, method)
-    for amount in (0.5, "2:4"):
+    for amount in (0.3, 0.5, 0.6, "2:4"):
         add(sparse, "SparseGPT", amount, "SparseGPT")
     for method, amount in (
         ("LLM-Pruner", 0.2), ("random", 0.2), ("ShortGPT", 3), ("ShortGPT", 6)

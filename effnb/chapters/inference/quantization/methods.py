@@ -16,9 +16,9 @@ from effnb.core.outliers import inject_outliers
 from effnb.evaluation import decode_tokens_per_second, retrieval
 from effnb.inference import quantization
 from effnb.inference.quantization.activations import activation_codes
-from effnb.lab import corpora, load
-from effnb.lab.bench import PANEL_WINDOWS, Bench
-from effnb.lab.quality import Quality, Subject
+from effnb.lab import corpora, load, subjects
+from effnb.lab.bench import Bench
+from effnb.lab.quality import Subject
 
 GROUPS: dict[str, quantization.Granularity] = {"row": "row", "64": 64}
 """The panel's group sizes by name."""
@@ -110,13 +110,7 @@ def evaluated(model: nn.Module) -> nn.Module:
 
 def subject(bench: Bench) -> Subject:
     """The bench's model and the panel's look at it; the size is that of the packed form."""
-
-    def look(model: nn.Module) -> Quality:
-        found = bench.look(evaluated(model), panel=True, stored=model)
-        losses = found.window_nats_per_token
-        return Quality(losses, found.correct, found.bytes, found.text)
-
-    return Subject(bench.model, look, documents=bench.documents[:PANEL_WINDOWS])
+    return subjects.subject(bench, evaluated)
 
 
 def hessians(model: nn.Module, calibration: Int[Tensor, "batch time"]) -> dict[str, Tensor]:
