@@ -18,7 +18,6 @@ from pathlib import Path
 import nbformat
 
 NOT_YET_SLIMMED = (
-    "05_inference/1_pruning",
     "05_inference/2_low_rank",
     "06_hardware/2_codesign",
 )
