@@ -14,7 +14,7 @@ from effnb.chapters.hardware.codesign import tables
 from effnb.chapters.hardware.codesign.roofs import Gpu, Machine
 from effnb.chapters.inference.quantization.tables import if_measured
 from effnb.hardware.codesign.roofline import Roof
-from effnb.lab import PALETTE, figure, name_lines
+from effnb.lab import PALETTE, figure
 from effnb.lab.figures import CaptionedFigure
 
 Row = Mapping[str, Any]
@@ -123,7 +123,7 @@ def curves(rows: Sequence[Row]) -> CaptionedFigure:
         axes.set_xlabel("pairs of query and key computed, share of all")
         axes.set_ylabel("nats above the original")
         axes.xaxis.set_major_formatter("{x:.0%}")
-        name_lines(axes)
+        axes.legend(loc="upper center")
 
     return figure(
         draw,

@@ -109,6 +109,7 @@ def _draw_product(result: Product, fig: Figure) -> None:
     left.barh(range(3), [1e6 * t for t in bars.values()], color=colours, height=0.6)
     left.set_yticks(range(3), list(bars))
     left.invert_yaxis()
+    left.xaxis.set_major_formatter("{x:,g}")
     left.set_xlabel("microseconds")
     roof_line(right, result.roof)
     x = result.work.operations_per_byte
@@ -170,8 +171,15 @@ def attention(subject: Attention, rows: Sequence[Row]) -> Panel:
             "the original's": fmean(result.was.correct),
             "best keys found": result.now.record.recall,
         }
+        count = len(result.now.correct)
+        errors = [math.sqrt(a * (1 - a) / count) for a in list(bars.values())[:2]]
         right.barh(
-            range(3), list(bars.values()), color=(PALETTE[1], PALETTE[2], PALETTE[0]), height=0.6
+            range(3),
+            list(bars.values()),
+            xerr=[*errors, 0],
+            color=(PALETTE[1], PALETTE[2], PALETTE[0]),
+            ecolor=GREY,
+            height=0.6,
         )
         right.set_yticks(range(3), list(bars))
         right.invert_yaxis()
@@ -183,8 +191,8 @@ def attention(subject: Attention, rows: Sequence[Row]) -> Panel:
         draw,
         text=_say_pruned,
         title="Prune mini-5m's attention",
-        caption="Left: your setting with its 95 % interval, among the stored curves in grey. "
-        "Right: questions about package descriptions, and the 16 best keys of each query.",
+        caption="Left: your setting with its 95 % interval; in grey the stored curves, of longer "
+        "texts. Right: questions about package descriptions, and the 16 best keys of each query.",
         figsize=(6.8, 2.2),
         frames={"method": ["SpAtten, tokens averaged", "SpAtten, tokens summed", "Energon"]},
         predict=guess(

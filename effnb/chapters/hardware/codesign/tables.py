@@ -300,12 +300,12 @@ def minilm_said(rows: Sequence[Row]) -> str:
             found_first(found[f"{share} of the tokens, at random"]),
         )
         word = _against(change, lower_is_better=False)
-        said.append(f"with {share} of the tokens it is {word} ({_points(change)} points)")
+        said.append(f"{word} with {share} of the tokens ({_points(change)} points)")
     first = next(name for name in found if name.startswith("Energon"))
     change = Change.between(found_first(found[first]), found_first(found["everything"]))
     word = _against(change, "the original", lower_is_better=False)
     return (
-        f"When attention chooses, {spoken(said)}. {first} computes "
+        f"A choice by attention is {spoken(said)}. {first} computes "
         f"{found[first][0]['pair_share']:.0%} of the pairs and is {word} "
         f"({_points(change)} points)."
     )
