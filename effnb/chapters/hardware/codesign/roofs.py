@@ -140,7 +140,7 @@ def kernels_table(gpu: Gpu) -> Table:
                 ),
                 "wait for memory": f"{waiting} of {len(cases)}",
                 "of the roof": _range(shares, ".0%") if shares else None,
-                "best peer's time / ours": _range(times, ".2f") if times else None,
+                "best measured peer / ours": _range(times, ".2f") if times else None,
             }
         )
     how = f"Times: {gpu.name}." if gpu.measured else "No GPU has run them for this book yet."
