@@ -129,8 +129,8 @@ roofs.gains_table()
 # A **GPU kernel** is a small program that a GPU runs many times side by side, each time on another part of the data. (The *Jupyter kernel*, which runs this page's Python, only shares the name.) Two ways of writing
 # it move fewer bytes for the very same result.
 #
-# **Fusion.** A chain of $k$ element-wise steps over $n$ numbers moves $2kn$ numbers when each step is a GPU kernel, and $2n$ when one GPU kernel does them all. On your processor, working block by block has the
-# same effect, because a block stays in the cache between steps:
+# **Fusion.** A chain of $k$ element-wise steps over $n$ numbers moves $2kn$ numbers when each step is a GPU kernel, and $2n$ when one GPU kernel does them all. Your processor can do the same by
+# working block by block, since a small block stays in its cache between the steps:
 
 # %%
 print(roofs.fusion_said())
@@ -216,7 +216,8 @@ from effnb.lab.bench import Bench
 
 bench = Bench("mini-5m")
 subject = live.Attention(bench)
-print("logits unchanged:", subject.unchanged())
+for name, same in subject.unchanged().items():
+    print(f"{name} that keeps everything leaves the logits unchanged: {same}")
 
 # %% [markdown]
 # GShard's layer is two `einsum`s around the experts, and `exchange`, twice, between them:

@@ -74,7 +74,7 @@ def roofs(machine: Machine, gpu: Gpu) -> CaptionedFigure:
         f"{max(machine.seconds)}. Right, the same shape for {gpu.roof.name}: "
         f"{gpu.roof.bytes_per_second / 1e12:.2f} trillion bytes and "
         f"{gpu.roof.operations_per_second / 1e12:.0f} trillion operations per second.",
-        figsize=(6.8, 2.8),
+        figsize=(6.4, 2.5),
     )
 
 
@@ -135,5 +135,5 @@ def curves(rows: Sequence[Row]) -> CaptionedFigure:
             for name, found in points.items()
         )
         + ".",
-        figsize=(6.8, 2.9),
+        figsize=(6.4, 2.6),
     )

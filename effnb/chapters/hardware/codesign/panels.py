@@ -80,8 +80,8 @@ def together(machine: roofs.Machine) -> Panel:
         title="Many tokens at once",
         caption="Left: time of one token, of all at once, and of all one after another. Right: "
         "the product under its roof.",
-        figsize=(6.8, 2.1),
-        frames=[1, 16, 256],
+        figsize=(6.4, 2.0),
+        frames=[16, 256],
         predict=guess(
             "A layer is multiplied with 16 tokens at once. How many times as long as one token do "
             "they take on this machine?",
@@ -193,7 +193,7 @@ def attention(subject: Attention, rows: Sequence[Row]) -> Panel:
         title="Prune mini-5m's attention",
         caption="Left: your setting with its 95 % interval; in grey the stored curves, of longer "
         "texts. Right: questions about package descriptions, and the 16 best keys of each query.",
-        figsize=(6.8, 2.2),
+        figsize=(6.4, 2.1),
         frames={"method": ["SpAtten, tokens averaged", "SpAtten, tokens summed", "Energon"]},
         predict=guess(
             "Tokens are dropped by their summed attention until a quarter is left in the last "
@@ -267,8 +267,8 @@ def devices(states: Float[Tensor, "groups tokens model"]) -> Panel:
         title="More devices, more experts",
         caption="Left: how many tokens want each expert, and how many it takes. Right: least times "
         "of one device, from an A100's data sheet and the rate of its link.",
-        figsize=(6.8, 2.1),
-        frames=[2, 4, 32],
+        figsize=(6.4, 2.0),
+        frames=[2, 32],
         predict=guess(
             "Each of 32 devices has two experts of width 2,048 and a link of 50 GB/s. How many "
             "times as long as the computation does the exchange take, at least?",
@@ -279,7 +279,7 @@ def devices(states: Float[Tensor, "groups tokens model"]) -> Panel:
         ignored=lambda values: (
             {"link": "one device sends nothing"} if values["devices"] == 1 else {}
         ),
-        devices=knob([1, 2, 4, 8, 16, 32], default=4),
+        devices=knob([1, 2, 4, 8, 16, 32], default=2),
         hidden=knob([512, 2048, 8192], default=2048, label="width of an expert"),
         each=knob([1, 2, 4], default=2, label="experts per device"),
         factor=knob([0.5, 1.0, 1.25, 2.0], default=1.0, label="capacity factor"),
