@@ -60,8 +60,8 @@ machine = roofs.measured()
 panels.together(machine)
 
 # %% [markdown]
-# All tokens share one weight, and fetching it takes most of the time. So the second token costs little, up to the point where the arithmetic takes over. Choose a GPU in the panel to see its data sheet's version of
-# this. Here are all measurements in one picture:
+# All tokens share one weight, and for a single token, fetching it takes most of the time. More tokens cost little extra, up to the point where the arithmetic takes over. Choose a GPU in the panel to see what its data sheet
+# allows. Here are all measurements in one picture:
 
 # %%
 from effnb.chapters.hardware.codesign import drawings
@@ -111,7 +111,7 @@ print(f"intensity: {work.operations_per_byte:.2f} operations per byte")
 roofs.waiting_table()
 
 # %% [markdown]
-# More sequences share each fetch of the weights. That moves them to the right, but with a long context not far enough: each sequence has its own cache, which no batch makes smaller. The last line takes that cache away, and
+# More sequences share each fetch of the weights. That moves them to the right under the roof, but with a long context not far enough: each sequence has its own cache, which no batch makes smaller. The last line takes that cache away, and
 # the waiting ends. That is why there are methods for the cache alone.
 #
 # ### What few bits and zeros can gain
@@ -122,7 +122,7 @@ roofs.waiting_table()
 roofs.gains_table()
 
 # %% [markdown]
-# Four bits gain the most for one token, and nothing for a long prompt: there, weights are unpacked and multiplied in 16 bits as before. Zeros that the hardware does not know about gain nothing, however many they are.
+# Four bits gain most where tokens are few, and nothing for a long prompt: there, weights are unpacked and multiplied in 16 bits as before. Zeros that the hardware does not know about gain nothing, however many they are.
 #
 # ### Fusion and tiling
 #
@@ -165,7 +165,7 @@ from effnb.hardware.codesign import attention_pruning
 
 P = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.4, 0.0], [0.2, 0.3, 0.5]])[None, None]
 total = attention_pruning.token_importance(P)[0, 0]
-average = total / torch.tensor([3, 2, 1])  # so many queries could see each token
+average = total / torch.tensor([3, 2, 1])  # queries that could see each token
 for name, score in (("summed", total), ("averaged", average)):
     kept = attention_pruning.keep_top(score, 2).tolist()
     print(f"{name:9}", *(f"{s:.2f}" for s in score), " keep two:", kept)
@@ -294,7 +294,7 @@ print(experts.grown_said(grown.data))
 experts.grown_table(grown.data)
 
 # %% [markdown]
-# Devices share weights and operations. The exchange grows with their number, but to a limit: two devices send half of their tokens away, four send three quarters. More experts at the same capacity factor send no more, since each has fewer slots. Time need not shrink in
+# Devices share weights and operations. The exchange grows with their number, in bytes per operation, but to a limit: two devices send half of their tokens away, four send three quarters. More experts at the same capacity factor send no more, since each has fewer slots. Time need not shrink in
 # proportion, because sending and receiving is work too:
 
 # %%
@@ -303,7 +303,7 @@ experts.work_table(grown.data, clock.data)
 # %% [markdown]
 # ## What it costs and saves
 #
-# The cost card compares the pruned model with the original on *this* machine. An ordinary processor reads whole cache lines and multiplies whole vectors; to leave out a key it would first have to know which, and choosing is work too.
+# The cost card compares the pruned model with the original on *this* machine. An ordinary processor reads whole cache lines, runs of neighbouring bytes, and multiplies whole vectors; to leave out a key it would first have to know which, and choosing is work too.
 
 # %%
 from effnb.hardware.codesign import spatten
@@ -527,5 +527,5 @@ tables.bits_table(rows)
 #
 # ## Further reading
 #
-# Williams, Waterman, Patterson, *Roofline*, Communications of the ACM 52(4), 2009. Wang, Zhang, Han, *SpAtten*, 2021, arXiv 2012.09852. Zhou et al., *Energon*, 2021, arXiv 2110.09310. Lepikhin et al., *GShard*, 2020, arXiv 2006.16668.
+# Williams, Waterman, Patterson, *Roofline*, Communications of the ACM 52(4), 2009. Austin et al., *How to Scale Your Model*, online, 2025. Wang, Zhang, Han, *SpAtten*, 2021, arXiv 2012.09852. Zhou et al., *Energon*, 2021, arXiv 2110.09310. Lepikhin et al., *GShard*, 2020, arXiv 2006.16668.
 # Frantar et al., *MARLIN*, 2024, arXiv 2408.11743. Sun et al., *Retentive Network*, 2023, arXiv 2307.08621. Treviso et al., survey, 2023, arXiv 2209.00099.

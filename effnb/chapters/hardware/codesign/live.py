@@ -25,7 +25,7 @@ from effnb.lab.walk import walk
 TOKENS = 256
 """Tokens of each window that the panel reads."""
 TOP_K = 16
-"""The panel counts how many of so many best keys are found."""
+"""Best keys of each query, of which the panel counts those that were kept."""
 
 PRUNERS: dict[str, Callable[..., nn.Module]] = {
     "SpAtten, tokens averaged": lambda model, keep: spatten(
@@ -118,7 +118,7 @@ class Attention:
 
 @torch.inference_mode()
 def answers(bench: Bench, model: nn.Module, questions: int = PANEL_QUESTIONS) -> list[bool]:
-    """Which questions are answered right, each continuation behind a context of its own.
+    """Which questions are answered right, each continuation behind its own context.
 
     The bench lays continuations side by side, where a cascade would judge keys by all of them.
     The score is the bench's: the likelihood that the context adds.

@@ -40,7 +40,7 @@ class Machine:
         return roofline.matmul(tokens, WIDTH, WIDTH, weight_bits=32, activation_bits=32)
 
     def ratio(self, tokens: int) -> float:
-        """How many times as long as one token so many take at once."""
+        """The time of these tokens at once over that of one token."""
         return self.seconds[tokens] / self.seconds[1]
 
 
