@@ -224,7 +224,10 @@ def order_problems(source: Notebook) -> Iterator[str]:
 
 
 def private_names(source: Notebook) -> Iterator[str]:
-    """Private names that a chapter imports or reaches for, as sentences."""
+    """Private names that a chapter imports or reaches for, as sentences.
+
+    Names with an underscore at either end, such as `_repr_html_`, are hooks that IPython looks for.
+    """
     found: set[str] = set()
     for cell in source.cells:
         if cell.cell_type != "code":
@@ -241,7 +244,7 @@ def private_names(source: Notebook) -> Iterator[str]:
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 names = [f"{node.value.id}.{node.attr}"]
-            found |= {name for name in names if re.search(r"(?:^|\.)_(?!_)", name)}
+            found |= {name for name in names if re.search(r"(?:^|\.)_(?!_)\w*(?<!_)(?:\.|$)", name)}
     for name in sorted(found):
         yield f"it uses the private name {name}."
 
