@@ -24,6 +24,8 @@ from effnb.lab.walk import walk
 
 TOKENS = 256
 """Tokens of each window that the panel reads."""
+BATCH = 32
+"""Continuations that are read at once."""
 TOP_K = 16
 """Best keys of each query, of which the panel counts those that were kept."""
 
@@ -125,22 +127,30 @@ def answers(bench: Bench, model: nn.Module, questions: int = PANEL_QUESTIONS) ->
     """
     device = next(model.parameters()).device
     encode = lambda text: bench.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    found = []
+    rows = []
     for item in bench.questions[:questions]:
         choices = [encode(choice) for choice in item.choices]
-        heads = ([bench.start, *encode(item.context)], [bench.start])
-        rows = [(head, choice) for head in heads for choice in choices]
-        ids = nn.utils.rnn.pad_sequence(
-            [torch.tensor(head + choice) for head, choice in rows], batch_first=True
-        )
-        logs = model(input_ids=ids.to(device), use_cache=False).logits.float().log_softmax(-1)
-        totals = [
-            float(logs[i, range(len(head) - 1, len(head) - 1 + len(choice)), choice].double().sum())
-            for i, (head, choice) in enumerate(rows)
-        ]
-        count = len(choices)
-        scores = ChoiceLikelihoods(tuple(totals[:count]), tuple(totals[count:]))
+        for head in ([bench.start, *encode(item.context)], [bench.start]):
+            rows += [(head, choice) for choice in choices]
+    totals = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
+    for start in range(0, len(rows), BATCH):  # rows of like length, so that few places are empty
+        part = order[start : start + BATCH]
+        texts = [torch.tensor(rows[i][0] + rows[i][1]) for i in part]
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
+        logits = model(input_ids=ids, use_cache=False).logits
+        for place, i in enumerate(part):
+            head, choice = rows[i]
+            scored = logits[place, len(head) - 1 : len(head) - 1 + len(choice)]
+            logs = scored.float().log_softmax(-1)
+            totals[i] = float(logs[range(len(choice)), choice].double().sum())
+    found, at = [], 0
+    for item in bench.questions[:questions]:
+        count = len(item.choices)
+        given, alone = totals[at : at + count], totals[at + count : at + 2 * count]
+        scores = ChoiceLikelihoods(tuple(given), tuple(alone))
         found.append(scores.best(item.choices, "pmi") == item.answer)
+        at += 2 * count
     return found
 
 

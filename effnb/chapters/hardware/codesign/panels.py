@@ -208,7 +208,7 @@ def attention(subject: Attention, rows: Sequence[Row]) -> Panel:
             else {"alpha": "only Energon has a threshold"}
         ),
         method=knob(list(PRUNERS), default="SpAtten, tokens averaged"),
-        keep=knob([1.0, 0.75, 0.5, 0.25, 0.125], default=0.25, label="keep"),
+        keep=knob([1.0, 0.5, 0.25, 0.125], default=0.25, label="keep"),
         alpha=knob([0.0, 0.25, 0.5], default=0.0, label="alpha (Energon)"),
     )
 
