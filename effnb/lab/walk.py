@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
-CODE, MADE = 60, 36
+CODE, MADE = 50, 31
 """Characters of a line that are shown, and of what it made."""
 
 
@@ -158,8 +158,8 @@ def described(value: Any) -> str | None:
     if not hasattr(data, "flat"):
         return str(data)
     shape = " x ".join(map(str, getattr(data, "shape", ()))) or "1"
-    first = ", ".join(f"{x:.3g}" for x in list(data.flat)[:3])
-    return f"{shape} {data.dtype}: {first}{' …' if data.size > 3 else ''}"
+    first = ", ".join(f"{x:.3g}" for x in list(data.flat)[:2])
+    return f"{shape} {data.dtype}: {first}{' …' if data.size > 2 else ''}"
 
 
 def _cut(words: str, most: int) -> str:

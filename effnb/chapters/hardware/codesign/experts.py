@@ -237,18 +237,16 @@ def work_table(data: Row, clock: Row) -> Table:
         one, two = timed.get((count, 1)), timed.get((count, 2))
         line: dict[str, Any] = {"experts": str(count)}
         for n in devices:
-            line[f"processor's time, {n} processes"] = (
-                median(of(rows, count, n)["busy_seconds"]) / alone
-            )
+            line[f"processor, {n} processes"] = median(of(rows, count, n)["busy_seconds"]) / alone
         if one and two:
-            line["by the clock, 2 processes"] = median(two["seconds"]) / median(one["seconds"])
-            line["of that, exchange"] = median(
+            line["clock, 2 processes"] = median(two["seconds"]) / median(one["seconds"])
+            line["exchange"] = median(
                 e / s for e, s in zip(two["exchange_seconds"], two["seconds"], strict=True)
             )
         found.append(line)
     columns = {name: ".2f" for line in found for name in line} | {"experts": ""}
-    if "of that, exchange" in columns:
-        columns["of that, exchange"] = ".0%"
+    if "exchange" in columns:
+        columns["exchange"] = ".0%"
     return table(
         found,
         columns,
