@@ -52,7 +52,7 @@ run_time("06_hardware/2_codesign")
 # %%
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # before a GPU kernel is imported: this page walks through two
+os.environ["TRITON_INTERPRET"] = "1"  # before a GPU kernel is imported
 
 from effnb.chapters.hardware.codesign import panels, roofs
 
@@ -311,7 +311,8 @@ from effnb.lab import compare_costs
 
 pruned = spatten(bench.model, token_keep=0.5, average=True)
 prompt = bench.windows[:1, :128]
-compare_costs(bench.model, pruned, prompt, labels=("original", "SpAtten, masked"), rounds=3)
+names = ("original", "SpAtten, masked")
+compare_costs(bench.model, pruned, prompt, labels=names, rounds=3)
 
 # %% [markdown]
 # What a chip would gain that fetches keys bit by bit, we can only **simulate**: a fixed number of bytes per cycle, an array of multipliers of four bits by four, and a unit that compares. The shares that go in were measured; the cycles that come out are
@@ -371,8 +372,10 @@ slots = gshard.capacity(64, 8)
 
 def dropped(parts, joined):
     """Choices that find their expert full, over all devices."""
-    rows = [(p.reshape(1, -1, 8), slots * len(p)) if joined else (p, slots) for p in parts]
-    return sum(gshard.route(scores, room).dropped_choices for scores, room in rows)
+    if joined:  # all groups of a device in one queue, with as much room together
+        parts = [part.reshape(1, -1, 8) for part in parts]
+    rooms = [slots * part.shape[1] // 64 for part in parts]
+    return sum(gshard.route(*one).dropped_choices for one in zip(parts, rooms))
 
 
 for name, joined in (("groups", False), ("one queue", True)):
