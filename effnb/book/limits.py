@@ -19,7 +19,6 @@ import nbformat
 
 NOT_YET_SLIMMED = (
     "05_inference/2_low_rank",
-    "06_hardware/2_codesign",
 )
 """Chapters that do not meet the limits yet; a test fails when one of them does."""
 
@@ -222,7 +221,10 @@ def order_problems(source: Notebook) -> Iterator[str]:
 
 
 def private_names(source: Notebook) -> Iterator[str]:
-    """Private names that a chapter imports or reaches for, as sentences."""
+    """Private names that a chapter imports or reaches for, as sentences.
+
+    Names with an underscore at either end, such as `_repr_html_`, are hooks that IPython looks for.
+    """
     found: set[str] = set()
     for cell in source.cells:
         if cell.cell_type != "code":

@@ -4,6 +4,7 @@ import nbformat
 import pytest
 
 from effnb.book import build, limits
+from effnb.book.first_cell import first_cell
 
 TITLE = "# Rounding\n\n**Fewer bits are enough.**"
 SECTIONS = [names[0] for names in limits.ORDER]
@@ -149,6 +150,13 @@ HINT = markdown(
 def test_an_answer_outside_of_the_solution_is_found(found, cell, said):
     (problem,) = found(chapter(STUB, cell, SOLUTION))
     assert said in problem
+
+
+def test_hooks_that_ipython_looks_for_are_not_private(found):
+    """Such as the one of every chapter's first cell, which must not be a violation itself."""
+    first = code(first_cell("05_inference/1_pruning"), "run-time")
+    assert "_render_traceback_" in first.source
+    assert found(chapter(first, code("shown._repr_html_()"))) == []
 
 
 def test_a_stub_and_a_hint_that_only_hints_are_fine(found):

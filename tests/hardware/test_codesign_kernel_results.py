@@ -10,7 +10,6 @@ from effnb.hardware.codesign.kernel_results import (
     Contestant,
     gpu_roof,
     kernel_cases,
-    kernel_table,
     measured_on,
 )
 from effnb.hardware.codesign.roofline import DATA_SHEETS
@@ -57,7 +56,6 @@ def on_none():
 
 def test_the_words_are_the_benchmarks():
     assert kernel_results.FOR_SCALE == bench.OTHER
-    assert kernel_results.NOT_MEASURED == bench.NOT_MEASURED
 
 
 def test_measured_ceilings_replace_the_data_sheet(on_a_gpu):
@@ -98,26 +96,6 @@ def test_cases_hold_ours_and_the_fastest_rival(on_a_gpu):
         "Liger",
     ]
     assert rope.best_peer is None
-
-
-def test_the_table_of_a_measured_run(on_a_gpu):
-    table = kernel_table(kernel_cases(*on_a_gpu), gpu_roof(*on_a_gpu, SHEET)[0])
-    lora, m1, rope, t16, absent = table.splitlines()
-    assert (lora, rope) == ("lora", "rope")
-    assert "3.3 per byte, memory      200.0 µs   50% of the roofline" in m1
-    assert m1.endswith("0.75 times as fast as peft")
-    assert "15625.0 per byte, compute" in t16 and t16.endswith("25% of the roofline")
-    assert absent == "Liger: not measured: liger_kernel cannot be imported here."
-
-
-def test_the_table_of_a_run_without_a_gpu(on_none):
-    cases = kernel_cases(*on_none)
-    lines = kernel_table(cases, SHEET).splitlines()
-    shapes = [line for line in lines if line.startswith("  ")]
-    assert len(shapes) == len(cases) == len(on_none[0]["timings"])
-    assert all(line.endswith("not measured") and "µs" not in line for line in shapes)
-    assert {case.kernel for case in cases} == set(lines) - set(shapes)
-    assert all(case.best_peer is None for case in cases)
 
 
 def test_a_case_without_ours_is_refused(on_a_gpu):

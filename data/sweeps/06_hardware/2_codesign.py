@@ -3,7 +3,7 @@
     python data/sweeps/06_hardware/2_codesign.py [attention] [minilm] [experts] [scaling]
 
 attention  `mini-5m` with SpAtten's and Energon's attention: losses, shares and recall per window
-minilm     `minilm-l6` with both: retrieval quality
+minilm     `minilm-l6` with both: the rank of each query's own document
 experts    GShard's layer with 4, 8 and 16 experts on 1, 2 and 4 processes of this machine: bytes
            and operations counted, the processor's time, results equal to a loop over tokens
 scaling    the same on 1 and 2 processes, by the clock, in turns; it needs two idle cores (minutes)
@@ -127,11 +127,12 @@ def minilm() -> dict:
             "recall_at_1": round(found.recall_at_1, 4),
             "mrr_at_10": round(found.mrr_at_10, 4),
             "standard_error": round(found.standard_error, 4),
+            "ranks": list(found.ranks),
         }
         if record is not None:
             row |= {"pair_share": round(record.pair_share, 4), "recall": round(record.recall, 4)}
         table.append(row)
-        print(row, flush=True)
+        print({k: v for k, v in row.items() if k != "ranks"}, flush=True)
 
     add(encoder.model, survivors=False, method="original")
     for keep in (0.5, 0.25):

@@ -7,13 +7,12 @@ Nothing here measures or estimates a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from effnb.hardware.codesign.roofline import Roof, Work
 
-NOT_MEASURED = "not measured"
 FOR_SCALE = " (for scale)"
 """Ends the name of a contestant that computes something else."""
 
@@ -132,33 +131,3 @@ def kernel_cases(data: Mapping[str, Any], device: str) -> list[KernelCase]:
         work = Work(lines[0]["flops"], lines[0]["bytes"])
         cases.append(KernelCase(kernel, shape, dtype, work, contestants))
     return cases
-
-
-def kernel_table(cases: Sequence[KernelCase], roof: Roof) -> str:
-    """A table for people: what each case is bound by, our time and share of the roofline, the peer.
-
-    Args:
-        cases: What to list, one line each, under a line for each kernel.
-        roof: Tells whether memory or arithmetic decides. The shares come from the stored run.
-    """
-    width = max(len(case.shape) for case in cases)
-    kernel, lines, missing = None, [], {}
-    for case in cases:
-        if case.kernel != kernel:
-            kernel = case.kernel
-            lines += [kernel]
-        decides = "memory" if roof.memory_bound(case.work) else "compute"
-        line = f"  {case.shape:{width}} {case.work.operations_per_byte:7.1f} per byte, {decides:7} "
-        ours, peer = case.ours, case.best_peer
-        if ours.seconds is None:
-            line += NOT_MEASURED
-        else:
-            line += f"{1e6 * ours.seconds:9.1f} µs {ours.roofline:5.0%} of the roofline"
-        if peer is not None and ours.seconds is not None:
-            line += f", {peer.seconds / ours.seconds:.2f} times as fast as {peer.who}"
-        lines.append(line)
-        missing |= {
-            c.who: c.note for c in case.contestants if c.seconds is None and c.who != "ours"
-        }
-    lines += [f"{who}: {NOT_MEASURED}: {why}" for who, why in sorted(missing.items())]
-    return "\n".join(lines)
