@@ -136,18 +136,6 @@ def test_smoothing_helps_in_the_middle_only():
 # --- tables and sentences -------------------------------------------------------------------------
 
 
-def test_a_change_is_named_by_its_interval():
-    better = tables.Change.between([1.0, 1.1, 0.9, 1.0], [2.0, 2.0, 2.0, 2.1])
-    assert better.word() == "better"
-    assert better.word(lower_is_better=False) == "worse"
-    assert better.mean == pytest.approx(-1.025)
-    assert better.low < better.mean < better.high < 0
-    open_ = tables.Change.between([1.0, -1.0, 0.5, -0.4], [0.0, 0.0, 0.0, 0.0])
-    assert open_.word() == "indistinguishable"
-    with pytest.raises(ValueError, match="2 numbers do not pair up with 3"):
-        tables.Change.between([1.0, 2.0], [1.0, 2.0, 3.0])
-
-
 def made(shift, method, bits, group="64", **more):
     """A stored row whose windows lie `shift` above the original's, with a little noise."""
     noise = [0.004, -0.003, 0.001, -0.002, 0.002, -0.001, 0.003, -0.004]
