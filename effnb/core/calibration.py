@@ -13,7 +13,7 @@ import glob
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from effnb.core.context import context_limit
 from effnb.core.modules import (
-    HEADS,
+    LayerChoice,
+    Layers,
     Model,
     exchange,
     find_stacks,
-    matches,
     replace_modules,
     report_left_out,
-    resolved,
     share,
 )
 from effnb.core.observers import Hessian, InputNorm, InputSample, Observer
@@ -37,6 +36,7 @@ from effnb.core.passage import Arguments, Passage, without_caches
 
 __all__ = [
     "Calibration",
+    "CalibrationLike",
     "Call",
     "Hessian",
     "InputNorm",
@@ -51,32 +51,71 @@ __all__ = [
     "watch",
 ]
 
-Calibration = Tensor | Sequence[Mapping[str, Tensor]]
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Data to calibrate on, and how a method goes through it.
+
+    Wherever a method takes `calibration`, data alone is short for `Calibration(data)`.
+
+    Attributes:
+        data: Token ids of shape (sequences, time), or ready keyword arguments for the model per
+            batch (with an `attention_mask` where there is padding); for a method that is given a
+            loss, whatever that loss takes.
+        batch_size: Sequences at a time, for token ids; it decides on memory, not on the result.
+        progress: Called with (parts done, parts): blocks, or batches where a method does not go
+            from block to block.
+    """
+
+    data: Tensor | Sequence[Any]
+    batch_size: int = 8
+    progress: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what would read nothing."""
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1.")
+
+    @classmethod
+    def of(cls, given: CalibrationLike | Sequence[Any]) -> Calibration:
+        """The same, or what data alone is short for."""
+        return given if isinstance(given, cls) else cls(given)
+
+    def one_by_one(self) -> Calibration:
+        """The same data, each sequence by itself."""
+        return replace(self, batch_size=1)
+
+    def report(self, done: int, parts: int) -> None:
+        """Tell `progress`, if there is one."""
+        if self.progress:
+            self.progress(done, parts)
 
 
-def batches_of(
-    calibration: Calibration, batch_size: int = 8, context: int | None = None
-) -> list[dict[str, Tensor]]:
+CalibrationLike = Calibration | Tensor | Sequence[Mapping[str, Tensor]]
+"""What methods take as `calibration`."""
+
+
+def batches_of(calibration: CalibrationLike, context: int | None = None) -> list[dict[str, Tensor]]:
     """Calibration data as a list of keyword arguments for the model.
 
     Args:
-        calibration: Token ids of shape (sequences, time), or ready keyword arguments per batch
-            (with an `attention_mask` where there is padding).
-        batch_size: Sequences at a time, for token ids.
+        calibration: Token ids of shape (sequences, time), or what `Calibration` holds.
         context: Longest sequence the model takes, when it has such a limit.
 
     Raises:
         ValueError: When there is nothing to calibrate on, or a sequence is too long.
     """
-    if isinstance(calibration, Tensor):
-        if calibration.ndim != 2:
+    calibration = Calibration.of(calibration)
+    data = calibration.data
+    if isinstance(data, Tensor):
+        if data.ndim != 2:
             raise ValueError(
-                f"calibration has shape {tuple(calibration.shape)}; token ids need two dimensions, "
+                f"calibration has shape {tuple(data.shape)}; token ids need two dimensions, "
                 "(sequences, time)."
             )
-        given = [{"input_ids": part} for part in calibration.split(batch_size) if part.numel()]
+        given = [{"input_ids": part} for part in data.split(calibration.batch_size) if part.numel()]
     else:
-        given = [dict(batch) for batch in calibration if batch["input_ids"].numel()]
+        given = [dict(batch) for batch in data if batch["input_ids"].numel()]
     if not given:
         raise ValueError("the calibration data is empty; give at least one sequence.")
     longest = max(batch["input_ids"].shape[1] for batch in given)
@@ -139,11 +178,8 @@ def main_output(output: Any) -> Tensor:
 
 def visit_blocks(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     visit: Callable[[str, nn.Module, list[Call]], None],
-    *,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Visit the blocks in order, each with the inputs that the changed blocks before it produce.
 
@@ -157,8 +193,6 @@ def visit_blocks(
             data reaches, in the order of the model's own forward pass. It may replace modules and
             parameters inside the block, which belongs to the new model, but must not write into
             tensors: they are the original's.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
 
     Returns:
         A new model that shares every tensor that `visit` did not replace.
@@ -166,7 +200,7 @@ def visit_blocks(
     Raises:
         ValueError: No calibration data, or sequences beyond the context.
     """
-    batches = unpadded_batches(model, calibration, batch_size)
+    batches, report = unpadded_batches(model, calibration), Calibration.of(calibration).report
     result = share(model).eval()
     names: dict[nn.Module, str] = {}  # a block that is used twice goes by its first place
     for prefix, stack in find_stacks(result).items():
@@ -192,8 +226,7 @@ def visit_blocks(
                 if block not in visited:
                     visited.add(block)
                     visit(names[block], block, again.get(block) or [call for _, call in here])
-                    if progress:
-                        progress(len(visited), len(names))
+                    report(len(visited), len(names))
                 if len(visited) == len(names):
                     break
                 for passage, call in here:  # what follows sees the changed block's outputs
@@ -235,15 +268,12 @@ def _used_again(
     return result
 
 
-def unpadded_batches(
-    model: nn.Module, calibration: Calibration, batch_size: int = 8
-) -> list[dict[str, Tensor]]:
+def unpadded_batches(model: nn.Module, calibration: CalibrationLike) -> list[dict[str, Tensor]]:
     """Calibration data where the model is, without padding.
 
     Args:
         model: The model that will read it.
         calibration: See `batches_of`.
-        batch_size: Sequences at a time, for token ids.
 
     Raises:
         ValueError: No calibration data, sequences beyond the context, or an encoder-decoder that is
@@ -253,7 +283,7 @@ def unpadded_batches(
     device = next(model.parameters()).device
     pair = _is_encoder_decoder(model)
     batches = []
-    for batch in batches_of(calibration, batch_size, context):
+    for batch in batches_of(calibration, context):
         here = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         batches += without_padding(here, pair)
     if not batches:
@@ -287,46 +317,42 @@ def _check_decoder(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
         ) from None
 
 
-def block_linears(
-    model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = HEADS
-) -> dict[str, nn.Linear]:
+def block_linears(model: nn.Module, layers: LayerChoice = "*") -> dict[str, nn.Linear]:
     """The linear layers inside the blocks of a model, by name.
 
     Raises:
         ValueError: When none fits the patterns.
     """
     stacks = find_stacks(model)
-    include, exclude = resolved(model, include), resolved(model, exclude)
+    choice = Layers.of(layers).on(model)
     wanted = {
         name: m
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear)
         and name.startswith(tuple(f"{prefix}." for prefix in stacks))
-        and matches(name, include)
-        and not matches(name, exclude)
+        and choice.fit(name)
     }
     if not wanted:
         where = ", ".join(f"{prefix}.*" for prefix in stacks)
-        raise ValueError(f"no linear layer inside the blocks {where} fits {', '.join(include)}.")
+        raise ValueError(
+            f"no linear layer inside the blocks {where} fits {', '.join(choice.include)}."
+        )
     report_left_out(
-        model, wanted.values(), include, exclude, "only linear layers inside blocks are compressed"
+        model, wanted.values(), layers, "only linear layers inside blocks are compressed"
     )
     return wanted
 
 
 def layerwise(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     observe: Callable[[str, nn.Linear], Observer],
     compress: Callable[[str, nn.Linear, Any], nn.Module | None],
     *,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     true_sequential: bool = False,
     share_observers: bool = False,
     unreached: bool = False,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Visit the blocks in order; observe, compress and replace their linear layers.
 
@@ -339,16 +365,13 @@ def layerwise(
         observe: From a layer's name and module to a fresh observer.
         compress: From name, module and the observer, now filled, to the module to put in its place;
             None keeps the layer.
-        include: Name patterns of the layers to visit.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to visit.
         true_sequential: Also within a block, compress layers that read one input (such as query,
             key and value) before the layers behind them are observed.
         share_observers: Give layers that read the very same tensor (query, key and value; gate and
             up) one observer, the first layer's, so that their statistics are computed once.
         unreached: Compress layers that no token reached too (experts that the router never chose),
             with an observer that saw nothing; otherwise they stay as they are.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
 
     Returns:
         A new model that shares every tensor that was not replaced.
@@ -357,7 +380,7 @@ def layerwise(
         ValueError: No calibration data, sequences beyond the context, or no fitting layer; what
             `compress` refuses, with the layer's name.
     """
-    wanted = block_linears(model, include, exclude)
+    wanted = block_linears(model, layers)
     reached: set[str] = set()
     changed: dict[nn.Module, nn.Module] = {}  # a layer may be used in a later block again
 
@@ -389,12 +412,16 @@ def layerwise(
                     changed[layer] = new
             exchange(block, changed)
 
-    result = visit_blocks(model, calibration, visit, batch_size=batch_size, progress=progress)
+    result = visit_blocks(
+        model,
+        calibration,
+        visit,
+    )
     exchange(result, changed)
     missed = {name: layer for name, layer in wanted.items() if name not in reached}
     if not unreached:
         names = [glob.escape(name) for name in missed]
-        report_left_out(result, (), names, (), "the calibration data did not reach them")
+        report_left_out(result, (), Layers(names, ()), "the calibration data did not reach them")
         return result
     missed = {name: named(name, layer, observe(name, layer)) for name, layer in missed.items()}
     return replace_modules(result, {name: new for name, new in missed.items() if new is not None})

@@ -30,7 +30,14 @@ from torch.nn.modules import module as hooks
 
 from effnb.core.checks import check_loaded
 from effnb.core.linear_form import restore
-from effnb.core.modules import HEADS, Model, exchange, matches, resolved, settle_tying
+from effnb.core.modules import (
+    LayerChoice,
+    Layers,
+    Model,
+    exchange,
+    matches,
+    settle_tying,
+)
 
 KINDS: dict[str, type[Delta]] = {}
 """The classes that have a kind; importing a method's module adds its own."""
@@ -222,9 +229,7 @@ def attached(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(n for host in hosts(model).values() for n in host.deltas))
 
 
-def linear_layers(
-    model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = HEADS
-) -> dict[str, nn.Module]:
+def linear_layers(model: nn.Module, layers: LayerChoice = "*") -> dict[str, nn.Module]:
     """Linear layers of any storage by name: `nn.Linear`, quantized ones, and those with deltas.
 
     What counts is an `in_features` and an `out_features`. `torch.nn.MultiheadAttention` reads the
@@ -235,7 +240,7 @@ def linear_layers(
             are on the meta device (offloaded, or never loaded).
     """
     check_loaded(model)
-    patterns, exclude = resolved(model, include), resolved(model, exclude)
+    wanted = Layers.of(layers).on(model)
     inside: set[int] = set()
     everything: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
@@ -246,15 +251,11 @@ def linear_layers(
         sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         if path and id(module) not in inside and all(isinstance(n, int) for n in sizes):
             everything[path] = module
-    found = {
-        path: m
-        for path, m in everything.items()
-        if matches(path, patterns) and not matches(path, exclude)
-    }
+    found = {path: m for path, m in everything.items() if wanted.fit(path)}
     if not found:
         known = ", ".join(list(everything)[:3]) or "none at all"
         raise ValueError(
-            f"no linear layer fits the pattern {', '.join(patterns)}; the model has {known}"
+            f"no linear layer fits the pattern {', '.join(wanted.include)}; the model has {known}"
             f"{', …' if len(everything) > 3 else ''}."
         )
     return found

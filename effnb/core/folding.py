@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, Call, visit_blocks
+from effnb.core.calibration import CalibrationLike, Call, visit_blocks
 from effnb.core.modules import Model, share
 from effnb.core.proof import ROUNDED, Probe
 
@@ -102,7 +102,7 @@ def fold_scales(model: Model, fold: Fold, scales: Float[Tensor, "*channels"]) ->
     return result
 
 
-def find_folds(model: nn.Module, calibration: Calibration) -> list[Fold]:
+def find_folds(model: nn.Module, calibration: CalibrationLike) -> list[Fold]:
     """Every fold inside the blocks of a transformer, found by trying; see the module's text.
 
     A norm counts when linear layers read its very output. A linear layer counts when its output has

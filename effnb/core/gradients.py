@@ -13,25 +13,23 @@ gradient is something else, because gradients of different signs cancel before t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effnb.core.calibration import batches_of
+from effnb.core.calibration import Calibration, CalibrationLike, batches_of
 from effnb.core.checks import check_loaded
 from effnb.core.context import check_causal, context_limit
-from effnb.core.modules import HEADS, linears, share
+from effnb.core.modules import LayerChoice, linears, share
 from effnb.core.training import Loss, next_token_loss, target_count
 
-Batches = Tensor | Sequence[Any]
+Batches = CalibrationLike | Sequence[Any]
 """Token ids (sequences, time), batches as keyword arguments, or whatever a given loss takes."""
 
 
-def loss_batches(
-    model: nn.Module, calibration: Batches, loss: Loss | None = None, batch_size: int = 8
-) -> list[Any]:
+def loss_batches(model: nn.Module, calibration: Batches, loss: Loss | None = None) -> list[Any]:
     """Calibration data as batches for a loss, on the model's device.
 
     Args:
@@ -40,7 +38,6 @@ def loss_batches(
             token ids (sequences, time), or keyword arguments per batch: mask, positions and all
             else are kept, and `labels` counted where there are any.
         loss: None for the language-modelling loss.
-        batch_size: Sequences at a time, for token ids.
 
     Raises:
         ValueError: When there is nothing, or nothing that counts; a sequence beyond the context; or
@@ -51,11 +48,11 @@ def loss_batches(
     device = next(model.parameters()).device
     with torch.inference_mode(False), torch.no_grad():
         if loss is not None:
-            batches = [to_device(batch, device) for batch in calibration]
+            batches = [to_device(batch, device) for batch in Calibration.of(calibration).data]
             if not batches:
                 raise ValueError("the calibration data is empty; give at least one batch.")
             return batches
-        given = batches_of(calibration, batch_size, context_limit(model))
+        given = batches_of(calibration, context_limit(model))
         batches = [_complete(model, to_device(batch, device)) for batch in given]
     counted = [batch for batch in batches if target_count(batch)]
     if not counted:
@@ -163,7 +160,7 @@ def each_gradient(
 
 
 def weight_leaves(
-    model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = HEADS
+    model: nn.Module, layers: LayerChoice = "*"
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A twin of a model in evaluation mode, and the weights of its linear layers to derive by.
 
@@ -172,7 +169,7 @@ def weight_leaves(
     twin = share(model).eval()
     leaves: dict[str, Tensor] = {}
     with torch.inference_mode(False):
-        for name, layer in linears(twin, include, exclude).items():
+        for name, layer in linears(twin, layers).items():
             weight = layer.weight.detach()
             layer.weight = nn.Parameter(weight.clone() if weight.is_inference() else weight)
             leaves[name] = layer.weight
@@ -184,10 +181,7 @@ def mean_gradients(
     calibration: Batches,
     *,
     loss: Loss | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> dict[str, Tensor]:
     """Gradient of every fitting linear layer's weight, the mean over all tokens, in float32.
 
@@ -199,16 +193,13 @@ def mean_gradients(
         calibration: See `loss_batches`.
         loss: From (model, batch) to a scalar, whose batches count equally; None for language
             modelling, where each token does.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
-        batch_size: Sequences at a time, for token ids; it does not change the result.
-        progress: Called with (batches done, batches).
+        layers: Name patterns of the layers.
 
     Raises:
         ValueError: What `loss_batches` and `each_gradient` refuse, or no fitting layer.
     """
-    batches = loss_batches(model, calibration, loss, batch_size)
-    twin, leaves = weight_leaves(model, include, exclude)
+    batches, report = loss_batches(model, calibration, loss), Calibration.of(calibration).report
+    twin, leaves = weight_leaves(model, layers)
     sums: dict[str, Tensor] = {}
     total = 0
     for done, found in enumerate(each_gradient(twin, leaves, batches, loss), 1):
@@ -218,8 +209,7 @@ def mean_gradients(
             kind = torch.promote_types(gradient.dtype, torch.float32)
             part = gradient.to(kind) * weight
             sums[name] = sums[name].add_(part) if name in sums else part
-        if progress:
-            progress(done, len(batches))
+        report(done, len(batches))
     return {name: part / total for name, part in sums.items()}
 
 
@@ -228,9 +218,7 @@ def fisher_diagonal(
     calibration: Batches,
     *,
     loss: Loss | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> dict[str, Tensor]:
     r"""$F_{qq} = \frac1N \sum_n g_{nq}^2$ over single sequences, an estimate of $H_{qq}$.
 
@@ -243,21 +231,19 @@ def fisher_diagonal(
         calibration: See `loss_batches`; keyword arguments are cut into their sequences. With a loss
             of one's own, anything else must be single samples.
         loss: From (model, sample) to a scalar; None for language modelling.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
-        progress: Called with (samples done, samples).
+        layers: Name patterns of the layers.
 
     Raises:
         ValueError: What `loss_batches` and `each_gradient` refuse, or no fitting layer.
     """
-    samples = sequences_of(loss_batches(model, calibration, loss, batch_size=1), loss)
-    twin, leaves = weight_leaves(model, include, exclude)
+    given = Calibration.of(calibration).one_by_one()
+    samples, report = sequences_of(loss_batches(model, given, loss), loss), given.report
+    twin, leaves = weight_leaves(model, layers)
     sums: dict[str, Tensor] = {}
     for done, found in enumerate(each_gradient(twin, leaves, samples, loss), 1):
         for name, gradient in found.items():
             kind = torch.promote_types(gradient.dtype, torch.float32)
             square = gradient.to(kind).square()
             sums[name] = sums[name].add_(square) if name in sums else square
-        if progress:
-            progress(done, len(samples))
+        report(done, len(samples))
     return {name: total / len(samples) for name, total in sums.items()}

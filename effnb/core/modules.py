@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import glob
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -105,76 +106,88 @@ def resolved(model: nn.Module, patterns: str | Iterable[str]) -> list[str]:
     return [pattern for pattern in patterns if pattern != OUTPUTS] + heads
 
 
+@dataclass(frozen=True)
+class Layers:
+    """Which layers a method changes: those whose dotted name fits `include`, and not `exclude`.
+
+    Patterns are shell-style (`*`, `?`, `[...]`): "*.mlp.*", or several in a list. Wherever a method
+    takes `layers`, a pattern or a list of them is short for `Layers(pattern)`: output heads are
+    then left alone.
+    """
+
+    include: str | Iterable[str] = "*"
+    exclude: str | Iterable[str] = HEADS
+
+    @classmethod
+    def of(cls, choice: LayerChoice) -> Layers:
+        """The choice itself, or what patterns are short for."""
+        return choice if isinstance(choice, cls) else cls(choice)
+
+    def on(self, model: nn.Module) -> Layers:
+        """The same for one model, its output heads by their names."""
+        return Layers(resolved(model, self.include), resolved(model, self.exclude))
+
+    def fit(self, name: str) -> bool:
+        """Whether a layer of that name is among them."""
+        return matches(name, self.include) and not matches(name, self.exclude)
+
+
+LayerChoice = Layers | str | Iterable[str]
+"""What methods take as `layers`."""
+
+
 def named_modules_of(
-    model: nn.Module,
-    kind: type | tuple[type, ...],
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = (),
+    model: nn.Module, kind: type | tuple[type, ...], layers: Layers = Layers(exclude=())
 ) -> dict[str, nn.Module]:
-    """All modules of a kind whose dotted name fits `include` and none of `exclude`.
+    """All modules of a kind whose dotted name fits.
 
     Raises:
         ValueError: When none fits; the sentence names some that exist. When weights are on the meta
             device (offloaded, or never loaded).
     """
     check_loaded(model)
-    include, exclude = resolved(model, include), resolved(model, exclude)
+    wanted = layers.on(model)
     everything = {name: m for name, m in model.named_modules() if isinstance(m, kind)}
-    found = {
-        name: module
-        for name, module in everything.items()
-        if matches(name, include) and not matches(name, exclude)
-    }
+    found = {name: module for name, module in everything.items() if wanted.fit(name)}
     if not found:
         kinds = kind if isinstance(kind, tuple) else (kind,)
         known = ", ".join(list(everything)[:3]) or "none at all"
         raise ValueError(
-            f"no {' or '.join(k.__name__ for k in kinds)} fits the pattern {', '.join(include)}; "
-            f"the model has {known}{', …' if len(everything) > 3 else ''}."
-            f"{_otherwise(model, include, exclude)}"
+            f"no {' or '.join(k.__name__ for k in kinds)} fits the pattern "
+            f"{', '.join(wanted.include)}; the model has {known}"
+            f"{', …' if len(everything) > 3 else ''}.{_otherwise(model, layers)}"
         )
     return found
 
 
-def linears(
-    model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = HEADS
-) -> dict[str, nn.Linear]:
+def linears(model: nn.Module, layers: LayerChoice = "*") -> dict[str, nn.Linear]:
     """The linear layers of a model by name; output heads are left out by default.
 
     Weights of other modules that were asked for are reported; see `report_left_out`.
     """
-    found = named_modules_of(model, nn.Linear, include, exclude)
-    report_left_out(model, found.values(), include, exclude)
+    found = named_modules_of(model, nn.Linear, Layers.of(layers))
+    report_left_out(model, found.values(), layers)
     return found
 
 
-def left_out(
-    model: nn.Module,
-    covered: Iterable[nn.Module],
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-) -> Coverage:
+def left_out(model: nn.Module, covered: Iterable[nn.Module], layers: LayerChoice = "*") -> Coverage:
     """Which weights a method leaves as they are that was asked for all that fits the patterns."""
-    include, exclude = resolved(model, include), resolved(model, exclude)
-    return coverage(
-        model, covered, lambda name: matches(name, include) and not matches(name, exclude)
-    )
+    return coverage(model, covered, Layers.of(layers).on(model).fit)
 
 
 def report_left_out(
     model: nn.Module,
     covered: Iterable[nn.Module],
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     why: str = "only linear layers are compressed",
 ) -> None:
     """Warn with `LeftOut` when weights that fit the patterns are in none of the covered modules."""
-    report(left_out(model, covered, include, exclude), why)
+    report(left_out(model, covered, layers), why)
 
 
-def _otherwise(model: nn.Module, include: str | Iterable[str], exclude: str | Iterable[str]) -> str:
+def _otherwise(model: nn.Module, layers: LayerChoice) -> str:
     """A sentence on weights that fit the patterns, but are in no linear layer."""
-    found = left_out(model, (), include, exclude)
+    found = left_out(model, (), layers)
     return f" {str(found)[:1].upper()}{str(found)[1:]}." if found.left_out else ""
 
 
@@ -253,12 +266,11 @@ def settle_tying(model: Model) -> Model:
 def map_linears(
     model: Model,
     function: Callable[[str, nn.Linear], nn.Module],
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Model:
     """Replace each fitting linear layer by `function(name, layer)`."""
     return replace_modules(
-        model, {name: function(name, m) for name, m in linears(model, include, exclude).items()}
+        model, {name: function(name, m) for name, m in linears(model, layers).items()}
     )
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ from effnb.core.deltas import (
     set_trainable,
 )
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, share
+from effnb.core.modules import LayerChoice, Model, share
 from effnb.kernels.gathered_lora import lora_update
 from effnb.kernels.lora import in_one_pass
 from effnb.kernels.lora import lora as layer_and_update
@@ -228,8 +228,7 @@ def attach(
     alpha: float = 16.0,
     dropout: float = 0.0,
     rank_stabilized: bool = False,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     seed: int = 0,
 ) -> Model:
     r"""Freeze a model and lay a LoRA beside its linear layers.
@@ -247,9 +246,8 @@ def attach(
         dropout: Part of the inputs of A set to 0 in training.
         rank_stabilized: $s = \alpha / \sqrt r$ in place of $\alpha / r$, under which the size of
             the change does not shrink as r grows.
-        include: Name patterns of the layers. The paper takes the query and value projections
+        layers: Name patterns of the layers. The paper takes the query and value projections
             (`["*.q_proj", "*.v_proj"]`); QLoRA all linear layers.
-        exclude: Name patterns of layers to leave alone; output heads by default.
         seed: Seed of A.
 
     Returns:
@@ -265,7 +263,7 @@ def attach(
     refuse_rounded_inputs(model)
     generator = torch.Generator().manual_seed(seed)
     deltas: dict[str, Delta] = {}
-    for path, layer in linear_layers(model, include, exclude).items():
+    for path, layer in linear_layers(model, layers).items():
         try:
             deltas[path] = LoRA(
                 getattr(layer, "base", layer),

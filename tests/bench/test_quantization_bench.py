@@ -12,7 +12,7 @@ from torch import nn
 from torchao_gptq import torchao_gptq
 
 from effnb.core.calibration import Hessian, layerwise
-from effnb.core.modules import clone, map_linears
+from effnb.core.modules import Layers, clone, map_linears
 from effnb.inference.quantization import accelerate, fast, gptq, rtn
 from effnb.inference.quantization.packed import machine
 from effnb.lab import corpora, load
@@ -89,7 +89,9 @@ def measure_torchao():
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         # The head gets a weight of its own, as in our models.
-        own = map_linears(clone(model), lambda name, layer: copy.deepcopy(layer), exclude=())
+        own = map_linears(
+            clone(model), lambda name, layer: copy.deepcopy(layer), layers=Layers(exclude=())
+        )
         own = own.to(dtype)
 
         def theirs(config, own=own):

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from effnb.core.calibration import (
+    Calibration,
     Hessian,
     InputNorm,
     InputSample,
@@ -32,7 +33,7 @@ def test_observers_see_what_the_whole_model_sees(llama, ids):
     def compress(name, layer, observer):
         seen[name] = observer.value
 
-    same = layerwise(llama, ids, lambda n, m: InputSample(), compress, batch_size=2)
+    same = layerwise(llama, Calibration(ids, batch_size=2), lambda n, m: InputSample(), compress)
     assert set(seen) == set(linears(llama))
     for name in seen:
         torch.testing.assert_close(seen[name], inputs_of(llama, ids, name), rtol=1e-5, atol=1e-5)
@@ -79,11 +80,10 @@ def test_hessian_is_the_second_moment(llama, ids):
     found = {}
     layerwise(
         llama,
-        ids,
+        Calibration(ids, batch_size=1),
         lambda n, m: Hessian(m.in_features),
         lambda n, m, o: found.__setitem__(n, o),
-        include="*.0.*",
-        batch_size=1,
+        layers="*.0.*",
     )
     name = "model.layers.0.mlp.down_proj"
     x = inputs_of(llama, ids, name)
@@ -108,11 +108,10 @@ def test_layers_with_one_input_share_an_observer(llama, ids):
     for found, sharing in ((alone, False), (shared, True)):
         layerwise(
             llama,
-            ids,
+            Calibration(ids, batch_size=3),
             lambda n, m: Hessian(m.in_features),
             lambda n, m, o, found=found: found.__setitem__(n, o),
             share_observers=sharing,
-            batch_size=3,
         )
     assert list(shared) == list(alone)
     for name, observer in shared.items():
@@ -157,7 +156,7 @@ def test_blocks_are_visited_with_what_the_changed_ones_before_give(llama, ids):
         weight = block.mlp.down_proj.weight
         block.mlp.down_proj.weight = nn.Parameter(weight * 3)
 
-    new = visit_blocks(llama, ids, visit, batch_size=3)
+    new = visit_blocks(llama, Calibration(ids, batch_size=3), visit)
     assert list(inputs) == [f"model.layers.{i}" for i in range(3)]
     with torch.no_grad():
         states = new(ids, output_hidden_states=True).hidden_states
@@ -208,8 +207,8 @@ def test_bad_calibration_is_one_sentence(llama, calibration, message):
 
 def test_no_matching_layer(llama, ids):
     with pytest.raises(ValueError, match="no linear layer inside the blocks"):
-        layerwise(llama, ids, lambda n, m: InputSample(), lambda n, m, o: None, include="nope")
+        layerwise(llama, ids, lambda n, m: InputSample(), lambda n, m, o: None, layers="nope")
 
 
 def test_batches_keep_every_sequence(ids):
-    assert sum(len(b["input_ids"]) for b in batches_of(ids, batch_size=3)) == len(ids)
+    assert sum(len(b["input_ids"]) for b in batches_of(Calibration(ids, batch_size=3))) == len(ids)

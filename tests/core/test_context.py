@@ -99,7 +99,7 @@ def test_calibration_beyond_the_context_is_refused_for_learned_positions_too():
     ids = torch.ones(1, 65, dtype=torch.long)
     for method in (
         lambda: smoothquant(model, ids),
-        lambda: model_batches(model, ids, 8),
+        lambda: model_batches(model, ids),
         lambda: self_generate(model, 1, 65),
     ):
         with pytest.raises(ValueError, match="context is 64"):

@@ -10,7 +10,7 @@ from zoo import make
 
 from effnb.core.calibration import block_linears
 from effnb.core.coverage import Coverage, LeftOut, coverage
-from effnb.core.modules import left_out, linears
+from effnb.core.modules import Layers, left_out, linears
 
 
 class Mixed(nn.Module):
@@ -39,7 +39,7 @@ def test_what_was_not_asked_for_is_not_reported():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         linears(model, "layer")
-        linears(model, exclude=["lm_head", "experts*"])
+        linears(model, layers=Layers(exclude=["lm_head", "experts*"]))
     with pytest.warns(LeftOut, match=r"23% .*experts\.stack"):
         linears(model)
 

@@ -29,7 +29,7 @@ from effnb.core.deltas import (
     set_trainable,
     thaw,
 )
-from effnb.core.modules import share
+from effnb.core.modules import Layers, share
 from effnb.core.training import TrainingSettings, train
 from effnb.evaluation import parameter_count, stored_bytes
 
@@ -385,12 +385,12 @@ def test_linear_layers_of_any_storage():
     )
     assert set(linear_layers(model)) == {"a", "odd"}
     new = attach_deltas(model, "d", {"a": Offset(2)})
-    assert set(linear_layers(new, exclude=())) == {"a", "odd", "lm_head"}
+    assert set(linear_layers(new, layers=Layers(exclude=()))) == {"a", "odd", "lm_head"}
     assert isinstance(linear_layers(new)["a"], WithDeltas)
     with pytest.raises(
         ValueError, match=r"no linear layer fits the pattern b\*; the model has a, "
     ):
-        linear_layers(model, include="b*")
+        linear_layers(model, layers="b*")
     with pytest.raises(ValueError, match="the model has none at all"):
         linear_layers(nn.Sequential(nn.ReLU()))
 

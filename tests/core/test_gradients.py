@@ -117,10 +117,10 @@ def test_how_a_text_is_cut_into_batches_changes_nothing():
     expected = reference(model, list(ids.split(1)), ["model.layers.1.mlp.up_proj"])
     cuts = [ids, [{"input_ids": ids}], [{"input_ids": ids[:3]}, {"input_ids": ids[3:]}]]
     for given in cuts:
-        found = mean_gradients(model, given, include="*.1.mlp.up_proj")
+        found = mean_gradients(model, given, layers="*.1.mlp.up_proj")
         assert error(found, expected) < 1e-4
-    squares = [fisher_diagonal(model, given, include="*.1.mlp.up_proj") for given in cuts]
-    low = [fisher(model, given, include="*.1.mlp.up_proj") for given in cuts]
+    squares = [fisher_diagonal(model, given, layers="*.1.mlp.up_proj") for given in cuts]
+    low = [fisher(model, given, layers="*.1.mlp.up_proj") for given in cuts]
     expected = reference(model, list(ids.split(1)), expected, square=True)
     assert all(error(found, expected) < 1e-4 for found in squares + low)
 
@@ -257,7 +257,7 @@ def test_a_model_that_sees_what_it_foresees_needs_a_loss(kind):
     labels = ids.masked_fill(torch.arange(9) % 3 > 0, -100)
     given = [{"input_ids": ids.masked_fill(labels != -100, 2), "labels": labels}]
     loss = lambda m, batch: m(**batch).loss  # noqa: E731
-    found = mean_gradients(model, given, include="*.layer*", loss=loss)
+    found = mean_gradients(model, given, layers="*.layer*", loss=loss)
     twin = copy.deepcopy(model).double()
     twin(**given[0]).loss.backward()
     assert error(found, {n: twin.get_submodule(n).weight.grad for n in found}) < 1e-4

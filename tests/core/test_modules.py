@@ -7,6 +7,7 @@ from zoo import make
 
 from effnb.core.linear_form import linear_form
 from effnb.core.modules import (
+    Layers,
     clone,
     find_blocks,
     find_stacks,
@@ -57,7 +58,7 @@ def test_replacing_leaves_the_original_alone(llama, ids):
 def test_linears_by_pattern(llama):
     assert len(linears(llama)) == 3 * 7
     assert "lm_head" not in linears(llama)
-    assert "lm_head" in linears(llama, exclude=())
+    assert "lm_head" in linears(llama, layers=Layers(exclude=()))
     assert set(linears(llama, "*.0.*q_proj")) == {"model.layers.0.self_attn.q_proj"}
     assert len(linears(llama, ["*q_proj", "*k_proj"])) == 6
 
@@ -115,7 +116,7 @@ def test_output_heads_are_known_by_what_they_are(name):
     assert HEAD_OF[name] in output_heads(model)
     found = linears(linear_form(model)[0])
     assert HEAD_OF[name] not in found and len(found) >= 6
-    assert HEAD_OF[name] in linears(model, HEAD_OF[name], exclude=())
+    assert HEAD_OF[name] in linears(model, Layers(HEAD_OF[name], ()))
 
 
 def test_heads_of_models_that_say_nothing():

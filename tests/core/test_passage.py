@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DynamicCache
 from zoo import make, texts, words
 
-from effnb.core.calibration import InputSample, layerwise, visit_blocks
+from effnb.core.calibration import Calibration, InputSample, layerwise, visit_blocks
 from effnb.core.linear_form import linear_form
 from effnb.core.modules import find_stacks
 from effnb.core.passage import Passage, is_cache, without_caches
@@ -180,7 +180,7 @@ def test_an_error_in_the_model_arrives_with_the_caller_and_no_thread_is_left():
         raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
-        visit_blocks(make("llama"), words(3, 4), visit, batch_size=1)
+        visit_blocks(make("llama"), Calibration(words(3, 4), batch_size=1), visit)
     assert threading.active_count() == before
     assert all("forward" not in block.__dict__ for block in model.model.layers)
 

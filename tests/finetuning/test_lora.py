@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from effnb.core.modules import linears
+from effnb.core.modules import Layers, linears
 from effnb.core.training import TrainingSettings, causal_lm_loss, train
 from effnb.evaluation import parameter_count
 from effnb.finetuning import lora
@@ -89,12 +89,12 @@ def test_seeds_and_layers_differ(llama):
 
 def test_parameters_counted_in_closed_form(llama):
     """r (in + out) for each layer; q: 32 + 32, v: 32 + 16, three blocks."""
-    new = lora.attach(llama, rank=4, include=["*.q_proj", "*.v_proj"])
+    new = lora.attach(llama, rank=4, layers=["*.q_proj", "*.v_proj"])
     expected = 3 * 4 * (64 + 48)
     assert sum(p.numel() for p in new.parameters() if p.requires_grad) == expected
     assert parameter_count(new) == parameter_count(llama) + expected
     assert "lm_head.A" not in lora.delta_parameters(lora.attach(llama), "default")
-    whole = lora.attach(llama, rank=4, exclude=())
+    whole = lora.attach(llama, rank=4, layers=Layers(exclude=()))
     assert "lm_head.A" in lora.delta_parameters(whole, "default")
 
 
@@ -176,7 +176,7 @@ def test_frozen_layers_keep_no_activations(llama, ids):
         assert loss.requires_grad
         return sum(kept.values())
 
-    narrow = lora.attach(llama, rank=1, include="*.q_proj")
+    narrow = lora.attach(llama, rank=1, layers="*.q_proj")
     assert saved(narrow) < 0.95 * saved(llama)
 
 
@@ -201,7 +201,7 @@ def test_several_are_summed_and_swapped(llama, ids):
 
 
 def test_a_file_of_a_few_kilobytes(llama, ids, tmp_path):
-    model = trained(llama, "task", rank=2, alpha=4, dropout=0.1, include="*.q_proj")
+    model = trained(llama, "task", rank=2, alpha=4, dropout=0.1, layers="*.q_proj")
     path = tmp_path / "task.safetensors"
     assert lora.save_delta(model, "task", path) < 4 * 3 * 2 * 64 + 1500
     again = lora.open_delta(llama, path)
@@ -464,7 +464,7 @@ def test_bad_input_is_one_sentence(llama, tmp_path):
         ({"alpha": math.inf}, "alpha is inf"),
         ({"dropout": 1.0}, r"dropout is 1.0; it must lie in \[0, 1\)"),
         ({"dropout": -0.1}, "dropout is -0.1"),
-        ({"include": "nothing"}, "no linear layer fits the pattern nothing; the model has model"),
+        ({"layers": "nothing"}, "no linear layer fits the pattern nothing; the model has model"),
         ({"name": "a.b"}, "cannot name a delta"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -473,7 +473,7 @@ def test_bad_input_is_one_sentence(llama, tmp_path):
         lora.attach(lora.attach(llama), rank=2)
     with pytest.raises(TypeError, match="rank is True; it must be a whole number"):
         lora.attach(llama, rank=True)
-    model = trained(llama, rank=2, include="*.q_proj")
+    model = trained(llama, rank=2, layers="*.q_proj")
     state = lora.delta_state_dict(model, "default")
     key = "model.layers.0.self_attn.q_proj.A"
     with pytest.raises(ValueError, match=r"q_proj\.A has shape \(2, 31\), not \(2, 32\)"):

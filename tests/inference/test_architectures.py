@@ -10,7 +10,7 @@ from zoo import ZOO, make, texts, words
 
 from effnb.core.deltas import WithDeltas, detach
 from effnb.core.linear_form import linear_form
-from effnb.core.modules import linears
+from effnb.core.modules import Layers, linears
 from effnb.finetuning import lora
 from effnb.inference.low_rank import (
     dense,
@@ -129,12 +129,12 @@ def test_quantized_and_factorized_models_save_and_load(name, tmp_path):
     save_quantized(rounded, tmp_path / "rounded")
     loaded = load_quantized(other, tmp_path / "rounded")
     torch.testing.assert_close(logits(loaded, name), logits(rounded, name), **CLOSE)
-    few = svd(model, rank=8, include=["*.0.*", "*.c_attn"])
+    few = svd(model, rank=8, layers=["*.0.*", "*.c_attn"])
     save_factorized(few, tmp_path / "few")
     loaded = load_factorized(other, tmp_path / "few")
     torch.testing.assert_close(logits(loaded, name), logits(few, name), **CLOSE)
     # Half of the layers only: the others stand in the file in their old form.
-    some = rtn(model, 8, include=["*.1.*"])
+    some = rtn(model, 8, layers=["*.1.*"])
     save_quantized(some, tmp_path / "some")
     loaded = load_quantized(other, tmp_path / "some")
     torch.testing.assert_close(logits(loaded, name), logits(some, name), **CLOSE)
@@ -247,9 +247,9 @@ def test_a_head_compressed_on_purpose_is_untied_for_good(name, head, tmp_path):
     assert model.get_output_embeddings().weight is table, "tied at first"
     for index, new in enumerate(
         (
-            magnitude(model, 0.5, include=head, exclude=()),
-            dense(svd(model, rank=4, include=head, exclude=())),
-            dequantized(rtn(model, 2, include=head, exclude=())),
+            magnitude(model, 0.5, layers=Layers(head, ())),
+            dense(svd(model, rank=4, layers=Layers(head, ()))),
+            dequantized(rtn(model, 2, layers=Layers(head, ()))),
         )
     ):
         assert not new.config.tie_word_embeddings and model.config.tie_word_embeddings

@@ -158,7 +158,7 @@ def test_relative_and_absolute_differ():
 
 def test_rank_goes_where_the_loss_needs_it(llama, ids):
     """A loss that looks at one block only: the others are given up."""
-    parts = decompose(llama, include="*.mlp.*")
+    parts = decompose(llama, layers="*.mlp.*")
 
     def evaluate(model):
         change = 0.0
@@ -180,7 +180,7 @@ def test_rank_goes_where_the_loss_needs_it(llama, ids):
 
 def test_by_loss_measures_the_models_loss(llama, ids):
     """The sum of the rises is what the found ranks do, one layer at a time."""
-    parts = decompose(llama, include="*.self_attn.*")
+    parts = decompose(llama, layers="*.self_attn.*")
 
     def evaluate(model):
         with torch.no_grad():
@@ -199,7 +199,7 @@ def test_by_loss_measures_the_models_loss(llama, ids):
 
 
 def test_bad_input_is_one_sentence(llama):
-    parts = decompose(llama, include="*.mlp.*")
+    parts = decompose(llama, layers="*.mlp.*")
     for kept in (0.0, 1.5):
         with pytest.raises(ValueError, match=f"kept is {kept}"):
             allocate_by_spectrum(parts, kept)

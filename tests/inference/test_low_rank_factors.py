@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from effnb.core.modules import linears
+from effnb.core.modules import Layers, linears
 from effnb.evaluation import flops, parameter_count, stored_bytes
 from effnb.finetuning import lora
 from effnb.inference.low_rank import (
@@ -157,8 +157,8 @@ def test_ranks_by_name(llama):
 
 
 def test_patterns(llama):
-    assert len(ranks_of(svd(llama, 0.5, include="*.mlp.*", exclude="*.down_proj"))) == 6
-    untied = svd(llama, 0.5, include="lm_head", exclude=())
+    assert len(ranks_of(svd(llama, 0.5, layers=Layers("*.mlp.*", "*.down_proj")))) == 6
+    untied = svd(llama, 0.5, layers=Layers("lm_head", ()))
     assert list(ranks_of(untied)) == ["lm_head"]
 
 
@@ -229,7 +229,7 @@ def test_lora_sits_on_the_factors_and_merges_into_them(llama, ids):
         ({"rank": 33}, "rank is 33; it must lie between 1 and the full rank, 32"),
         ({"rank": {"model.layers.9.mlp.up_proj": 3}}, r"layers\.9.*none of the layers"),
         ({"rank": {"model.layers.0.mlp.up_proj": 99}}, r"up_proj: rank is 99; it must lie"),
-        ({"kept": 0.5, "include": "nothing"}, "no Linear fits the pattern nothing"),
+        ({"kept": 0.5, "layers": "nothing"}, "no Linear fits the pattern nothing"),
     ],
 )
 def test_bad_settings_are_one_sentence(llama, options, sentence):
@@ -248,10 +248,10 @@ def test_a_quantized_model_is_refused(llama):
 
 
 def test_a_factorised_layer_is_refused(llama):
-    once = svd(llama, 0.5, include="*.mlp.*")
+    once = svd(llama, 0.5, layers="*.mlp.*")
     with pytest.raises(ValueError, match=r"mlp\.gate_proj\.v is part of a layer that is fact"):
         svd(once, 0.5)
-    both = svd(once, 0.5, include="*.self_attn.*")
+    both = svd(once, 0.5, layers="*.self_attn.*")
     assert len(ranks_of(both)) == 21
 
 

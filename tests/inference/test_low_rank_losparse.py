@@ -274,7 +274,7 @@ def test_no_layer_vanishes(llama, ids):
         ({"kept": 0.0}, "kept is 0.0"),
         ({"kept": 1.2}, "kept is 1.2"),
         ({"kept": 0.5, "low_rank_share": -0.1}, "low_rank_share is -0.1; it must lie between"),
-        ({"kept": 0.5, "include": "nothing"}, "no Linear fits"),
+        ({"kept": 0.5, "layers": "nothing"}, "no Linear fits"),
     ],
 )
 def test_bad_settings_are_one_sentence(llama, ids, options, sentence):

@@ -22,8 +22,8 @@ from effnb.inference.quantization import load_quantized, rtn, save_quantized
 
 def everything(model):
     """Factors, factors plus rows, trains and dense layers in one model."""
-    model = svd(model, 0.5, include="*.self_attn.*")
-    model = low_rank_plus_sparse(model, 0.5, include="*.layers.[01].mlp.*")
+    model = svd(model, 0.5, layers="*.self_attn.*")
+    model = low_rank_plus_sparse(model, 0.5, layers="*.layers.[01].mlp.*")
     return tensor_train(model, 2)
 
 

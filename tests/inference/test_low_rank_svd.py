@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from effnb.core.calibration import Calibration
 from effnb.core.modules import linears
 from effnb.core.training import TrainingSettings
 from effnb.inference.low_rank import (
@@ -302,7 +303,8 @@ def test_which_inputs_are_looked_at(llama, ids, sequential, method):
 def test_calibrated_methods_keep_their_word(llama, ids, method):
     before = {name: p.clone() for name, p in llama.named_parameters()}
     calls = []
-    new = method(llama, ids, 0.5, progress=lambda done, all_: calls.append((done, all_)))
+    watched = Calibration(ids, progress=lambda done, all_: calls.append((done, all_)))
+    new = method(llama, watched, 0.5)
     assert calls[-1][0] == calls[-1][1] == len(calls)
     assert new.model.embed_tokens.weight is llama.model.embed_tokens.weight
     assert ranks_of(new) == ranks_of(svd(llama, 0.5))
@@ -340,7 +342,7 @@ def test_bad_input_of_calibrated_methods(llama, ids, method):
     with pytest.raises(ValueError, match="quantized already; factorise the original"):
         method(rtn(llama, 8), ids, 0.5)
     with pytest.raises(ValueError, match="nothing"):
-        method(llama, ids, 0.5, include="nothing")
+        method(llama, ids, 0.5, layers="nothing")
     with torch.no_grad():
         llama.model.layers[1].input_layernorm.weight[3] = torch.nan
     with pytest.raises(ValueError, match=r"finite|NaN|nan"):
@@ -442,9 +444,9 @@ def test_fisher_is_the_mean_of_squares_not_the_square_of_the_mean(llama, ids):
 
 
 def test_fisher_is_the_same_where_gradients_are_switched_off(llama, ids):
-    found = fisher(llama, ids[:2], include="*.q_proj")
+    found = fisher(llama, ids[:2], layers="*.q_proj")
     with torch.inference_mode():
-        again = fisher(llama, ids[:2], include="*.q_proj")
+        again = fisher(llama, ids[:2], layers="*.q_proj")
     assert found.keys() == again.keys()
     assert all(torch.equal(found[name], again[name]) for name in found)
 
@@ -454,12 +456,12 @@ def test_fisher_of_padded_batches_and_other_losses(llama, ids):
     padded = torch.cat([ids[:2], torch.zeros(2, 5, dtype=torch.long)], 1)
     mask = torch.ones_like(padded)
     mask[:, -5:] = 0
-    found = fisher(llama, [{"input_ids": padded, "attention_mask": mask}], include="*.q_proj")
-    plain = fisher(llama, ids[:2], include="*.q_proj")
+    found = fisher(llama, [{"input_ids": padded, "attention_mask": mask}], layers="*.q_proj")
+    plain = fisher(llama, ids[:2], layers="*.q_proj")
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-8)
     double = fisher(
-        llama, ids[:2], include="*.q_proj", loss=lambda m, s: 2 * m(**s, labels=s["input_ids"]).loss
+        llama, ids[:2], layers="*.q_proj", loss=lambda m, s: 2 * m(**s, labels=s["input_ids"]).loss
     )
     for name, value in plain.items():
         torch.testing.assert_close(double[name], 4 * value, rtol=1e-3, atol=1e-8)

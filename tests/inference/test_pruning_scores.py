@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from effnb.core.calibration import InputNorm
-from effnb.core.modules import linears, share
+from effnb.core.calibration import Calibration, InputNorm
+from effnb.core.modules import Layers, linears, share
 from effnb.core.outliers import inject_outliers
 from effnb.core.training import causal_lm_loss
 from effnb.inference.pruning import (
@@ -92,9 +92,9 @@ def test_a_sparsity_for_each_layer(method, llama, ids):
 @pytest.mark.parametrize("method", METHODS)
 def test_patterns_of_names_and_frozen_models(method, llama, ids):
     llama.requires_grad_(False)
-    pruned = METHODS[method](llama, ids, 0.5, "layer", include="*.mlp.*", exclude="*.0.*")
+    pruned = METHODS[method](llama, ids, 0.5, "layer", layers=Layers("*.mlp.*", "*.0.*"))
     sparse = {name for name, mask in masks_of(pruned).items() if not mask.all()}
-    assert sparse == set(linears(llama, "*.mlp.*", "*.0.*")) and len(sparse) == 6
+    assert sparse == set(linears(llama, Layers("*.mlp.*", "*.0.*"))) and len(sparse) == 6
     assert not any(p.requires_grad for p in pruned.parameters())
 
 
@@ -132,7 +132,7 @@ def test_bad_input_is_one_sentence(method, llama, ids):
     with pytest.raises(ValueError, match="rounds to all 32 weights of a row"):
         prune(llama, ids, 0.99, "row")
     with pytest.raises(ValueError, match="fits"):
-        prune(llama, ids, 0.5, "layer", include="nothing")
+        prune(llama, ids, 0.5, "layer", layers="nothing")
     with pytest.raises(ValueError, match="prune the original, then quantize"):
         prune(rtn(llama, 4), ids, 0.5, "layer")
     with torch.no_grad():
@@ -412,7 +412,7 @@ def test_gradients_are_averaged_before_the_absolute_value():
 
 
 def test_batch_size_does_not_matter(llama, ids):
-    a, b = (mean_gradients(llama, ids, batch_size=size) for size in (1, 4))
+    a, b = (mean_gradients(llama, Calibration(ids, batch_size=size)) for size in (1, 4))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
 
@@ -447,7 +447,7 @@ def test_snip_is_one_batch_and_sums_to_one(llama, ids):
     assert sum(float(s.sum()) for s in scores.values()) == pytest.approx(1, rel=1e-4)
     assert all((s >= 0).all() for s in scores.values())
     a = masks_of(snip(llama, ids, 0.6))
-    b = masks_of(taylor(llama, ids, 0.6, batch_size=4))
+    b = masks_of(taylor(llama, Calibration(ids, batch_size=4), 0.6))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 

@@ -410,7 +410,7 @@ def test_many_rows_are_done_in_parts(monkeypatch):
 
 
 def test_surgeon_on_a_model(llama, ids):
-    new = obs(llama, ids, 0.5, include="*.1.mlp.*", true_sequential=True)
+    new = obs(llama, ids, 0.5, layers="*.1.mlp.*", true_sequential=True)
     seen = Hessian(32)
     hook = llama.model.layers[1].mlp.up_proj.register_forward_pre_hook(
         lambda module, arguments: seen.update(arguments[0].flatten(0, -2))

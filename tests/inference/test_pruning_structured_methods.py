@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from effnb.core.calibration import Calibration
 from effnb.core.deltas import hosts
 from effnb.core.modules import share
 from effnb.core.training import TrainingSettings, causal_lm_loss
@@ -167,7 +168,7 @@ def test_a_gates_gradient_is_the_sum_over_tokens_for_each_example(llama, ids):
         for layer, gradient in enumerate(torch.autograd.grad(value, seen)):
             product = (seen[layer] * gradient).view(24, 4, 8)
             expected[layer] += product.sum((0, 2)).abs() / len(ids)
-    found = head_importance(llama, ids, normalize=False, batch_size=3)
+    found = head_importance(llama, Calibration(ids, batch_size=3), normalize=False)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
     normal = head_importance(llama, ids)
     assert torch.allclose(normal.norm(dim=1), torch.ones(3))
@@ -236,8 +237,8 @@ def test_masked_heads_are_silent(llama, ids):
 
 def test_scores_of_a_neuron_and_a_group_by_hand(llama, ids):
     inside = "model.layers.*"
-    g = mean_gradients(llama, ids, include=inside)
-    f = fisher_diagonal(llama, ids, include=inside)
+    g = mean_gradients(llama, ids, layers=inside)
+    f = fisher_diagonal(llama, ids, layers=inside)
     attention, mlp = "model.layers.1.self_attn.", "model.layers.1.mlp."
 
     def pieces(order):
@@ -332,7 +333,7 @@ def test_recovery_trains_and_merges_a_lora(llama, ids):
 
 def with_gradients(model, ids, rank=4, scale=1.0, warm=True):
     """A LoRA on all layers, its gradients, and the gradients of the merged weights."""
-    held = lora.attach(model, rank=rank, alpha=2.0 * rank, include="model.layers.*")
+    held = lora.attach(model, rank=rank, alpha=2.0 * rank, layers="model.layers.*")
     draw = torch.Generator().manual_seed(5)
     if warm:
         with torch.no_grad():
@@ -341,7 +342,7 @@ def with_gradients(model, ids, rank=4, scale=1.0, warm=True):
                 delta.B.add_(torch.randn(delta.B.shape, generator=draw) * 0.05)
     (causal_lm_loss(held, ids) * scale).backward()
     merged = lora.merge(held, "default")
-    full = mean_gradients(merged, ids, include="model.layers.*")
+    full = mean_gradients(merged, ids, layers="model.layers.*")
     return held, {name: gradient * scale for name, gradient in full.items()}
 
 
@@ -404,7 +405,7 @@ def test_importances_of_structures_by_hand(llama, ids):
     assert lora_importance(held, ids, unit="heads")["heads"].shape == (3, 4)
     assert all(torch.equal(before[name], p) for name, p in held.named_parameters())
     # The moving average starts at 0; two equal batches give 0.1 + 0.09 of one.
-    twice = lora_importance(held, torch.cat([ids, ids]), batch_size=4)
+    twice = lora_importance(held, Calibration(torch.cat([ids, ids]), batch_size=4))
     assert torch.allclose(twice["neurons"], 0.19 * found["neurons"], rtol=1e-4)
 
 
@@ -452,7 +453,7 @@ def test_the_model_that_was_trained_is_the_one_that_is_cut_out(llama, ids):
 
 
 def test_what_was_masked_stays_masked(llama):
-    working = lora.attach(llama, "lora_prune", rank=2, include="model.layers.*")
+    working = lora.attach(llama, "lora_prune", rank=2, layers="model.layers.*")
     schedule = CubicSchedule(0.5, 1, 9)
     run = _Pruning(anatomy(llama), working, schedule, "groups", 0.9, keep_all(llama))
     run.average.scores = {
@@ -482,7 +483,7 @@ def test_bad_input_of_lora_prune(llama, ids):
             lora_prune(llama, lambda step: ids, settings, 0.5, **options)
     with pytest.raises(ValueError, match="patience"):
         lora_prune(llama, lambda step: ids, TrainingSettings(steps=10, patience=2), 0.5)
-    partly = lora.attach(llama, rank=2, include="*.q_proj")
+    partly = lora.attach(llama, rank=2, layers="*.q_proj")
     with pytest.raises(ValueError, match="has no LoRA 'default'"):
         lora_importance(partly, ids)
 
@@ -522,11 +523,11 @@ def test_influence_and_angles_by_hand(llama, ids):
         nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
         for a, b in ((hidden[0], hidden[1]), (hidden[1], hidden[2]), (hidden[0], hidden[2]))
     ]
-    influence = block_influence(llama, ids, batch_size=3)
+    influence = block_influence(llama, Calibration(ids, batch_size=3))
     assert torch.allclose(
         influence[:2].double(), torch.stack([1 - c.mean() for c in cosine[:2]]), atol=1e-6
     )
-    angles = angular_distances(llama, ids, 2, batch_size=3)
+    angles = angular_distances(llama, Calibration(ids, batch_size=3), 2)
     assert float(angles[0]) == pytest.approx(float((cosine[2].acos() / math.pi).mean()), rel=1e-5)
     assert len(angles) == 2
     normed = nn.functional.cosine_similarity(hidden[2], hidden[3], dim=-1)  # behind the last norm
@@ -571,7 +572,7 @@ def test_a_stream_of_zeros_has_no_direction(llama, ids):
 
 
 def test_activation_importance_by_hand(llama, ids):
-    found = activation_importance(llama, ids, batch_size=3)
+    found = activation_importance(llama, Calibration(ids, batch_size=3))
     twin, seen = share(llama), {}
     block = twin.model.layers[1]
     block.mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.update(neurons=a[0]))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from effnb.core.modules import linears
+from effnb.core.modules import Layers, linears
 from effnb.core.training import TrainingSettings, train
 from effnb.inference.pruning import (
     CubicSchedule,
@@ -389,7 +389,7 @@ def test_the_soft_mask_never_empties_a_layer():
         ({"score_learning_rate": 0.0}, "score_learning_rate is 0.0"),
         ({"settings": run(patience=1)}, "patience must be 0"),
         ({"pattern": "3:5"}, "groups of 5 of the pattern 3:5|removes 0.4"),
-        ({"include": "nothing"}, "no Linear fits"),
+        ({"layers": "nothing"}, "no Linear fits"),
     ],
 )
 def test_movement_bad_input(changes, message):
@@ -586,16 +586,16 @@ def test_sensitivity_prunes_one_layer_at_a_time():
 
 def test_sensitivity_of_another_method(llama, ids):
     def prune(model, sparsity, name):
-        return wanda(model, ids, sparsity, include=name, exclude=())
+        return wanda(model, ids, sparsity, layers=Layers(name, ()))
 
     def evaluate(model):
         with torch.no_grad():
             return float(model(ids, labels=ids).loss)
 
-    found = sensitivity(llama, evaluate, (0.5,), prune=prune, include="*.1.mlp.*")
+    found = sensitivity(llama, evaluate, (0.5,), prune=prune, layers="*.1.mlp.*")
     name = "model.layers.1.mlp.down_proj"
     assert len(found) == 3
-    assert found[name][0.5] == evaluate(wanda(llama, ids, 0.5, include=name))
+    assert found[name][0.5] == evaluate(wanda(llama, ids, 0.5, layers=name))
 
 
 def test_the_allocation_is_the_best_there_is():
@@ -635,14 +635,14 @@ def test_allocation_on_a_model(llama, ids):
         with torch.no_grad():
             return float((model(ids).logits - llama(ids).logits).square().mean())
 
-    measured = sensitivity(llama, evaluate, (0.5, 0.8), include="*.mlp.*")
+    measured = sensitivity(llama, evaluate, (0.5, 0.8), layers="*.mlp.*")
     sizes = {n: m.weight.numel() for n, m in linears(llama, "*.mlp.*").items()}
     shares = allocate_by_sensitivity(measured, sizes, 0.5)
     assert len(set(shares.values())) > 1
-    pruned = magnitude(llama, shares, include="*.mlp.*")
+    pruned = magnitude(llama, shares, layers="*.mlp.*")
     found = summarize(masks_of(pruned, "*.mlp.*"))
     assert found.sparsity == pytest.approx(0.5, abs=1e-3)
-    even = magnitude(llama, 0.5, include="*.mlp.*")
+    even = magnitude(llama, 0.5, layers="*.mlp.*")
     assert evaluate(pruned) < evaluate(even)
 
 

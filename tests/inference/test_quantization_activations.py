@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from effnb.core.calibration import Calibration
 from effnb.core.modules import linears
 from effnb.core.outliers import inject_outliers
 from effnb.inference.quantization import activations as module
@@ -236,7 +237,9 @@ def test_floating_point_gives_the_same(llama, ids):
 
 
 def test_static_scales_are_the_maxima_of_the_calibration_data(llama, ids):
-    new = quantize_activations(llama, 8, 8, granularity="static", calibration=ids, batch_size=3)
+    new = quantize_activations(
+        llama, 8, 8, granularity="static", calibration=Calibration(ids, batch_size=3)
+    )
     weights = rtn(llama, 8, symmetric=True)
     name, seen = "model.layers.1.mlp.down_proj", []
     weights.get_submodule(name).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
@@ -266,10 +269,8 @@ def test_padding_does_not_count(llama, ids):
 def test_progress_and_training_mode(llama, ids):
     llama.train()
     steps = []
-    quantize_inputs(
-        llama, granularity="static", calibration=ids, batch_size=2,
-        progress=lambda *step: steps.append(step),
-    )  # fmt: skip
+    watched = Calibration(ids, batch_size=2, progress=lambda *step: steps.append(step))
+    quantize_inputs(llama, granularity="static", calibration=watched)
     assert steps == [(1, 2), (2, 2)] and llama.training
 
 
@@ -306,7 +307,7 @@ def test_bad_input_is_one_sentence(llama, ids):
     with pytest.raises(ValueError, match="calibration data is empty"):
         quantize_inputs(llama, granularity="static", calibration=ids[:0])
     with pytest.raises(ValueError, match="no Linear or QuantizedLinear fits the pattern nothing"):
-        quantize_inputs(llama, include="nothing")
+        quantize_inputs(llama, layers="nothing")
     with pytest.raises(ValueError, match="quantized already"):
         quantize_activations(rtn(llama, 4))
     with pytest.raises(ValueError, match="inputs are quantized already"):

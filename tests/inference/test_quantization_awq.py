@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from effnb.core.calibration import Calibration
 from effnb.core.folding import find_folds, fold_scales
-from effnb.core.modules import linears
+from effnb.core.modules import Layers, linears
 from effnb.core.outliers import inject_outliers
 from effnb.inference.quantization import QuantizedLinear, quantize, rtn
 from effnb.inference.quantization.awq import (
@@ -185,7 +186,9 @@ def test_scales_are_folded_and_the_function_stays(tiny_llama, ids, heads):
 
 def test_query_key_and_value_are_judged_by_the_attention_s_output(llama, ids):
     searches, kept = {}, []
-    awq(llama, ids, 3, group_size=16, grid=4, report=searches.__setitem__, batch_size=3)
+    awq(
+        llama, Calibration(ids, batch_size=3), 3, group_size=16, grid=4, report=searches.__setitem__
+    )
     attention = llama.model.layers[0].self_attn
     hook = attention.register_forward_hook(
         lambda m, a, k, out: kept.append((k, out[0])), with_kwargs=True
@@ -211,22 +214,22 @@ def test_padding_does_not_count(llama, ids):
     mask[:, 12:] = 0
     padded, short = {}, {}
     batch = [{"input_ids": ids, "attention_mask": mask}]
-    awq(llama, batch, 3, group_size=16, grid=3, include="*.0.*", report=padded.__setitem__)
-    awq(llama, ids[:, :12], 3, group_size=16, grid=3, include="*.0.*", report=short.__setitem__)
+    awq(llama, batch, 3, group_size=16, grid=3, layers="*.0.*", report=padded.__setitem__)
+    awq(llama, ids[:, :12], 3, group_size=16, grid=3, layers="*.0.*", report=short.__setitem__)
     for name, search in short.items():
         assert padded[name].losses == pytest.approx(search.losses, rel=1e-3)
 
 
 def test_everything_but_queries_and_keys_is_clipped(llama, ids):
-    scaled = awq(llama, ids, 3, group_size=16, grid=3, clip=False, include="*.0.*")
-    clipped = awq(llama, ids, 3, group_size=16, grid=3, include="*.0.*")
+    scaled = awq(llama, ids, 3, group_size=16, grid=3, clip=False, layers="*.0.*")
+    clipped = awq(llama, ids, 3, group_size=16, grid=3, layers="*.0.*")
     same = {
         name.split(".")[-1]
         for name in linears(llama, "*.0.*")
         if torch.equal(scaled.get_submodule(name).codes, clipped.get_submodule(name).codes)
     }
     assert same == {"q_proj", "k_proj"}
-    everything = awq(llama, ids, 3, group_size=16, grid=3, include="*.0.*", unclipped=())
+    everything = awq(llama, ids, 3, group_size=16, grid=3, layers="*.0.*", unclipped=())
     q = "model.layers.0.self_attn.q_proj"
     assert not torch.equal(everything.get_submodule(q).codes, clipped.get_submodule(q).codes)
 
@@ -248,7 +251,9 @@ def test_invariant_to_outliers_that_ruin_rounding_to_nearest(tiny_llama, ids):
 def test_the_original_is_untouched_and_the_rest_shared(llama, ids):
     before = {k: v.clone() for k, v in llama.state_dict().items()}
     steps = []
-    new = awq(llama, ids, 4, group_size=16, grid=3, progress=lambda *step: steps.append(step))
+    new = awq(
+        llama, Calibration(ids, progress=lambda *step: steps.append(step)), 4, group_size=16, grid=3
+    )
     for key, value in llama.state_dict().items():
         assert torch.equal(value, before[key])
     assert new.model.embed_tokens.weight is llama.model.embed_tokens.weight
@@ -259,7 +264,7 @@ def test_the_original_is_untouched_and_the_rest_shared(llama, ids):
 
 
 def test_a_layer_that_is_not_wanted_takes_the_scales_of_its_neighbours(llama, ids):
-    new = awq(llama, ids, 8, group_size=16, grid=5, include="*.q_proj")
+    new = awq(llama, ids, 8, group_size=16, grid=5, layers="*.q_proj")
     norms = {n: p for n, p in llama.named_parameters() if "norm" in n}
     changed = [n for n, p in norms.items() if not torch.equal(p, new.get_parameter(n))]
     assert changed == [f"model.layers.{i}.input_layernorm.weight" for i in range(3)]
@@ -277,7 +282,15 @@ def test_where_nothing_folds_it_clips_and_rounds():
     ).eval()  # fmt: skip
     ids = torch.randint(1, 50, (4, 8))
     searches = {}
-    new = awq(encoder, ids, 8, group_size=8, grid=5, report=searches.__setitem__, exclude="pooler*")
+    new = awq(
+        encoder,
+        ids,
+        8,
+        group_size=8,
+        grid=5,
+        report=searches.__setitem__,
+        layers=Layers(exclude="pooler*"),
+    )
     assert {n.split(".")[-1] for n in searches} == {"value"}
     query = new.encoder.layer[0].attention.self.query
     plain = quantize(encoder.encoder.layer[0].attention.self.query.weight, 8, group_size=8)
@@ -336,9 +349,9 @@ def test_bad_models_are_one_sentence(llama, ids):
     with pytest.raises(ValueError, match="bits is 1;"):
         awq(llama, ids, 1)
     with pytest.raises(ValueError, match="no linear layer inside the blocks"):
-        awq(llama, ids, 4, include="nothing")
+        awq(llama, ids, 4, layers="nothing")
     with pytest.raises(ValueError, match="quantized already"):
-        awq(rtn(llama, 4, include="*.0.*"), ids, 4)
+        awq(rtn(llama, 4, layers="*.0.*"), ids, 4)
     with torch.no_grad():
         llama.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"layers\.2\.mlp\.up_proj: the weight has 1 entries"):

@@ -475,7 +475,7 @@ def test_what_is_laid_out_for_one_machine_is_not_saved(llama, tmp_path):
 
 
 def test_layers_without_a_kernel_stay_as_they_are(llama, ids):
-    mixed = rtn(llama, 4, group_size=32, include="*.mlp.*")
+    mixed = rtn(llama, 4, group_size=32, layers="*.mlp.*")
     for name in linears(llama, "*.self_attn.*"):
         layer = llama.get_submodule(name)
         parent, _, leaf = name.rpartition(".")

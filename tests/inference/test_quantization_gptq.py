@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from effnb.core.calibration import Hessian, layerwise
+from effnb.core.calibration import Calibration, Hessian, layerwise
 from effnb.core.hessian import damp_hessian
-from effnb.core.modules import linears
+from effnb.core.modules import Layers, linears
 from effnb.inference.quantization import QuantizedLinear, quantize, rtn
 from effnb.inference.quantization.clipping import choose_grid, round_to_grid
 from effnb.inference.quantization.gptq import gptq, gptq_columns, gptq_weight, invert_hessian
@@ -235,8 +235,8 @@ def output_error(model, new, ids):
 
 
 def test_each_layer_is_rounded_by_its_own_inputs(llama, ids):
-    new = gptq(llama, ids, 3, group_size=16, batch_size=3)
-    first = hessians(llama, ids, include="*.0.*", batch_size=3)
+    new = gptq(llama, Calibration(ids, batch_size=3), 3, group_size=16)
+    first = hessians(llama, Calibration(ids, batch_size=3), layers="*.0.*")
     for name, layer in linears(llama).items():
         module = new.get_submodule(name)
         assert isinstance(module, QuantizedLinear) and module.quantized.bits == 3
@@ -287,13 +287,18 @@ def test_the_original_is_untouched_and_the_rest_shared(llama, ids):
 
 def test_report_and_progress(llama, ids):
     results, steps = {}, []
-    gptq(llama, ids, 4, report=results.__setitem__, progress=lambda *step: steps.append(step))
+    gptq(
+        llama,
+        Calibration(ids, progress=lambda *step: steps.append(step)),
+        4,
+        report=results.__setitem__,
+    )
     assert set(results) == set(linears(llama)) and steps == [(1, 3), (2, 3), (3, 3)]
     assert all(r.error > 0 and r.seconds > 0 for r in results.values())
 
 
 def test_patterns(llama, ids):
-    new = gptq(llama, ids, 4, include="*.mlp.*", exclude="*.1.*")
+    new = gptq(llama, ids, 4, layers=Layers("*.mlp.*", "*.1.*"))
     found = {n for n, m in new.named_modules() if isinstance(m, QuantizedLinear)}
     assert found == {
         f"model.layers.{i}.mlp.{n}_proj" for i in (0, 2) for n in ("gate", "up", "down")
@@ -365,14 +370,14 @@ def test_bad_models_are_one_sentence(llama, ids):
     with pytest.raises(ValueError, match="bits is 16"):
         gptq(llama, ids, 16)
     with pytest.raises(ValueError, match="no linear layer inside the blocks"):
-        gptq(llama, ids, 4, include="nothing")
+        gptq(llama, ids, 4, layers="nothing")
     with pytest.raises(ValueError, match="quantized already"):
-        gptq(rtn(llama, 4, include="*.0.*"), ids, 4)
+        gptq(rtn(llama, 4, layers="*.0.*"), ids, 4)
     with torch.no_grad():
         llama.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
     started = []
     with pytest.raises(ValueError, match=r"layers\.2\.mlp\.up_proj: the weight has 1 entries"):
-        gptq(llama, ids, 4, progress=lambda *step: started.append(step))
+        gptq(llama, Calibration(ids, progress=lambda *step: started.append(step)), 4)
     assert not started
 
 

@@ -141,6 +141,6 @@ def test_bad_input_is_one_sentence(llama, ids):
     with pytest.raises(ValueError, match="quantized already"):
         llm_int8(rtn(llama, 4))
     with pytest.raises(ValueError, match="no Linear fits the pattern nothing"):
-        llm_int8(llama, include="nothing")
+        llm_int8(llama, layers="nothing")
     with pytest.raises(ValueError, match="1 entries that are NaN"):
         llm_int8_matmul(torch.ones(1, 2), torch.tensor([[1.0, torch.nan]]))

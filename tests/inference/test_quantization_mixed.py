@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from effnb.core.modules import linears
+from effnb.core.calibration import Calibration
+from effnb.core.modules import Layers, linears
 from effnb.inference.quantization import QuantizedLinear, awq, gptq, quantize, rtn
 from effnb.inference.quantization.allocation import (
     allocate,
@@ -230,7 +231,9 @@ def test_the_trace_of_a_diagonal_hessian_is_exact():
     """
     toy = Toy(torch.eye(4) * torch.tensor([1.0, 2.0, 3.0, 0.0]), linear(5, 4))
     ids = torch.tensor([[0, 1, 2, 3], [2, 2, 2, 2]])
-    (trace,) = hessian_traces(toy, ids, samples=3, loss=square_loss, exclude=()).values()
+    (trace,) = hessian_traces(
+        toy, ids, samples=3, loss=square_loss, layers=Layers(exclude=())
+    ).values()
     assert trace.trace == pytest.approx(5 * (1 + 4 + 9 * 5) / 8)
     assert trace.standard_error == pytest.approx(0, abs=1e-5)
     assert (trace.samples, trace.weights) == (3, 20)
@@ -256,7 +259,7 @@ def test_the_trace_and_its_variance(jointly):
     hessian = torch.func.hessian(loss_of)(flat)
     samples = 800
     traces = hessian_traces(
-        toy, ids, samples=samples, jointly=jointly, loss=square_loss, batch_size=2
+        toy, Calibration(ids, batch_size=2), samples=samples, jointly=jointly, loss=square_loss
     )
     starts = [0, 12]
     for (name, found), start, size in zip(traces.items(), starts, sizes, strict=True):
@@ -275,7 +278,8 @@ def test_traces_do_not_depend_on_the_batches(tiny_llama, ids):
     model = tiny_llama(0, num_hidden_layers=1)
     ids = ids[:, :12]
     whole, split = (
-        hessian_traces(model, ids, samples=2, batch_size=size, include="*.mlp.*") for size in (4, 1)
+        hessian_traces(model, Calibration(ids, batch_size=size), samples=2, layers="*.mlp.*")
+        for size in (4, 1)
     )
     for name, trace in whole.items():
         assert split[name].trace == pytest.approx(trace.trace, rel=1e-3)
@@ -292,7 +296,7 @@ def test_the_trace_of_a_transformers_layer(tiny_llama, ids):
         logits = run(**batch).logits[:, :-1].flatten(0, 1)
         return nn.functional.cross_entropy(logits, batch["input_ids"][:, 1:].flatten())
 
-    found = hessian_traces(model, data, samples=60, include=name, loss=loss)[name]
+    found = hessian_traces(model, data, samples=60, layers=name, loss=loss)[name]
     weight = model.get_submodule(name).weight.detach()
 
     @torch.no_grad()
@@ -329,7 +333,7 @@ def test_hawqs_cost_is_the_mean_trace_times_the_error(llama):
 
 def test_output_error_is_that_of_the_real_inputs(llama, ids):
     rounding = partial(quantize, group_size=16)
-    found = output_sensitivity(llama, ids, BITS, rounding=rounding, batch_size=2)
+    found = output_sensitivity(llama, Calibration(ids, batch_size=2), BITS, rounding=rounding)
     assert list(found) == list(linears(llama))
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
         layer, seen = llama.get_submodule(name), []
@@ -351,12 +355,15 @@ def test_loss_change_is_that_of_the_model_with_one_layer_rounded(llama, ids):
     names = ["model.layers.0.self_attn.o_proj", "model.layers.2.mlp.gate_proj"]
     steps = []
     found = loss_sensitivity(
-        llama, ids, [3, 8], include=names, progress=lambda done, total: steps.append((done, total))
+        llama,
+        Calibration(ids, progress=lambda done, total: steps.append((done, total))),
+        [3, 8],
+        layers=names,
     )
     assert steps == [(1, 2), (2, 2)]
     assert list(found) == names
     for name, bits in itertools.product(names, (3, 8)):
-        expected = mean_loss(rtn(llama, bits, include=name), batch) - base
+        expected = mean_loss(rtn(llama, bits, layers=name), batch) - base
         assert found[name][bits] == pytest.approx(expected, abs=1e-5)
         assert abs(expected) > 1e-6
 
@@ -370,7 +377,7 @@ def test_padding_counts_neither_in_the_loss_nor_in_its_mean(llama, ids):
     assert padded == pytest.approx(mean_loss(llama, apart), rel=1e-5)
     losses = [mean_loss(llama, [one]) for one in apart]
     assert padded == pytest.approx((23 * losses[0] + 9 * losses[1]) / 32, rel=1e-5)
-    assert len(model_batches(llama, ids, 3)) == 2
+    assert len(model_batches(llama, Calibration(ids, batch_size=3))) == 2
 
 
 class Elsewhere(Executor):
@@ -386,10 +393,10 @@ class Elsewhere(Executor):
 
 def test_any_executor_gives_the_same_tables(llama, ids):
     include = "*.1.mlp.*"
-    traces = hessian_traces(llama, ids[:1], samples=1, include=include)
+    traces = hessian_traces(llama, ids[:1], samples=1, layers=include)
     sweeps = [
-        partial(loss_sensitivity, llama, ids[:2], [2, 4], include=include),
-        partial(output_sensitivity, llama, ids[:2], [2, 4], include=include),
+        partial(loss_sensitivity, llama, ids[:2], [2, 4], layers=include),
+        partial(output_sensitivity, llama, ids[:2], [2, 4], layers=include),
         partial(hessian_sensitivity, llama, traces, [2, 4]),
     ]
     with ThreadPoolExecutor(2) as threads:
@@ -415,7 +422,7 @@ def test_bad_measures_are_one_sentence(llama, ids):
     with pytest.raises(ValueError, match="samples is 0; at least 1"):
         hessian_traces(llama, ids, samples=0)
     with pytest.raises(ValueError, match="no Linear fits"):
-        hessian_traces(llama, ids, include="nothing")
+        hessian_traces(llama, ids, layers="nothing")
     with pytest.raises(ValueError, match="the calibration data is empty"):
         loss_sensitivity(llama, ids[:0], [4])
 
@@ -458,7 +465,7 @@ def test_other_quantizers(llama, ids):
     assert grouped.lm_head.quantized.bits == 8
     del allocation["lm_head"]
     calibrated = mixed_precision(llama, allocation, lambda m, b, **o: gptq(m, ids, b, **o))
-    alone = gptq(llama, ids, 3, include=names[0])
+    alone = gptq(llama, ids, 3, layers=names[0])
     assert torch.equal(
         calibrated.get_submodule(names[0]).weight, alone.get_submodule(names[0]).weight
     )
@@ -496,9 +503,9 @@ def test_costs_that_add_up_and_costs_that_do_not(llama, ids):
     assert found.predicted == pytest.approx(table["left"][3] + table["right"][3])
     assert found.ratio == pytest.approx(1, rel=1e-3)
 
-    table = loss_sensitivity(llama, ids, [2], include="*.0.*")
+    table = loss_sensitivity(llama, ids, [2], layers="*.0.*")
     found = additivity(llama, dict.fromkeys(table, 2), table, ids)
-    together = rtn(llama, 2, include="*.0.*")
+    together = rtn(llama, 2, layers="*.0.*")
     batch = [{"input_ids": ids}]
     assert found.measured == pytest.approx(
         mean_loss(together, batch) - mean_loss(llama, batch), abs=1e-5

@@ -192,7 +192,7 @@ def test_the_task_is_the_scales(llama, ids):
 
 def test_models_quantized_by_other_methods(llama, ids):
     base = rtn(llama, 4, clip="mse")
-    model = tune_scales(base, include="*.mlp.*")
+    model = tune_scales(base, layers="*.mlp.*")
     assert sum(p.requires_grad for p in model.parameters()) == 9
     with torch.no_grad():
         assert torch.equal(model(ids).logits, base(ids).logits)

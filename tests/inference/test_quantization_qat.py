@@ -371,7 +371,7 @@ def test_bad_input_is_one_sentence(llama, ids):
         ({"bits": 4, "kv_bits": 12}, "bits is 12"),
         ({"bits": 4, "kv_bits": 4, "kv": "x*"}, "no layer fits the patterns of keys and values"),
         ({"bits": 4, "method": "lsq", "activation_bits": 4}, "need calibration data"),
-        ({"bits": 4, "include": "nothing"}, "no Linear fits the pattern nothing"),
+        ({"bits": 4, "layers": "nothing"}, "no Linear fits the pattern nothing"),
     ]:
         with pytest.raises(ValueError, match=message):
             prepare_qat(llama, **settings)

@@ -152,7 +152,7 @@ def test_half_precision_models(llama, ids):
 
 
 def test_only_layers_with_a_lora_are_quantized(llama):
-    model = qlora(llama, include="*.q_proj")
+    model = qlora(llama, layers="*.q_proj")
     assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == 3
     assert sum(isinstance(m, WithDeltas) for m in model.modules()) == 3
     assert isinstance(model.lm_head, nn.Linear)
@@ -167,7 +167,7 @@ def test_bad_input_is_one_sentence(llama):
         ({"table": "nf5"}, "'nf5' is no table"),
         ({"block_size": 0}, "block_size is 0"),
         ({"table": "int4", "block_size": 0}, "group_size is 0"),
-        ({"include": "nothing"}, "no linear layer fits"),
+        ({"layers": "nothing"}, "no linear layer fits"),
         ({"name": ""}, "cannot name a delta"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from effnb.core.modules import linears
+from effnb.core.modules import Layers, linears
 from effnb.evaluation import parameter_count, stored_bytes
 from effnb.inference.quantization import QuantizedLinear, dequantized, quantize, rtn
 from effnb.inference.quantization.extreme import binarize, ternarize
@@ -78,9 +78,9 @@ def test_bias_is_kept():
 
 
 def test_pattern_and_head(llama):
-    some = rtn(llama, 4, include="*.mlp.*")
+    some = rtn(llama, 4, layers="*.mlp.*")
     assert sum(isinstance(m, QuantizedLinear) for m in some.modules()) == 9
-    everything = rtn(llama, 4, exclude=())
+    everything = rtn(llama, 4, layers=Layers(exclude=()))
     assert isinstance(everything.lm_head, QuantizedLinear)
 
 
@@ -95,7 +95,7 @@ def test_bad_input_is_one_sentence(llama):
     with pytest.raises(ValueError, match="quantized already"):
         rtn(rtn(llama, 4), 4)
     with pytest.raises(ValueError, match="no Linear fits the pattern nothing"):
-        rtn(llama, 4, include="nothing")
+        rtn(llama, 4, layers="nothing")
     with torch.no_grad():
         llama.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: the weight has 1 entries"):
@@ -138,7 +138,7 @@ def test_any_format_for_every_layer(name, llama, ids):
 def test_clipping_reaches_the_layers(llama):
     for clip in ("percentile", "mse"):
         how = {"symmetric": True, "clip": clip, "percentile": 95.0, "exponent": 2.4}
-        new = rtn(llama, 3, include="*.1.mlp.*", **how)
+        new = rtn(llama, 3, layers="*.1.mlp.*", **how)
         for name, layer in linears(llama, "*.1.mlp.*").items():
             expected = quantize(layer.weight, 3, **how)
             assert torch.equal(new.get_submodule(name).weight, expected.dequantize())
@@ -146,7 +146,7 @@ def test_clipping_reaches_the_layers(llama):
 
 def test_clipping_for_least_error_lowers_the_error_of_three_bits(llama):
     def error(clip):
-        layers = named_layers(rtn(llama, 3, clip=clip, symmetric=True, include="*.0.*"))
+        layers = named_layers(rtn(llama, 3, clip=clip, symmetric=True, layers="*.0.*"))
         return sum(
             float((m.weight - llama.get_submodule(n).weight).square().sum())
             for n, m in layers.items()

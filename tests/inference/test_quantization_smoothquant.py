@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM
 
+from effnb.core.modules import Layers
 from effnb.core.outliers import inject_outliers
 from effnb.inference.quantization.activations import (
     QuantizedInputs,
@@ -201,7 +202,7 @@ def test_smoothing_rescues_quantized_activations(llama, ids):
 
 
 def test_bits_and_patterns(llama, ids):
-    new = smoothquant(llama, ids, weight_bits=4, activation_bits=6, include="*.mlp.*")
+    new = smoothquant(llama, ids, weight_bits=4, activation_bits=6, layers="*.mlp.*")
     found = {n: m for n, m in new.named_modules() if isinstance(m, QuantizedInputs)}
     assert len(found) == 9 and all(".mlp." in name for name in found)
     assert {(m.bits, m.layer.quantized.bits) for m in found.values()} == {(6, 4)}
@@ -213,7 +214,7 @@ def test_bits_and_patterns(llama, ids):
 def test_a_norm_with_another_reader_is_left_alone(llama):
     """Without the values among the layers, queries and keys cannot be smoothed either."""
     assert len(smoothable(llama)) == 6
-    fitting = smoothable(llama, exclude=("*.v_proj", "lm_head"))
+    fitting = smoothable(llama, layers=Layers(exclude=("*.v_proj", "lm_head")))
     assert all(name.endswith("post_attention_layernorm") for name in fitting)
 
 
@@ -293,7 +294,7 @@ def test_bad_input_is_one_sentence(llama, ids):
     with pytest.raises(ValueError, match="quantized already"):
         smooth(rtn(llama, 4), ids)
     with pytest.raises(ValueError, match="there is nothing to fold"):
-        smooth(llama, ids, include="nothing")
+        smooth(llama, ids, layers="nothing")
     with pytest.raises(ValueError, match="finite numbers from 0"):
         smooth_scales(torch.tensor([torch.nan]), [torch.ones(2, 1)])
     with pytest.raises(ValueError, match="NaN or infinite"):

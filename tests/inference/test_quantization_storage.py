@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from effnb.core.modules import map_linears
+from effnb.core.modules import Layers, map_linears
 from effnb.evaluation import stored_bytes
 from effnb.inference.quantization import QuantizedLinear, quantize, rtn
 from effnb.inference.quantization.extreme import binarize, ternarize
@@ -48,7 +48,7 @@ def mixed(model):
     def replace(name, layer):
         return QuantizedLinear(FORMATS[next(count) % len(FORMATS)](layer.weight), layer.bias)
 
-    return map_linears(model, replace, exclude=("lm_head", "*.2.mlp.down_proj"))
+    return map_linears(model, replace, layers=Layers(exclude=("lm_head", "*.2.mlp.down_proj")))
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_theirs_is_read_here(llama, ids, tmp_path, rank_stabilized):
 @pytest.mark.parametrize("rank_stabilized", [False, True])
 def test_ours_is_read_there(llama, ids, tmp_path, rank_stabilized):
     ours = lora.attach(
-        llama, "task", rank=4, alpha=6, rank_stabilized=rank_stabilized, include=PATTERNS
+        llama, "task", rank=4, alpha=6, rank_stabilized=rank_stabilized, layers=PATTERNS
     )
     torch.manual_seed(1)
     state = {k: torch.randn_like(t) * 0.1 for k, t in lora.delta_state_dict(ours, "task").items()}
@@ -89,7 +89,7 @@ def test_start_values_have_their_distribution(llama):
     torch.manual_seed(7)
     theirs = peft.get_peft_model(copy.deepcopy(llama), config)
     expected = lora.from_peft(peft.get_peft_model_state_dict(theirs))
-    ours = lora.attach(llama, rank=4, include="*.q_proj", seed=7)
+    ours = lora.attach(llama, rank=4, layers="*.q_proj", seed=7)
     for key, tensor in lora.delta_state_dict(ours, "default").items():
         if key.endswith(".B"):
             assert not tensor.any() and not expected[key].any()

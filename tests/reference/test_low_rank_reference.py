@@ -80,7 +80,7 @@ def test_factors_and_residual_are_those_of_pefts_pissa(llama):
     In float32, so to 1e-4 (singular values here reach about 5).
     """
     theirs = peft_model(llama, 5, "up_proj")
-    ours = svd(llama, rank=5, include="*.up_proj")
+    ours = svd(llama, rank=5, layers="*.up_proj")
     for name, layer in linears(llama, "*.up_proj").items():
         other = theirs.get_submodule(name)
         A, B = other.lora_A["default"].weight, other.lora_B["default"].weight
@@ -93,7 +93,7 @@ def test_factors_and_residual_are_those_of_pefts_pissa(llama):
 
 def test_low_rank_plus_sparse_keeps_rows_of_pefts_residual(llama):
     name = "model.layers.1.mlp.up_proj"
-    new = low_rank_plus_sparse(llama, 0.6, include=name).get_submodule(name)
+    new = low_rank_plus_sparse(llama, 0.6, layers=name).get_submodule(name)
     residual = peft_model(llama, new.rank, "up_proj").get_submodule(name).base_layer.weight
     rows = residual.norm(dim=1).topk(len(new.rows)).indices.sort().values
     assert new.rows.tolist() == rows.tolist()

@@ -27,8 +27,8 @@ from statistics import median
 import torch
 from torch import nn
 
-from effnb.core.calibration import layerwise
-from effnb.core.modules import linears, map_linears
+from effnb.core.calibration import Calibration, layerwise
+from effnb.core.modules import Layers, linears, map_linears
 from effnb.core.training import TrainingSettings, train
 from effnb.evaluation import decode_tokens_per_second
 from effnb.evaluation import latency as seconds_of
@@ -423,7 +423,7 @@ def inputs() -> dict:
         ) -> low_rank.InputMean:
             return seen.setdefault(layer, low_rank.InputMean(module.in_features))
 
-        layerwise(bench.model, given, observe, lambda *_: None, batch_size=2)
+        layerwise(bench.model, Calibration(given, batch_size=2), observe, lambda *_: None)
         ratios = {n: m.value.max() / m.value.median() for n, m in seen.items()}
         table[name] = {n: round(float(x), 2) for n, x in ratios.items()}
         print(name, sorted(table[name].items(), key=lambda one: -one[1])[:5], flush=True)
@@ -461,7 +461,7 @@ def speed() -> dict:
     prompt = bench.windows[:, :256]
     generator = torch.Generator().manual_seed(0)
     decomposition = {}
-    for name, layer in linears(bench.model, "*", ("*lm_head",)).items():
+    for name, layer in linears(bench.model, Layers("*", ("*lm_head",))).items():
         m, n = layer.weight.shape  # numbers do not matter for time, shapes do
         full = min(m, n)
         left, right = (torch.randn(*s, generator=generator) / 100 for s in ((m, full), (full, n)))

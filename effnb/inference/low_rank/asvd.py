@@ -15,16 +15,16 @@ Models", 2023, arXiv 2312.05821. Their search for a rank per layer is `allocate_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration
+from effnb.core.calibration import CalibrationLike
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model
-from effnb.inference.low_rank.calibrated import Progress, calibrated, decompose_calibrated
+from effnb.core.modules import LayerChoice, Model
+from effnb.inference.low_rank.calibrated import calibrated, decompose_calibrated
 from effnb.inference.low_rank.factors import Factors, exact
 from effnb.inference.low_rank.svd import scaled_svd
 
@@ -83,17 +83,14 @@ def check_alpha(alpha: float) -> None:
 @in_linear_form
 def asvd(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     kept: float | None = None,
     *,
     rank: int | Mapping[str, int] | None = None,
     alpha: float = 0.5,
     always: bool = False,
     sequential: bool = True,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Progress | None = None,
+    layers: LayerChoice = "*",
 ) -> Model:
     r"""Replace the linear layers inside the blocks by factors that respect their inputs' sizes.
 
@@ -107,10 +104,7 @@ def asvd(
         always: Factorise also where it saves nothing.
         sequential: Observe each block behind the factorised ones before it; otherwise in the
             unchanged model.
-        include: Name patterns of the layers to factorise.
-        exclude: Name patterns of layers to leave alone.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
+        layers: Name patterns of the layers to factorise.
 
     Returns:
         A new model with `LowRankLinear` layers that shares every other tensor.
@@ -130,23 +124,17 @@ def asvd(
         rank=rank,
         always=always,
         sequential=sequential,
-        include=include,
-        exclude=exclude,
-        batch_size=batch_size,
-        progress=progress,
+        layers=layers,
     )
 
 
 @in_linear_form
 def decompose_asvd(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
     alpha: float = 0.5,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Progress | None = None,
+    layers: LayerChoice = "*",
 ) -> dict[str, Factors]:
     """The full decompositions that `truncate` makes models of, from the unchanged model's inputs.
 
@@ -154,10 +142,7 @@ def decompose_asvd(
         model: A transformer; it is not changed.
         calibration: See `asvd`.
         alpha: See `asvd`.
-        include: Name patterns.
-        exclude: Name patterns.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
+        layers: Name patterns.
 
     Raises:
         ValueError: See `asvd`.
@@ -168,8 +153,5 @@ def decompose_asvd(
         calibration,
         InputMean,
         lambda weight, seen, r: asvd_weight(weight, seen.value, r, alpha=alpha),
-        include=include,
-        exclude=exclude,
-        batch_size=batch_size,
-        progress=progress,
+        layers=layers,
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, Observer, layerwise
-from effnb.core.modules import Model, put_modules, share
+from effnb.core.calibration import CalibrationLike, Observer, layerwise
+from effnb.core.modules import LayerChoice, Layers, Model, put_modules, share
 from effnb.inference.low_rank.factors import (
     Factors,
     LowRankLinear,
@@ -26,7 +26,7 @@ Factorise = Callable[[Tensor, Any, int | None], Factors]
 
 def calibrated(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     observe: Observe,
     factorise: Factorise,
     *,
@@ -34,10 +34,7 @@ def calibrated(
     rank: int | Mapping[str, int] | None,
     always: bool,
     sequential: bool,
-    include: str | Iterable[str],
-    exclude: str | Iterable[str],
-    batch_size: int,
-    progress: Progress | None,
+    layers: LayerChoice,
 ) -> Model:
     """Observe the inputs of the layers inside the blocks, and factorise each by what was seen.
 
@@ -51,14 +48,11 @@ def calibrated(
         always: See there.
         sequential: Observe each block behind the factorised ones before it; otherwise in the
             unchanged model.
-        include: Name patterns.
-        exclude: Name patterns.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
+        layers: Name patterns.
     """
     check_setting(kept, rank)
-    layers = choose_layers(model, include, exclude, in_blocks=True)
-    ranks = plan(layers, kept, rank, always=always)
+    chosen = choose_layers(model, layers, in_blocks=True)
+    ranks = plan(chosen, kept, rank, always=always)
     if not ranks:
         return share(model)
     made: dict[str, LowRankLinear] = {}
@@ -68,7 +62,7 @@ def calibrated(
         made[name] = LowRankLinear.replacing(layer, factors)
         return made[name] if sequential else None
 
-    result = _pass(model, calibration, observe, compress, list(ranks), batch_size, progress)
+    result = _pass(model, calibration, observe, compress, list(ranks))
     if sequential:
         return result
     put_modules(result, made)  # `result` is a copy of ours, so far with the old layers
@@ -77,14 +71,11 @@ def calibrated(
 
 def decompose_calibrated(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     observe: Observe,
     factorise: Factorise,
     *,
-    include: str | Iterable[str],
-    exclude: str | Iterable[str],
-    batch_size: int,
-    progress: Progress | None,
+    layers: LayerChoice,
 ) -> dict[str, Factors]:
     """The full decomposition of each layer inside the blocks, from the unchanged model's inputs.
 
@@ -93,38 +84,30 @@ def decompose_calibrated(
         calibration: See `effnb.core.calibration.batches_of`.
         observe: From the number of inputs and the device to an observer.
         factorise: From weight, observer and rank to the factors.
-        include: Name patterns.
-        exclude: Name patterns.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
+        layers: Name patterns.
     """
-    names = list(choose_layers(model, include, exclude, in_blocks=True))
+    names = list(choose_layers(model, layers, in_blocks=True))
     found: dict[str, Factors] = {}
 
     def compress(name: str, layer: nn.Linear, observer: Any) -> None:
         found[name] = keep(factorise(layer.weight, observer, None))
 
-    _pass(model, calibration, observe, compress, names, batch_size, progress)
+    _pass(model, calibration, observe, compress, names)
     return found
 
 
 def _pass(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     observe: Observe,
     compress: Callable[[str, nn.Linear, Any], nn.Module | None],
     names: list[str],
-    batch_size: int,
-    progress: Progress | None,
 ) -> Model:
     return layerwise(
         model,
         calibration,
         lambda name, layer: observe(layer.in_features, layer.weight.device),
         compress,
-        include=names,
-        exclude=(),
+        layers=Layers(names, ()),
         share_observers=True,  # query, key and value read the same inputs
-        batch_size=batch_size,
-        progress=progress,
     )

@@ -14,7 +14,7 @@ $U$ and $V$ are chosen is what the methods of this package differ in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import block_linears
 from effnb.core.checks import check_finite, check_loaded
-from effnb.core.modules import HEADS, Model, linears, replace_modules
+from effnb.core.modules import LayerChoice, Model, linears, replace_modules
 from effnb.inference.quantization.linear import refuse_quantized
 
 
@@ -306,8 +306,7 @@ def refuse(model: nn.Module) -> None:
 
 def choose_layers(
     model: nn.Module,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     *,
     in_blocks: bool = False,
 ) -> dict[str, nn.Linear]:
@@ -318,7 +317,7 @@ def choose_layers(
             finite, or the model is quantized.
     """
     refuse(model)
-    found = (block_linears if in_blocks else linears)(model, include, exclude)
+    found = (block_linears if in_blocks else linears)(model, layers)
     inside = {
         id(part) for m in model.modules() if isinstance(m, Factorized) for part in m.modules()
     }

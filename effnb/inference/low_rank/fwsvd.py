@@ -21,17 +21,18 @@ Hsu et al., "Language model compression with weighted low-rank factorization", 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, batches_of
+from effnb.core.calibration import Calibration, CalibrationLike, batches_of
 from effnb.core.context import context_limit
 from effnb.core.gradients import fisher_diagonal, sequences_of
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, share
+from effnb.core.modules import LayerChoice, Layers, Model, share
 from effnb.core.training import next_token_loss
 from effnb.inference.low_rank.factors import (
     Factors,
@@ -51,12 +52,10 @@ FLOOR = 1e-6
 @in_linear_form
 def fisher(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
     loss: SampleLoss = next_token_loss,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> dict[str, Float[Tensor, "out in"]]:
     r"""$F = \frac1N \sum_s (\partial \mathcal L_s / \partial W)^2$ of each linear layer's weight.
 
@@ -67,30 +66,27 @@ def fisher(
         model: The model; it is not changed, and need not be trainable.
         calibration: Token ids (samples, time), or ready keyword arguments per batch.
         loss: From the model and the keyword arguments of one sample to a scalar.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
-        progress: Called with (samples done, samples).
+        layers: Name patterns of the layers.
 
     Raises:
         ValueError: When there are no samples, no fitting layer, the loss is not finite for one of
             them, or a layer had no part in it.
     """
-    layers = choose_layers(model, include, exclude)
+    chosen = choose_layers(model, layers)
     return fisher_diagonal(
         model,
         _batches(model, calibration, loss),
         loss=None if loss is next_token_loss else loss,
-        include=list(layers),
-        exclude=(),
-        progress=progress,
+        layers=Layers(list(chosen), ()),
     )
 
 
-def _batches(model: nn.Module, calibration: Calibration, loss: SampleLoss) -> Calibration:
+def _batches(model: nn.Module, calibration: CalibrationLike, loss: SampleLoss) -> Calibration:
     """Ids as keyword arguments of one sample each, which is what a given loss takes."""
     if loss is next_token_loss:
-        return calibration
-    return sequences_of(batches_of(calibration, 1, context_limit(model)), loss)
+        return Calibration.of(calibration)
+    given = Calibration.of(calibration).one_by_one()
+    return replace(given, data=sequences_of(batches_of(given, context_limit(model)), loss))
 
 
 def importance(
@@ -156,13 +152,11 @@ def fwsvd_weight(
 @in_linear_form
 def decompose_fwsvd(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
     axis: str = "inputs",
     loss: SampleLoss = next_token_loss,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> dict[str, Factors]:
     """The full decompositions that `truncate` makes models of.
 
@@ -171,34 +165,33 @@ def decompose_fwsvd(
         calibration: See `fwsvd`.
         axis: See `fwsvd`.
         loss: See `fwsvd`.
-        include: Name patterns.
-        exclude: Name patterns.
-        progress: Called with (samples done, samples).
+        layers: Name patterns.
 
     Raises:
         ValueError: See `fwsvd`.
     """
     check_axis(axis)
-    layers = choose_layers(model, include, exclude)
+    chosen = choose_layers(model, layers)
     found = fisher(
-        model, calibration, loss=loss, include=list(layers), exclude=(), progress=progress
+        model,
+        calibration,
+        loss=loss,
+        layers=Layers(list(chosen), ()),
     )
-    return {n: keep(fwsvd_weight(m.weight, found[n], axis=axis)) for n, m in layers.items()}
+    return {n: keep(fwsvd_weight(m.weight, found[n], axis=axis)) for n, m in chosen.items()}
 
 
 @in_linear_form
 def fwsvd(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     kept: float | None = None,
     *,
     rank: int | Mapping[str, int] | None = None,
     axis: str = "inputs",
     loss: SampleLoss = next_token_loss,
     always: bool = False,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> Model:
     """Replace linear layers by factors that spare the weights on which the loss depends.
 
@@ -211,9 +204,7 @@ def fwsvd(
         axis: What gets one importance: "inputs" (the paper) or "outputs".
         loss: From the model and the keyword arguments of one sample to a scalar.
         always: Factorise also where it saves nothing.
-        include: Name patterns of the layers to factorise.
-        exclude: Name patterns of layers to leave alone.
-        progress: Called with (samples done, samples).
+        layers: Name patterns of the layers to factorise.
 
     Returns:
         A new model with `LowRankLinear` layers that shares every other tensor.
@@ -224,14 +215,17 @@ def fwsvd(
     """
     check_setting(kept, rank)
     check_axis(axis)
-    layers = choose_layers(model, include, exclude)
-    ranks = plan(layers, kept, rank, always=always)
+    chosen = choose_layers(model, layers)
+    ranks = plan(chosen, kept, rank, always=always)
     if not ranks:
         return share(model)
     information = fisher(
-        model, calibration, loss=loss, include=list(ranks), exclude=(), progress=progress
+        model,
+        calibration,
+        loss=loss,
+        layers=Layers(list(ranks), ()),
     )
     return put_factors(
         model,
-        {n: fwsvd_weight(layers[n].weight, information[n], r, axis=axis) for n, r in ranks.items()},
+        {n: fwsvd_weight(chosen[n].weight, information[n], r, axis=axis) for n, r in ranks.items()},
     )

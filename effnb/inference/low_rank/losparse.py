@@ -24,7 +24,7 @@ et al., 2022, arXiv 2206.12562).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from effnb.core.deltas import freeze
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, replace_modules, share
+from effnb.core.modules import LayerChoice, Model, replace_modules, share
 from effnb.core.training import Loss, TrainingResult, TrainingSettings, causal_lm_loss, train
 from effnb.inference.low_rank.factors import (
     Factorized,
@@ -168,8 +168,7 @@ def low_rank_plus_sparse(
     kept: float,
     *,
     low_rank_share: float = 0.5,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Model:
     r"""Replace linear layers by a low rank and the rows of the residual with the largest norm.
 
@@ -180,8 +179,7 @@ def low_rank_plus_sparse(
         model: Any module with `nn.Linear` layers; it is not changed.
         kept: Part of each layer's numbers that stay, in (0, 1]; 1 changes nothing.
         low_rank_share: Part of those that goes to the factors.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers.
 
     Returns:
         A new model with `LowRankPlusSparse` layers that shares every other tensor.
@@ -191,11 +189,11 @@ def low_rank_plus_sparse(
             that is quantized or factorised already.
     """
     split_budget(kept, low_rank_share, 2, 2)  # refuses before any work
-    layers = choose_layers(model, include, exclude)
+    chosen = choose_layers(model, layers)
     if kept == 1:
         return share(model)
     new = {}
-    for name, layer in layers.items():
+    for name, layer in chosen.items():
         rank, rows = split_budget(kept, low_rank_share, *layer.weight.shape)
         start = _Splitting(layer, rank)
         score = start.sparse.weight.detach().norm(dim=1)
@@ -357,8 +355,7 @@ def losparse(
     initial_steps: int | None = None,
     final_steps: int | None = None,
     loss: Loss = causal_lm_loss,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     progress: bool | Callable[[int, int, float], None] = False,
 ) -> tuple[Model, TrainingResult]:
     r"""Train a low-rank part and a residual whose rows are pruned on the way.
@@ -380,8 +377,7 @@ def losparse(
         initial_steps: Steps before the first row goes; a tenth by default, and at least 1.
         final_steps: Steps after the last row went; a fifth by default.
         loss: See `effnb.core.training.train`.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers.
         progress: See `effnb.core.training.train`.
 
     Returns:
@@ -409,12 +405,12 @@ def losparse(
             f"initial_steps is {initial} and final_steps {final}; the first must be at least 1, "
             f"and both together at most the {steps} steps of the training."
         )
-    layers = choose_layers(model, include, exclude)
-    budgets = {n: split_budget(kept, low_rank_share, *m.weight.shape) for n, m in layers.items()}
+    chosen = choose_layers(model, layers)
+    budgets = {n: split_budget(kept, low_rank_share, *m.weight.shape) for n, m in chosen.items()}
     training = replace_modules(
-        freeze(model), {name: _Splitting(layer, budgets[name][0]) for name, layer in layers.items()}
+        freeze(model), {name: _Splitting(layer, budgets[name][0]) for name, layer in chosen.items()}
     )
-    splitting = {name: training.get_submodule(name) for name in layers}
+    splitting = {name: training.get_submodule(name) for name in chosen}
     pruner = _RowPruner(
         splitting, {n: k for n, (_, k) in budgets.items()}, beta, uncertainty, scope
     )
@@ -434,5 +430,5 @@ def losparse(
     finally:
         pruner.close()
     rows = pruner.kept(lambda goal: goal)
-    finished = {name: splitting[name].finished(rows[name], layers[name]) for name in layers}
+    finished = {name: splitting[name].finished(rows[name], chosen[name]) for name in chosen}
     return replace_modules(model, finished), result  # all else was frozen, and is the original's

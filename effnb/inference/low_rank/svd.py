@@ -12,14 +12,14 @@ about the inputs or the loss, truncate that, and undo the scaling: `scaled_svd` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, share
+from effnb.core.modules import LayerChoice, Model, share
 from effnb.inference.low_rank.factors import (
     Factors,
     check_rank,
@@ -97,8 +97,7 @@ def truncated_svd(weight: Float[Tensor, "*matrix"], rank: int | None = None) -> 
 def decompose(
     model: torch.nn.Module,
     *,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> dict[str, Factors]:
     """The full decomposition of each linear layer: made once, truncated at will.
 
@@ -107,14 +106,13 @@ def decompose(
 
     Args:
         model: Any module with `nn.Linear` layers; it is not changed.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers.
 
     Raises:
         ValueError: See `choose_layers`.
     """
-    layers = choose_layers(model, include, exclude)
-    return {name: keep(truncated_svd(layer.weight)) for name, layer in layers.items()}
+    chosen = choose_layers(model, layers)
+    return {name: keep(truncated_svd(layer.weight)) for name, layer in chosen.items()}
 
 
 def keep(factors: Factors) -> Factors:
@@ -155,8 +153,7 @@ def svd(
     *,
     rank: int | Mapping[str, int] | None = None,
     always: bool = False,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Model:
     r"""Replace linear layers by the two factors of their truncated SVD.
 
@@ -169,8 +166,7 @@ def svd(
         rank: Instead of `kept`: one rank for all layers, or ranks by layer name (of an
             `Allocation`, say), the others staying dense.
         always: Factorise also where it saves nothing.
-        include: Name patterns of the layers to factorise.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers to factorise.
 
     Returns:
         A new model with `LowRankLinear` layers that shares every other tensor.
@@ -181,8 +177,8 @@ def svd(
         TypeError: When a rank is not a whole number.
     """
     check_setting(kept, rank)
-    layers = choose_layers(model, include, exclude)
-    ranks = plan(layers, kept, rank, always=always)
+    chosen = choose_layers(model, layers)
+    ranks = plan(chosen, kept, rank, always=always)
     if not ranks:
         return share(model)
-    return put_factors(model, {n: truncated_svd(layers[n].weight, r) for n, r in ranks.items()})
+    return put_factors(model, {n: truncated_svd(chosen[n].weight, r) for n, r in ranks.items()})

@@ -20,7 +20,7 @@ and then the right ones by LoRA, is `tune_factors`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -28,13 +28,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration
+from effnb.core.calibration import CalibrationLike
 from effnb.core.deltas import attach_deltas
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model
+from effnb.core.modules import LayerChoice, Model
 from effnb.core.training import Loss, TrainingResult, TrainingSettings, causal_lm_loss, train
 from effnb.finetuning import lora
-from effnb.inference.low_rank.calibrated import Progress, calibrated, decompose_calibrated
+from effnb.inference.low_rank.calibrated import calibrated, decompose_calibrated
 from effnb.inference.low_rank.factors import Factors, exact, ranks_of
 from effnb.inference.low_rank.svd import scaled_svd
 
@@ -127,16 +127,13 @@ def svd_llm_weight(
 @in_linear_form
 def svd_llm(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     kept: float | None = None,
     *,
     rank: int | Mapping[str, int] | None = None,
     always: bool = False,
     sequential: bool = True,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Progress | None = None,
+    layers: LayerChoice = "*",
 ) -> Model:
     """Replace the linear layers inside the blocks by the factors that best keep their outputs.
 
@@ -150,10 +147,7 @@ def svd_llm(
         always: Factorise also where it saves nothing.
         sequential: Observe each block behind the factorised ones before it; otherwise in the
             unchanged model.
-        include: Name patterns of the layers to factorise.
-        exclude: Name patterns of layers to leave alone.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
+        layers: Name patterns of the layers to factorise.
 
     Returns:
         A new model with `LowRankLinear` layers that shares every other tensor.
@@ -172,22 +166,16 @@ def svd_llm(
         rank=rank,
         always=always,
         sequential=sequential,
-        include=include,
-        exclude=exclude,
-        batch_size=batch_size,
-        progress=progress,
+        layers=layers,
     )
 
 
 @in_linear_form
 def decompose_svd_llm(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Progress | None = None,
+    layers: LayerChoice = "*",
 ) -> dict[str, Factors]:
     r"""The full decompositions that `truncate` makes models of, from the unchanged model's inputs.
 
@@ -196,10 +184,7 @@ def decompose_svd_llm(
     Args:
         model: A transformer; it is not changed.
         calibration: See `svd_llm`.
-        include: Name patterns.
-        exclude: Name patterns.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
+        layers: Name patterns.
 
     Raises:
         ValueError: See `svd_llm`.
@@ -209,10 +194,7 @@ def decompose_svd_llm(
         calibration,
         Gram,
         lambda weight, seen, r: scaled_svd(weight, seen.root, r),
-        include=include,
-        exclude=exclude,
-        batch_size=batch_size,
-        progress=progress,
+        layers=layers,
     )
 
 

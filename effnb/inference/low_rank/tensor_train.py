@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from effnb.core.modules import Model, named_modules_of, replace_modules, share
+from effnb.core.modules import Layers, Model, named_modules_of, replace_modules, share
 from effnb.inference.low_rank.factors import Factorized, check_weight, exact, refuse
 
 
@@ -283,7 +283,7 @@ def tied_heads(model: nn.Module, embedding: nn.Module) -> dict[str, nn.Linear]:
 
 def _embeddings(model: nn.Module, include: str | Iterable[str] | None) -> dict[str, nn.Module]:
     if include is not None:
-        return named_modules_of(model, (nn.Embedding, TensorTrainEmbedding), include)
+        return named_modules_of(model, (nn.Embedding, TensorTrainEmbedding), Layers(include, ()))
     find = getattr(model, "get_input_embeddings", None)
     tokens = find() if callable(find) else None
     if tokens is None:

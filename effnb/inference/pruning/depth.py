@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, batches_of, main_output
+from effnb.core.calibration import CalibrationLike, batches_of, main_output
 from effnb.core.context import context_limit
 from effnb.core.modules import share
 from effnb.inference.pruning.choice import keep_all, removals
@@ -34,14 +34,13 @@ from effnb.inference.pruning.structures import Anatomy, anatomy, check_weights
 
 
 def text_batches(
-    model: nn.Module, calibration: Calibration, batch_size: int
+    model: nn.Module, calibration: CalibrationLike
 ) -> list[tuple[dict[str, Tensor], Tensor]]:
     """Calibration data where the model is: keyword arguments, and which tokens are not padding.
 
     Args:
         model: The model that they are for.
         calibration: See `effnb.core.calibration.batches_of`.
-        batch_size: Sequences at a time, for token ids.
 
     Raises:
         ValueError: No calibration data, or sequences beyond the context.
@@ -49,7 +48,7 @@ def text_batches(
     device = next(model.parameters()).device
     context = context_limit(model)
     found = []
-    for given in batches_of(calibration, batch_size, context):
+    for given in batches_of(calibration, context):
         batch = {key: value.to(device) for key, value in given.items()}
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
         found.append((batch, mask.bool()))
@@ -57,14 +56,14 @@ def text_batches(
 
 
 def _streams(
-    model: nn.Module, shape: Anatomy, calibration: Calibration, batch_size: int
+    model: nn.Module, shape: Anatomy, calibration: CalibrationLike
 ) -> Iterable[list[Tensor]]:
     """For each batch: the residual stream before each block and behind the last, tokens in rows.
 
     Not the model's `output_hidden_states`: the last of those has gone through the final norm.
     """
     check_weights(model)
-    batches = text_batches(model, calibration, batch_size)
+    batches = text_batches(model, calibration)
     twin = share(model).eval()
     seen: list[Tensor] = []
     blocks = twin.get_submodule(shape.blocks)
@@ -101,9 +100,7 @@ def _mean(sums: Tensor, counts: Tensor) -> Tensor:
     return (sums / counts).float()
 
 
-def block_influence(
-    model: nn.Module, calibration: Calibration, *, batch_size: int = 8
-) -> Float[Tensor, " layers"]:
+def block_influence(model: nn.Module, calibration: CalibrationLike) -> Float[Tensor, " layers"]:
     r"""$1 - \cos$ between what enters and what leaves each block, the mean over tokens.
 
     Computed as $\tfrac12 \lVert \hat h_l - \hat h_{l+1} \rVert^2$ of the vectors of length 1, which
@@ -113,7 +110,6 @@ def block_influence(
         model: A Llama-like model; it is not changed.
         calibration: Token ids (sequences, time), or keyword arguments per batch; padding is not
             counted, and neither is a token whose vector is 0.
-        batch_size: Sequences at a time, for token ids.
 
     Raises:
         ValueError: No calibration data, weights or a stream that are not finite, or a model that is
@@ -122,7 +118,7 @@ def block_influence(
     shape = anatomy(model)
     sums = torch.zeros(shape.layers, dtype=torch.float64)
     counts = torch.zeros_like(sums)
-    for streams in _streams(model, shape, calibration, batch_size):
+    for streams in _streams(model, shape, calibration):
         units = [_directions(stream) for stream in streams]
         for layer in range(shape.layers):
             change = (units[layer] - units[layer + 1]).square().sum(-1) / 2
@@ -132,7 +128,7 @@ def block_influence(
 
 
 def angular_distances(
-    model: nn.Module, calibration: Calibration, count: float, *, batch_size: int = 8
+    model: nn.Module, calibration: CalibrationLike, count: float
 ) -> Float[Tensor, " starts"]:
     r"""$\tfrac1\pi \arccos \cos(h_l, h_{l + n})$, the mean over tokens, for each start $l$.
 
@@ -140,7 +136,6 @@ def angular_distances(
         model: A Llama-like model; it is not changed.
         calibration: As in `block_influence`.
         count: $n$, how many blocks in a row are jumped over.
-        batch_size: Sequences at a time, for token ids.
 
     Returns:
         In [0, 1], for the starts 0, …, layers - n.
@@ -154,7 +149,7 @@ def angular_distances(
     starts = shape.layers - count + 1
     sums = torch.zeros(starts, dtype=torch.float64)
     counts = torch.zeros_like(sums)
-    for streams in _streams(model, shape, calibration, batch_size):
+    for streams in _streams(model, shape, calibration):
         units = [_directions(stream) for stream in streams]
         for start in range(starts):
             a, b = units[start], units[start + count]
@@ -220,36 +215,33 @@ def drop_layers(model: nn.Module, layers: Iterable[int]) -> Pruned:
     return cut(model, replace(kept, layers=stay), {})
 
 
-def shortgpt(
-    model: nn.Module, calibration: Calibration, count: float, *, batch_size: int = 8
-) -> Pruned:
+def shortgpt(model: nn.Module, calibration: CalibrationLike, count: float) -> Pruned:
     """Remove the blocks with the lowest block influence, all at once.
 
     Args:
         model: A Llama-like model; it is not changed.
         calibration: As in `block_influence`.
         count: How many blocks to remove.
-        batch_size: Sequences at a time, for token ids.
 
     Raises:
         ValueError: A count that leaves no block, and what `block_influence` raises.
         TypeError: When the count is no whole number.
     """
     _count(count, anatomy(model))
-    scores = block_influence(model, calibration, batch_size=batch_size)
+    scores = block_influence(
+        model,
+        calibration,
+    )
     return prune_structures(model, {"layers": scores}, {"layers": count})
 
 
-def drop_run(
-    model: nn.Module, calibration: Calibration, count: float, *, batch_size: int = 8
-) -> Pruned:
+def drop_run(model: nn.Module, calibration: CalibrationLike, count: float) -> Pruned:
     """Remove the blocks in a row that turn the stream least; heal the result by training.
 
     Args:
         model: A Llama-like model; it is not changed.
         calibration: As in `block_influence`.
         count: How many blocks to remove.
-        batch_size: Sequences at a time, for token ids.
 
     Returns:
         With the angular distances of all starts as the scores "runs".
@@ -258,7 +250,11 @@ def drop_run(
         ValueError: A count that leaves no block, and what `angular_distances` raises.
         TypeError: When the count is no whole number.
     """
-    distances = angular_distances(model, calibration, count, batch_size=batch_size)
+    distances = angular_distances(
+        model,
+        calibration,
+        count,
+    )
     start = int(distances.argmin())
     found = drop_layers(model, range(start, start + count))
     return replace(found, scores={"runs": distances})

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effnb.core.calibration import Calibration
 from effnb.core.gradients import Batches, each_gradient, loss_batches
 from effnb.core.modules import Model, share
 from effnb.core.training import Loss, target_losses, targets
@@ -37,8 +38,6 @@ def head_importance(
     *,
     normalize: bool = True,
     loss: Loss | None = None,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Float[Tensor, "layers heads"]:
     """The mean over examples of the absolute gradient of each head's gate.
 
@@ -49,8 +48,6 @@ def head_importance(
             it takes: each batch is an example.
         normalize: Divide each layer's importances by their norm.
         loss: From (model, batch) to a scalar; None for language modelling.
-        batch_size: Sequences at a time, for token ids.
-        progress: Called with (batches done, batches).
 
     Raises:
         ValueError: No data, weights or gradients that are not finite, or a model that is not
@@ -58,7 +55,7 @@ def head_importance(
     """
     shape = anatomy(model)
     check_weights(model)
-    batches = loss_batches(model, calibration, loss, batch_size)
+    batches = loss_batches(model, calibration, loss)
     twin = share(model).eval()
     device = next(twin.parameters()).device
     gates: dict[str, Tensor] = {}
@@ -75,6 +72,7 @@ def head_importance(
     for name in names:
         twin.get_submodule(name).register_forward_pre_hook(gate(name))
     function = _sum_of_sequences if loss is None else loss
+    report = Calibration.of(calibration).report
     total, examples = torch.zeros(shape.layers, shape.heads, device=device), 0
     for done, batch in enumerate(batches):
         # A sequence of which no token counts is no example.
@@ -87,8 +85,7 @@ def head_importance(
         (found,) = each_gradient(twin, gates, [batch], function)
         total += torch.stack(list(found.values())).abs().sum(1)
         examples += int(counted.sum())
-        if progress:
-            progress(done + 1, len(batches))
+        report(done + 1, len(batches))
     scores = (total / examples).cpu()
     if normalize:
         scores = scores / scores.norm(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
@@ -175,8 +172,6 @@ def prune_heads(
     *,
     unit: str = "groups",
     loss: Loss | None = None,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
     """Remove the least important heads, equally many from each layer: a smaller dense model.
 
@@ -188,8 +183,6 @@ def prune_heads(
         unit: "groups" removes key-value heads with all their query heads (the sum of their
             importances counts), "heads" query heads alone.
         loss: From (model, batch) to a scalar; None for language modelling.
-        batch_size: Sequences at a time, for token ids.
-        progress: Called with (batches done, batches).
 
     Raises:
         ValueError: A ratio out of range, and what `head_importance` and `shrink` raise.
@@ -199,6 +192,8 @@ def prune_heads(
     check_unit(unit)
     removals(ratio, shape.kv_heads if unit == "groups" else shape.queries_per_group, "heads")
     scores = head_importance(
-        model, calibration, loss=loss, batch_size=batch_size, progress=progress
+        model,
+        calibration,
+        loss=loss,
     )
     return prune_structures(model, {"heads": scores}, {"heads": ratio}, unit=unit)

@@ -86,8 +86,6 @@ def llm_pruner_scores(
     aggregate: str = "sum",
     unit: str = "groups",
     loss: Loss | None = None,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """The importance of every head or group, and of every neuron.
 
@@ -100,8 +98,6 @@ def llm_pruner_scores(
         aggregate: "sum", "prod", "max" or "last" (the output or down projection alone).
         unit: "groups" or "heads": what attention is scored by.
         loss: From (model, batch) to a scalar; None for language modelling.
-        batch_size: Sequences at a time, for token ids.
-        progress: Called with (batches done, batches), for gradients and Fisher in turn.
 
     Returns:
         "heads" (layers, groups or heads) and "neurons" (layers, neurons), as `prune_structures`
@@ -118,12 +114,11 @@ def llm_pruner_scores(
     gradients = fishers = None
     if order != "second":
         gradients = mean_gradients(
-            model, calibration, loss=loss, include=inside, batch_size=batch_size,
-            progress=progress,
+            model, calibration, loss=loss, layers=inside,
         )  # fmt: skip
     if order != "first":
         fishers = fisher_diagonal(
-            model, calibration, loss=loss, include=inside, progress=progress
+            model, calibration, loss=loss, layers=inside,
         )  # fmt: skip
 
     def change(layer: int, part: str) -> Tensor:
@@ -183,8 +178,6 @@ def llm_pruner(
     aggregate: str = "sum",
     unit: str = "groups",
     loss: Loss | None = None,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
     """Remove the least important heads and neurons: a smaller dense model.
 
@@ -199,8 +192,6 @@ def llm_pruner(
         aggregate: As in `llm_pruner_scores`.
         unit: As in `llm_pruner_scores`.
         loss: From (model, batch) to a scalar; None for language modelling.
-        batch_size: Sequences at a time, for token ids.
-        progress: Called with (batches done, batches).
 
     Raises:
         ValueError: A ratio out of range, and what `llm_pruner_scores` and `shrink` raise.
@@ -210,7 +201,7 @@ def llm_pruner(
     ratio = check_ratio(shape, ratio, unit)
     scores = llm_pruner_scores(
         model, calibration, importance=importance, order=order, aggregate=aggregate, unit=unit,
-        loss=loss, batch_size=batch_size, progress=progress,
+        loss=loss,
     )  # fmt: skip
     return prune_structures(model, scores, {"heads": ratio, "neurons": ratio}, unit=unit)
 

@@ -142,7 +142,6 @@ def lora_importance(
     momentum: float = 0.9,
     loss_scale: float = 1.0,
     loss: Loss | None = None,
-    batch_size: int = 8,
 ) -> dict[str, Tensor]:
     """The importance of heads and neurons by a LoRA's gradients, without training.
 
@@ -156,7 +155,6 @@ def lora_importance(
         momentum: Of the moving average over batches, in [0, 1).
         loss_scale: A factor of the loss, to see what the last term of the estimate makes of it.
         loss: From (model, batch) to a scalar; None for language modelling.
-        batch_size: Sequences at a time, for token ids.
 
     Returns:
         "heads" (layers, groups or heads) and "neurons" (layers, neurons).
@@ -182,7 +180,7 @@ def lora_importance(
         for leaf, parameter in (("A", delta.A), ("B", delta.B))
     }
     scaled = lambda m, batch: (loss or next_token_loss)(m, batch) * loss_scale  # noqa: E731
-    batches = loss_batches(model, calibration, loss, batch_size)
+    batches = loss_batches(model, calibration, loss)
     for found in each_gradient(working, leaves, batches, scaled):
         average.update(
             {
@@ -264,7 +262,7 @@ def lora_prune(
         )
     schedule = CubicSchedule(ratio, begin, end, every=every)
     working = lora.attach(
-        model, _NAME, rank=rank, alpha=alpha, include=f"{shape.blocks}.*", seed=seed
+        model, _NAME, rank=rank, alpha=alpha, layers=f"{shape.blocks}.*", seed=seed
     )
     run = _Pruning(shape, working, schedule, unit, momentum, keep_all(model))
 

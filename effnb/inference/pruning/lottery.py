@@ -12,14 +12,14 @@ arXiv 2003.02389).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effnb.core.modules import HEADS, Model
+from effnb.core.modules import LayerChoice, Model
 from effnb.core.training import (
     Batches,
     Loss,
@@ -141,8 +141,7 @@ def lottery(
     rewind_step: int = 0,
     rewind: str = "weights",
     pattern: str = "layer",
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     loss: Loss = causal_lm_loss,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
@@ -163,8 +162,7 @@ def lottery(
             where they are, and only the schedule goes back.
         pattern: Where weights compete: "layer", "row", "global"; or "N:M", where each round takes
             one weight of every group and `rounds` must be M - N.
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to prune.
         loss: From (model, batch) to a scalar.
         evaluate: From the model to named numbers, as in `effnb.core.training.train`.
         progress: Called with (steps done, steps of all rounds, loss).
@@ -193,9 +191,9 @@ def lottery(
             f"rounds is {rounds}; {pattern} is reached in {parsed.group - parsed.keep}, one weight "
             "of every group each."
         )
-    layers, _ = prunable(
+    chosen, _ = prunable(
         model, None if parsed.scope == "group" else 1 - (1 - rate) ** rounds, pattern,
-        include, exclude,
+        layers,
     )  # fmt: skip
 
     steps = settings.steps - rewind_step
@@ -213,7 +211,7 @@ def lottery(
     def later(step: int) -> Any:
         return batches(step + rewind_step)
 
-    masks = {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in layers.items()}
+    masks = {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in chosen.items()}
     tickets: list[Ticket] = []
     for number in range(rounds + 1):
         if number:

@@ -10,7 +10,7 @@ prune, or not to prune", 2017, arXiv 1710.01878).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, linears
+from effnb.core.modules import LayerChoice, Model, linears
 from effnb.core.training import Batches, Loss, TrainingSettings, causal_lm_loss
 from effnb.inference.pruning.masked_training import MaskedLinear, PruningRun, train_masked
 from effnb.inference.pruning.masks import (
@@ -48,11 +48,9 @@ def magnitude_mask(
     return keep_mask(weight.detach().abs(), sparsity, pattern)
 
 
-def magnitude_scores(
-    model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = HEADS
-) -> dict[str, Tensor]:
+def magnitude_scores(model: nn.Module, layers: LayerChoice = "*") -> dict[str, Tensor]:
     r"""$|W_{ij}|$ of every fitting linear layer, by name."""
-    return {n: m.weight.detach().abs() for n, m in linears(model, include, exclude).items()}
+    return {n: m.weight.detach().abs() for n, m in linears(model, layers).items()}
 
 
 @in_linear_form
@@ -61,8 +59,7 @@ def magnitude(
     sparsity: Sparsity = None,
     *,
     pattern: str = "layer",
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Model:
     r"""Set the weights with the smallest $|W_{ij}|$ to 0.
 
@@ -70,8 +67,7 @@ def magnitude(
         model: Any module with `nn.Linear` layers; it is not changed.
         sparsity: Part of the weights to remove, in [0, 1); or one per layer's name; None for "N:M".
         pattern: Where weights compete: "layer", "row", "global" or "N:M".
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers to prune.
 
     Returns:
         A new model with exact zeros, sharing every tensor that was not pruned.
@@ -80,8 +76,8 @@ def magnitude(
         ValueError: A sparsity or pattern that does not fit, no fitting layer, weights that are not
             finite, a layer that would lose every weight, or a quantized model.
     """
-    layers, _ = prunable(model, sparsity, pattern, include, exclude)
-    scores = {name: layer.weight.detach().abs() for name, layer in layers.items()}
+    chosen, _ = prunable(model, sparsity, pattern, layers)
+    scores = {name: layer.weight.detach().abs() for name, layer in chosen.items()}
     return apply_masks(model, choose_masks(scores, sparsity, pattern))
 
 
@@ -136,8 +132,7 @@ def gradual(
     schedule: CubicSchedule,
     *,
     pattern: str = "layer",
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     loss: Loss = causal_lm_loss,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: bool | Callable[[int, int, float], None] = False,
@@ -154,8 +149,7 @@ def gradual(
         schedule: Sparsity at each step; `schedule.end` must come before the last step, so that the
             final mask is trained too.
         pattern: Where weights compete: "layer", "row", "global" or "N:M".
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to prune.
         loss: From (model, batch) to a scalar.
         evaluate: From the model to named numbers, as in `effnb.core.training.train`.
         progress: True for a progress bar; or a function of (steps done, steps, loss).
@@ -169,7 +163,7 @@ def gradual(
             f"{settings.steps} steps (the first is 0)."
         )
     check_sparsity(schedule.initial)
-    layers, _ = prunable(model, schedule.final, pattern, include, exclude)
+    chosen, _ = prunable(model, schedule.final, pattern, layers)
     parsed = Pattern.parse(pattern)
 
     def update(step: int, held: dict[str, MaskedLinear]) -> None:
@@ -183,7 +177,7 @@ def gradual(
         for name, layer in held.items():
             layer.mask = masks[name]
 
-    everything = {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in layers.items()}
+    everything = {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in chosen.items()}
     return train_masked(
         model, batches, settings, everything,
         update=update, loss=loss, evaluate=evaluate, progress=progress,

@@ -18,7 +18,7 @@ them back. Only training needs the mask beside the model, see `effnb.inference.p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,14 @@ from torch import Tensor, nn
 from effnb.core.calibration import block_linears
 from effnb.core.checks import check_finite, check_loaded
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, linears, matches, replace_modules, resolved, share
+from effnb.core.modules import (
+    LayerChoice,
+    Layers,
+    Model,
+    linears,
+    replace_modules,
+    share,
+)
 from effnb.inference.quantization.linear import refuse_quantized
 
 Sparsity = float | Mapping[str, float] | None
@@ -223,8 +230,7 @@ def prunable(
     model: nn.Module,
     sparsity: Sparsity,
     pattern: str | Pattern,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     *,
     inside_blocks: bool = False,
 ) -> tuple[dict[str, nn.Linear], dict[str, float]]:
@@ -234,8 +240,7 @@ def prunable(
         model: Any module with `nn.Linear` layers.
         sparsity: Part to remove.
         pattern: "layer", "row", "global" or "N:M".
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to prune.
         inside_blocks: Take layers inside a transformer's blocks only, as `layerwise` does.
 
     Raises:
@@ -244,11 +249,11 @@ def prunable(
     """
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     refuse(model)
-    layers = (block_linears if inside_blocks else linears)(model, include, exclude)
-    goals = goals_of(sparsity, pattern, list(layers))
-    for name, layer in layers.items():
+    chosen = (block_linears if inside_blocks else linears)(model, layers)
+    goals = goals_of(sparsity, pattern, list(chosen))
+    for name, layer in chosen.items():
         check_layer(name, layer.weight, goals[name], pattern)
-    return layers, goals
+    return chosen, goals
 
 
 def refuse(model: nn.Module) -> None:
@@ -315,8 +320,7 @@ def layers_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Lin
 @in_linear_form
 def masks_of(
     model: nn.Module,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> dict[str, Tensor]:
     """Read the masks back from a model: True where a linear layer's weight is not 0.
 
@@ -325,16 +329,15 @@ def masks_of(
     Raises:
         ValueError: When no layer fits.
     """
-    include, exclude = resolved(model, include), resolved(model, exclude)
+    wanted = Layers.of(layers).on(model)
     found = {
         name: module.weight.detach() != 0
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or hasattr(type(module), "quantized"))
-        and matches(name, include)
-        and not matches(name, exclude)
+        and wanted.fit(name)
     }
     if not found:
-        raise ValueError(f"the model has no linear layer that fits {include!r}.")
+        raise ValueError(f"the model has no linear layer that fits {', '.join(wanted.include)}.")
     return found
 
 

@@ -18,7 +18,7 @@ Sanh, Wolf, Rush, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", 2020, ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from effnb.core.modules import HEADS, Model, named_modules_of, replace_modules
+from effnb.core.modules import LayerChoice, Model, named_modules_of, replace_modules
 from effnb.core.training import (
     Batches,
     Loss,
@@ -127,8 +127,7 @@ def movement(
     *,
     pattern: str = "layer",
     score_learning_rate: float = 1e-2,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     loss: Loss = causal_lm_loss,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: bool | Callable[[int, int, float], None] = False,
@@ -146,8 +145,7 @@ def movement(
             for learning before it begins, and steps at full sparsity after it ends.
         pattern: Where scores compete: "layer" (the paper's), "row", "global" or "N:M".
         score_learning_rate: Peak rate of the scores; it follows the same warm-up and decay.
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to prune.
         loss: From (model, batch) to a scalar.
         evaluate: From the model to named numbers, as in `effnb.core.training.train`.
         progress: True for a progress bar; or a function of (steps done, steps, loss).
@@ -157,7 +155,7 @@ def movement(
             last step, a rate not above 0, patience, weights that are not finite, no fitting layer,
             a layer that would lose every weight, or a quantized model.
     """
-    layers, _ = prunable(model, schedule.final, pattern, include, exclude)
+    chosen, _ = prunable(model, schedule.final, pattern, layers)
     parsed = Pattern.parse(pattern)
 
     def choose(held: dict[str, MovementLinear], step: int) -> dict[str, Tensor]:
@@ -168,7 +166,7 @@ def movement(
         )
 
     return _run(
-        model, batches, settings, schedule, list(layers), choose, score_learning_rate,
+        model, batches, settings, schedule, list(chosen), choose, score_learning_rate,
         None, loss, evaluate, progress,
     )  # fmt: skip
 
@@ -181,8 +179,7 @@ def soft_movement(
     *,
     penalty: float,
     score_learning_rate: float = 1e-2,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     loss: Loss = causal_lm_loss,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: bool | Callable[[int, int, float], None] = False,
@@ -201,8 +198,7 @@ def soft_movement(
             $\sigma(0) = 0.5$.
         penalty: $\lambda$. The larger, the sparser.
         score_learning_rate: Peak rate of the scores; it follows the same warm-up and decay.
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to prune.
         loss: From (model, batch) to a scalar.
         evaluate: From the model to named numbers, as in `effnb.core.training.train`.
         progress: True for a progress bar; or a function of (steps done, steps, loss).
@@ -217,14 +213,14 @@ def soft_movement(
         )
     if not 0 <= penalty < float("inf"):
         raise ValueError(f"penalty is {penalty}; it must be at least 0.")
-    layers, _ = prunable(model, 0.0, "layer", include, exclude)
+    chosen, _ = prunable(model, 0.0, "layer", layers)
 
     def choose(held: dict[str, MovementLinear], step: int) -> dict[str, Tensor]:
         threshold = schedule.at(step)
         return {name: soft_mask(m.scores.detach(), threshold) for name, m in held.items()}
 
     return _run(
-        model, batches, settings, schedule, list(layers), choose, score_learning_rate,
+        model, batches, settings, schedule, list(chosen), choose, score_learning_rate,
         penalty, loss, evaluate, progress,
     )  # fmt: skip
 

@@ -19,18 +19,17 @@ model has to be done in hours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, Hessian, layerwise
+from effnb.core.calibration import CalibrationLike, Hessian, layerwise
 from effnb.core.gradients import Batches, fisher_diagonal
 from effnb.core.hessian import check_damping, damp_hessian
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, linears
+from effnb.core.modules import LayerChoice, Model, linears
 from effnb.core.training import Loss
 from effnb.inference.pruning.masks import (
     Pattern,
@@ -260,16 +259,13 @@ def _check(pattern: str) -> Pattern:
 @in_linear_form
 def obs(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     sparsity: Sparsity = None,
     *,
     pattern: str = "row",
     damping: float = 0.01,
     true_sequential: bool = False,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> Model:
     """Optimal Brain Surgeon on the layers of a transformer's blocks, each on its real inputs.
 
@@ -283,10 +279,7 @@ def obs(
         pattern: Where weights compete: "row", "layer" or "N:M".
         damping: Share of the mean diagonal entry that is added to the diagonal.
         true_sequential: Also within a block, prune layers before those behind them are calibrated.
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
+        layers: Name patterns of the layers to prune.
 
     Returns:
         A new model with exact zeros, sharing every tensor that was not pruned.
@@ -297,7 +290,7 @@ def obs(
     """
     _check(pattern)
     check_damping(damping)
-    _, goals = prunable(model, sparsity, pattern, include, exclude, inside_blocks=True)
+    _, goals = prunable(model, sparsity, pattern, layers, inside_blocks=True)
 
     def observe(name: str, layer: nn.Linear) -> Hessian:
         return Hessian(layer.in_features, layer.weight.device)
@@ -311,10 +304,15 @@ def obs(
         return with_weight(layer, found.weight)
 
     return layerwise(
-        model, calibration, observe, prune, include=include, exclude=exclude,
-        true_sequential=true_sequential, share_observers=True, unreached=True,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        model,
+        calibration,
+        observe,
+        prune,
+        layers=layers,
+        true_sequential=true_sequential,
+        share_observers=True,
+        unreached=True,
+    )
 
 
 @in_linear_form
@@ -325,9 +323,7 @@ def obd(
     *,
     pattern: str = "global",
     loss: Loss | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> Model:
     r"""Set the weights with the smallest $\tfrac12 F_{qq} w_q^2$ to 0; no other weight moves.
 
@@ -337,9 +333,7 @@ def obd(
         sparsity: Part of the weights to remove, in [0, 1); or one per layer's name; None for "N:M".
         pattern: Where weights compete: "global", "layer", "row" or "N:M".
         loss: From (model, sample) to a scalar; None for language modelling.
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone.
-        progress: Called with (samples done, samples).
+        layers: Name patterns of the layers to prune.
 
     Returns:
         A new model with exact zeros, sharing every tensor that was not pruned.
@@ -348,10 +342,13 @@ def obd(
         ValueError: A sparsity or pattern that does not fit, no data, no fitting layer, numbers that
             are not finite, a layer that would lose every weight, or a quantized model.
     """
-    prunable(model, sparsity, pattern, include, exclude)
+    prunable(model, sparsity, pattern, layers)
     diagonals = fisher_diagonal(
-        model, calibration, loss=loss, include=include, exclude=exclude, progress=progress
+        model,
+        calibration,
+        loss=loss,
+        layers=layers,
     )
-    layers = linears(model, include, exclude)
-    scores = {name: obd_saliency(layers[name].weight, d) for name, d in diagonals.items()}
+    chosen = linears(model, layers)
+    scores = {name: obd_saliency(chosen[name].weight, d) for name, d in diagonals.items()}
     return apply_masks(model, choose_masks(scores, sparsity, pattern))

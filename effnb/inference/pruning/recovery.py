@@ -13,13 +13,13 @@ allocation is a sparsity per layer's name, which all methods of this package tak
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from torch import Tensor, nn
 
-from effnb.core.modules import HEADS, Model, linears
+from effnb.core.modules import LayerChoice, Layers, Model, linears
 from effnb.core.training import (
     Batches,
     Loss,
@@ -99,8 +99,7 @@ def recover(
     *,
     rank: int = 8,
     alpha: float = 16.0,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     seed: int = 0,
     loss: Loss = causal_lm_loss,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
@@ -116,8 +115,7 @@ def recover(
         settings: Steps, rates, seeds.
         rank: Of the LoRA.
         alpha: Of the LoRA.
-        include: Name patterns of the layers that get one.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers that get one.
         seed: Of the LoRA's start.
         loss: From (model, batch) to a scalar.
         evaluate: From the model to named numbers, as in `effnb.core.training.train`.
@@ -127,9 +125,7 @@ def recover(
         ValueError: A quantized model, no linear layer, or numbers out of range.
     """
     refuse(model)
-    working = lora.attach(
-        model, "recovery", rank=rank, alpha=alpha, include=include, exclude=exclude, seed=seed
-    )
+    working = lora.attach(model, "recovery", rank=rank, alpha=alpha, layers=layers, seed=seed)
     count = sum(p.numel() for p in lora.delta_parameters(working, "recovery").values())
     result = train(working, batches, settings, loss=loss, evaluate=evaluate, progress=progress)
     return Recovered(lora.merge(working, "recovery"), result, count)
@@ -139,8 +135,7 @@ def allocate_uniform(
     model: nn.Module,
     sparsity: float,
     *,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> dict[str, float]:
     """The same sparsity for every fitting layer.
 
@@ -148,7 +143,7 @@ def allocate_uniform(
         ValueError: A sparsity outside [0, 1), or no fitting layer.
     """
     check_sparsity(sparsity)
-    return dict.fromkeys(linears(model, include, exclude), sparsity)
+    return dict.fromkeys(linears(model, layers), sparsity)
 
 
 def allocate_global(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
@@ -175,8 +170,7 @@ def sensitivity(
     levels: Sequence[float] = (0.5, 0.75, 0.9),
     *,
     prune: Callable[[nn.Module, dict[str, float], str], nn.Module] | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
     """Prune each layer alone, at several sparsities, and measure what it does to the loss.
@@ -187,8 +181,7 @@ def sensitivity(
         levels: Sparsities in (0, 1) to try.
         prune: From (model, sparsity by layer, name of the one layer) to a pruned model; by default
             magnitude within the layer.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers.
         progress: Called with (evaluations done, evaluations).
 
     Raises:
@@ -198,14 +191,14 @@ def sensitivity(
     levels = sorted(set(levels))
     if not levels or not 0 < levels[0] <= levels[-1] < 1:
         raise ValueError(f"levels are {levels}; give sparsities above 0 and below 1.")
-    layers, _ = prunable(model, levels[-1], "layer", include, exclude)
+    chosen, _ = prunable(model, levels[-1], "layer", layers)
     if prune is None:
         prune = _prune_one
-    total = 1 + len(layers) * len(levels)
+    total = 1 + len(chosen) * len(levels)
     done = 1
     dense = _finite(evaluate(model), "the dense model")
     found: Sensitivity = {}
-    for name in layers:
+    for name in chosen:
         found[name] = {0.0: dense}
         for level in levels:
             loss = evaluate(prune(model, {name: level}, name))
@@ -217,7 +210,7 @@ def sensitivity(
 
 
 def _prune_one(model: nn.Module, sparsity: dict[str, float], name: str) -> nn.Module:
-    return magnitude(model, sparsity, include=name, exclude=())
+    return magnitude(model, sparsity, layers=Layers(name, ()))
 
 
 def _finite(loss: float, of: str) -> float:

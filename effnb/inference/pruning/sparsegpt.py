@@ -19,17 +19,17 @@ Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Prun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, Hessian, layerwise
+from effnb.core.calibration import CalibrationLike, Hessian, layerwise
 from effnb.core.hessian import check_damping, inverse_cholesky
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model
+from effnb.core.modules import LayerChoice, Model
 from effnb.inference.pruning.masks import (
     Pattern,
     Sparsity,
@@ -255,7 +255,7 @@ class _Curvature(Hessian):
 @in_linear_form
 def sparsegpt(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     sparsity: Sparsity = None,
     *,
     pattern: str = "layer",
@@ -266,10 +266,7 @@ def sparsegpt(
     group_size: Granularity = "row",
     symmetric: bool = False,
     true_sequential: bool = False,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
     report: Callable[[str, SparseGptResult], None] | None = None,
 ) -> Model:
     """Prune the linear layers of a transformer's blocks, each on the inputs it will really see.
@@ -290,10 +287,7 @@ def sparsegpt(
         group_size: What shares a grid.
         symmetric: Whether the grids have no zero points.
         true_sequential: Also within a block, prune layers before those behind them are calibrated.
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
+        layers: Name patterns of the layers to prune.
         report: Called with each layer's name and result.
 
     Returns:
@@ -305,7 +299,7 @@ def sparsegpt(
             model.
     """
     parsed = _check(pattern, block_size, damping, bits, group_size)
-    _, goals = prunable(model, sparsity, pattern, include, exclude, inside_blocks=True)
+    _, goals = prunable(model, sparsity, pattern, layers, inside_blocks=True)
 
     def observe(name: str, layer: nn.Linear) -> _Curvature:
         return _Curvature(layer.in_features, layer.weight.device)
@@ -323,10 +317,15 @@ def sparsegpt(
         return with_weight(layer, found.weight)
 
     return layerwise(
-        model, calibration, observe, prune, include=include, exclude=exclude,
-        true_sequential=true_sequential, share_observers=True, unreached=True,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        model,
+        calibration,
+        observe,
+        prune,
+        layers=layers,
+        true_sequential=true_sequential,
+        share_observers=True,
+        unreached=True,
+    )
 
 
 def _check(

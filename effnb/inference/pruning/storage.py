@@ -17,7 +17,7 @@ The counts are those of the forms that `encode` makes, which decode to the same 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from effnb.core.modules import HEADS, linears
+from effnb.core.modules import LayerChoice, linears
 from effnb.inference.pruning.masks import Pattern, follows, masks_of
 
 
@@ -96,15 +96,14 @@ def mask_storage(mask: Bool[Tensor, "out in"], bits: int = 16) -> Storage:
 def storage_of(
     model: nn.Module,
     bits: int = 16,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Storage:
     """Bytes of a model's linear layers in each form; 2:4 only if all of them are.
 
     Raises:
         ValueError: When no layer fits, or `bits` is below 1.
     """
-    parts = [mask_storage(mask, bits) for mask in masks_of(model, include, exclude).values()]
+    parts = [mask_storage(mask, bits) for mask in masks_of(model, layers).values()]
     two_four = [part.two_four_bytes for part in parts]
     return Storage(
         dense_bytes=sum(part.dense_bytes for part in parts),
@@ -202,8 +201,7 @@ def encode(weight: Float[Tensor, "out in"], form: str) -> SparseTensor:
 def encode_model(
     model: nn.Module,
     form: str,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Mapping[str, SparseTensor]:
     """The linear layers of a model in a sparse form, by name.
 
@@ -211,7 +209,7 @@ def encode_model(
         ValueError: As `encode`, with the layer's name; or when no layer fits.
     """
     result = {}
-    for name, layer in linears(model, include, exclude).items():
+    for name, layer in linears(model, layers).items():
         try:
             result[name] = encode(layer.weight, form)
         except ValueError as problem:

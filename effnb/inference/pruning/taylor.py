@@ -13,15 +13,15 @@ $\partial L / \partial c_j = w_j\, \partial L / \partial w_j$.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effnb.core.calibration import Calibration
 from effnb.core.gradients import Batches, mean_gradients
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, linears
+from effnb.core.modules import LayerChoice, Model, linears
 from effnb.core.training import Loss
 from effnb.inference.pruning.masks import Sparsity, apply_masks, choose_masks, prunable
 
@@ -64,10 +64,7 @@ def taylor_scores(
     calibration: Batches,
     *,
     loss: Loss | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> dict[str, Tensor]:
     r"""$|w g|$ of every fitting linear layer; arguments as in `mean_gradients`.
 
@@ -75,17 +72,16 @@ def taylor_scores(
         model: The model; it is not changed.
         calibration: See `effnb.core.gradients.loss_batches`.
         loss: From (model, batch) to a scalar; None for language modelling.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
-        batch_size: Sequences at a time, for token ids.
-        progress: Called with (batches done, batches).
+        layers: Name patterns of the layers.
     """
     gradients = mean_gradients(
-        model, calibration, loss=loss, include=include, exclude=exclude,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
-    layers = linears(model, include, exclude)
-    return {name: taylor_score(layers[name].weight, g) for name, g in gradients.items()}
+        model,
+        calibration,
+        loss=loss,
+        layers=layers,
+    )
+    chosen = linears(model, layers)
+    return {name: taylor_score(chosen[name].weight, g) for name, g in gradients.items()}
 
 
 @in_linear_form
@@ -96,10 +92,7 @@ def taylor(
     *,
     pattern: str = "global",
     loss: Loss | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> Model:
     r"""Set the weights with the smallest $|w g|$ to 0.
 
@@ -112,10 +105,7 @@ def taylor(
         sparsity: Part of the weights to remove, in [0, 1); or one per layer's name; None for "N:M".
         pattern: Where weights compete: "global", "layer", "row" or "N:M".
         loss: From (model, batch) to a scalar; None for language modelling.
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone.
-        batch_size: Sequences at a time, for token ids.
-        progress: Called with (batches done, batches).
+        layers: Name patterns of the layers to prune.
 
     Returns:
         A new model with exact zeros, sharing every tensor that was not pruned.
@@ -124,11 +114,13 @@ def taylor(
         ValueError: A sparsity or pattern that does not fit, no data, no fitting layer, numbers that
             are not finite, a layer that would lose every weight, or a quantized model.
     """
-    prunable(model, sparsity, pattern, include, exclude)
+    prunable(model, sparsity, pattern, layers)
     scores = taylor_scores(
-        model, calibration, loss=loss, include=include, exclude=exclude,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        model,
+        calibration,
+        loss=loss,
+        layers=layers,
+    )
     return apply_masks(model, choose_masks(scores, sparsity, pattern))
 
 
@@ -137,8 +129,7 @@ def snip_scores(
     batch: Any,
     *,
     loss: Loss | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> dict[str, Tensor]:
     r"""Connection sensitivity $s_j = |w_j g_j| / \sum_k |w_k g_k|$ of one batch; they sum to 1.
 
@@ -146,17 +137,14 @@ def snip_scores(
         model: A model at its initialisation; it is not changed.
         batch: Token ids (sequences, time), or what a given loss takes.
         loss: From (model, batch) to a scalar; None for language modelling.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
+        layers: Name patterns of the layers.
 
     Raises:
         ValueError: An empty batch, no fitting layer, gradients that are not finite or all 0.
     """
     alone = batch if loss is None and isinstance(batch, Tensor) else [batch]
     size = len(batch) if isinstance(batch, Tensor) and len(batch) else 1
-    scores = taylor_scores(
-        model, alone, loss=loss, include=include, exclude=exclude, batch_size=size
-    )
+    scores = taylor_scores(model, Calibration(alone, size), loss=loss, layers=layers)
     total = sum(float(score.double().sum()) for score in scores.values())
     if total == 0:
         raise ValueError("every gradient of this batch is 0; there is nothing to rank.")
@@ -171,8 +159,7 @@ def snip(
     *,
     pattern: str = "global",
     loss: Loss | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Model:
     """Prune a model before training, by the connection sensitivities of one batch.
 
@@ -184,12 +171,11 @@ def snip(
         sparsity: Part of the weights to remove, in [0, 1); or one per layer's name; None for "N:M".
         pattern: Where weights compete: "global" (the paper's), "layer", "row" or "N:M".
         loss: From (model, batch) to a scalar; None for language modelling.
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to prune.
 
     Raises:
         ValueError: As `taylor`; at high sparsity one threshold may empty a layer, which is refused.
     """
-    prunable(model, sparsity, pattern, include, exclude)
-    scores = snip_scores(model, batch, loss=loss, include=include, exclude=exclude)
+    prunable(model, sparsity, pattern, layers)
+    scores = snip_scores(model, batch, loss=loss, layers=layers)
     return apply_masks(model, choose_masks(scores, sparsity, pattern))

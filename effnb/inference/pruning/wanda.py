@@ -14,15 +14,13 @@ inputs that are not correlated with each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, InputNorm, block_linears, layerwise
+from effnb.core.calibration import CalibrationLike, InputNorm, block_linears, layerwise
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model
+from effnb.core.modules import LayerChoice, Model
 from effnb.inference.pruning.masks import (
     Sparsity,
     apply_masks,
@@ -89,12 +87,9 @@ def _check_adaptive(pattern: str) -> None:
 
 def wanda_scores(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> dict[str, Tensor]:
     """Wanda scores of the dense model's layers, by name; nothing is pruned.
 
@@ -105,20 +100,17 @@ def wanda_scores(
     Args:
         model: A transformer; it is not changed.
         calibration: Token ids (sequences, time), or keyword arguments per batch.
-        include: Name patterns of the layers to score.
-        exclude: Name patterns of layers to leave alone.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
+        layers: Name patterns of the layers to score.
     """
-    layers = block_linears(model, include, exclude)
-    scores = {name: layer.weight.detach().abs() for name, layer in layers.items()}
+    chosen = block_linears(model, layers)
+    scores = {name: layer.weight.detach().abs() for name, layer in chosen.items()}
 
     def note(name: str, layer: nn.Linear, norm: InputNorm) -> None:
         scores[name] = wanda_score(layer.weight, _norms(norm))
 
     layerwise(
-        model, calibration, _observe, note, include=include, exclude=exclude,
-        share_observers=True, batch_size=batch_size, progress=progress,
+        model, calibration, _observe, note, layers=layers,
+        share_observers=True,
     )  # fmt: skip
     return scores
 
@@ -135,16 +127,13 @@ def _norms(seen: InputNorm) -> Float[Tensor, "in"]:
 @in_linear_form
 def wanda(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     sparsity: Sparsity = None,
     *,
     pattern: str = "row",
     adaptive: bool = False,
     true_sequential: bool = False,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> Model:
     r"""Set the weights with the smallest $|W_{ij}| \cdot \lVert X_j \rVert_2$ to 0.
 
@@ -159,10 +148,7 @@ def wanda(
         pattern: Where weights compete: "row" (the paper's), "layer", "global" or "N:M".
         adaptive: Let the rows of a layer differ in sparsity, see `cumulative_share`.
         true_sequential: Also within a block, prune layers before those behind them are calibrated.
-        include: Name patterns of the layers to prune.
-        exclude: Name patterns of layers to leave alone.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
+        layers: Name patterns of the layers to prune.
 
     Returns:
         A new model with exact zeros, sharing every tensor that was not pruned.
@@ -173,12 +159,13 @@ def wanda(
     """
     if adaptive:
         _check_adaptive(pattern)
-    _, goals = prunable(model, sparsity, pattern, include, exclude, inside_blocks=True)
+    _, goals = prunable(model, sparsity, pattern, layers, inside_blocks=True)
     if pattern == "global":
         scores = wanda_scores(
-            model, calibration, include=include, exclude=exclude,
-            batch_size=batch_size, progress=progress,
-        )  # fmt: skip
+            model,
+            calibration,
+            layers=layers,
+        )
         return apply_masks(model, choose_masks(scores, sparsity, pattern))
 
     def prune(name: str, layer: nn.Linear, seen: InputNorm) -> nn.Linear:
@@ -186,7 +173,12 @@ def wanda(
         return with_weight(layer, masked(layer.weight, mask))
 
     return layerwise(
-        model, calibration, _observe, prune, include=include, exclude=exclude,
-        true_sequential=true_sequential, share_observers=True, unreached=True,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        model,
+        calibration,
+        _observe,
+        prune,
+        layers=layers,
+        true_sequential=true_sequential,
+        share_observers=True,
+        unreached=True,
+    )

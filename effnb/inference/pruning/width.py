@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration
+from effnb.core.calibration import CalibrationLike
 from effnb.core.modules import share
 from effnb.inference.pruning.choice import check_unit, choose_kept, removals
 from effnb.inference.pruning.depth import text_batches
@@ -34,16 +34,13 @@ def sequence_norm(
     return (activations.float().square() * weights).sum(1).sqrt()
 
 
-def activation_importance(
-    model: nn.Module, calibration: Calibration, *, batch_size: int = 8
-) -> dict[str, Tensor]:
+def activation_importance(model: nn.Module, calibration: CalibrationLike) -> dict[str, Tensor]:
     """How active each head, neuron and channel is.
 
     Args:
         model: A Llama-like model; it is not changed.
         calibration: Token ids (sequences, time), or keyword arguments per batch; padding is not
             counted.
-        batch_size: Sequences at a time, for token ids.
 
     Returns:
         "heads" (layers, heads), "neurons" (layers, neurons) and "channels" (channels).
@@ -54,7 +51,7 @@ def activation_importance(
     """
     shape = anatomy(model)
     check_weights(model)
-    batches = text_batches(model, calibration, batch_size)
+    batches = text_batches(model, calibration)
     twin = share(model).eval()
     device = next(twin.parameters()).device
     sums = {
@@ -96,14 +93,13 @@ def activation_importance(
 
 def width(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
     heads: float = 0.0,
     neurons: float = 0.0,
     hidden: float = 0.0,
     unit: str = "groups",
     rescale_norms: bool = True,
-    batch_size: int = 8,
 ) -> Pruned:
     """Remove the least active heads, neurons and channels.
 
@@ -115,7 +111,6 @@ def width(
         hidden: The same for the channels of the residual stream.
         unit: "groups" (key-value heads with their query heads) or "heads".
         rescale_norms: As in `shrink`.
-        batch_size: Sequences at a time, for token ids.
 
     Raises:
         ValueError: An amount out of range or that no class can hold, no calibration data, weights
@@ -132,6 +127,9 @@ def width(
     }
     for kind, amount in remove.items():
         removals(amount, counts[kind], kind)
-    scores = activation_importance(model, calibration, batch_size=batch_size)
+    scores = activation_importance(
+        model,
+        calibration,
+    )
     kept = choose_kept(shape, scores, remove, unit=unit)
     return cut(model, kept, scores, rescale_norms=rescale_norms)

@@ -19,16 +19,16 @@ exact in 32-bit integers. What one input scale is shared by:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 
 import torch
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, unpadded_batches
+from effnb.core.calibration import Calibration, CalibrationLike, unpadded_batches
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, named_modules_of, replace_modules, share
+from effnb.core.modules import LayerChoice, Layers, Model, named_modules_of, replace_modules, share
 from effnb.core.padding import gaps, masked_rows
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_bits
 from effnb.inference.quantization.linear import QuantizedLinear
@@ -220,11 +220,8 @@ class QuantizedInputs(nn.Module):
 
 def input_maxima(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     names: Iterable[str],
-    *,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Float[Tensor, " in"]]:
     r"""$\max_t |x_{tj}|$ of each input feature of the named layers; padding is left out.
 
@@ -232,14 +229,12 @@ def input_maxima(
         model: The model, which runs on the calibration data as it is.
         calibration: Token ids (sequences, time), or batches of keyword arguments.
         names: Dotted names of linear layers.
-        batch_size: Sequences at a time, for token ids.
-        progress: Called with (batches done, batches).
 
     Raises:
         ValueError: No calibration data, sequences beyond the context, a layer that the data never
             reaches, or inputs that are not finite.
     """
-    batches = unpadded_batches(model, calibration, batch_size)
+    batches, report = unpadded_batches(model, calibration), Calibration.of(calibration).report
     watched = share(model).eval()  # a copy of the modules, so that no hook is left on the model
     found: dict[str, Tensor] = {}
     mask: list[Tensor | None] = [None]
@@ -260,8 +255,7 @@ def input_maxima(
         for done, batch in enumerate(batches, start=1):
             mask[0] = gaps(batch)
             watched(**batch)
-            if progress:
-                progress(done, len(batches))
+            report(done, len(batches))
     for name in names:
         if name not in found:
             raise ValueError(f"the calibration data never reaches the layer {name}.")
@@ -277,11 +271,8 @@ def quantize_inputs(
     *,
     granularity: str = "token",
     clip_ratio: float = 1.0,
-    calibration: Calibration | None = None,
-    batch_size: int = 8,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    progress: Callable[[int, int], None] | None = None,
+    calibration: CalibrationLike | None = None,
+    layers: LayerChoice = "*",
 ) -> Model:
     r"""Let linear layers round their inputs; weights stay as they are, quantized or not.
 
@@ -292,10 +283,7 @@ def quantize_inputs(
         granularity: What shares a scale: "token", "tensor" (both found at run time) or "static".
         clip_ratio: Fraction of the largest magnitude that the grid spans.
         calibration: Token ids (sequences, time) or batches, for "static" only.
-        batch_size: Calibration sequences at a time.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave alone; output heads by default.
-        progress: Called with (calibration batches done, batches).
+        layers: Name patterns of the layers.
 
     Returns:
         A new model that shares all tensors with the given one.
@@ -305,10 +293,14 @@ def quantize_inputs(
             layer, or a model whose inputs are quantized already.
     """
     _check_model(model, bits, granularity, clip_ratio, calibration)
-    layers = named_modules_of(model, (nn.Linear, QuantizedLinear), include, exclude)
+    chosen = named_modules_of(model, (nn.Linear, QuantizedLinear), Layers.of(layers))
     maxima: dict[str, Tensor] = {}
     if granularity == "static":
-        maxima = input_maxima(model, calibration, layers, batch_size=batch_size, progress=progress)
+        maxima = input_maxima(
+            model,
+            calibration,
+            chosen,
+        )
     return replace_modules(
         model,
         {
@@ -319,7 +311,7 @@ def quantize_inputs(
                 maximum=maxima[name].max().float() if maxima else None,
                 clip_ratio=clip_ratio,
             )
-            for name, layer in layers.items()
+            for name, layer in chosen.items()
         },
     )
 
@@ -329,7 +321,7 @@ def _check_model(
     bits: int,
     granularity: str,
     clip_ratio: float,
-    calibration: Calibration | None,
+    calibration: CalibrationLike | None,
 ) -> None:
     check_inputs(bits, granularity, clip_ratio)
     if granularity == "static" and calibration is None:
@@ -347,11 +339,8 @@ def quantize_activations(
     group_size: Granularity = "row",
     symmetric: bool = True,
     clip_ratio: float = 1.0,
-    calibration: Calibration | None = None,
-    batch_size: int = 8,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    progress: Callable[[int, int], None] | None = None,
+    calibration: CalibrationLike | None = None,
+    layers: LayerChoice = "*",
 ) -> Model:
     """Round weights to nearest and inputs at run time: W8A8, W4A8 and their like.
 
@@ -366,10 +355,7 @@ def quantize_activations(
         symmetric: Whether the grids of the weights have no zero points.
         clip_ratio: Fraction of the inputs' largest magnitude that their grid spans.
         calibration: Token ids (sequences, time) or batches, for "static" only.
-        batch_size: Calibration sequences at a time.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave alone; output heads by default.
-        progress: Called with (calibration batches done, batches).
+        layers: Name patterns of the layers.
 
     Returns:
         A new model that shares every tensor it did not quantize.
@@ -383,8 +369,7 @@ def quantize_activations(
         weight_bits,
         group_size=group_size,
         symmetric=symmetric,
-        include=include,
-        exclude=exclude,
+        layers=layers,
     )
     return quantize_inputs(
         rounded,
@@ -392,8 +377,5 @@ def quantize_activations(
         granularity=granularity,
         clip_ratio=clip_ratio,
         calibration=calibration,
-        batch_size=batch_size,
-        include=include,
-        exclude=exclude,
-        progress=progress,
+        layers=layers,
     )

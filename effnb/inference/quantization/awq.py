@@ -29,6 +29,7 @@ from torch.func import functional_call
 
 from effnb.core.calibration import (
     Calibration,
+    CalibrationLike,
     Call,
     Hessian,
     block_linears,
@@ -40,7 +41,7 @@ from effnb.core.calibration import (
 from effnb.core.checks import check_finite
 from effnb.core.folding import Fold, find_folds, scaled, set_parameters
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, in_several_blocks, matches, put_modules
+from effnb.core.modules import LayerChoice, Model, in_several_blocks, matches, put_modules
 from effnb.inference.quantization.formats import (
     Granularity,
     check_granularity,
@@ -195,7 +196,7 @@ def awq_clip(
 @in_linear_form
 def awq(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     bits: int,
     *,
     group_size: Granularity = 128,
@@ -203,10 +204,7 @@ def awq(
     grid: int = 20,
     clip: bool = True,
     unclipped: str | Iterable[str] = UNCLIPPED,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
     report: Callable[[str, ScaleSearch], None] | None = None,
 ) -> Model:
     """Scale, clip and round the linear layers of a transformer's blocks.
@@ -233,11 +231,8 @@ def awq(
         grid: How many exponents to try.
         clip: Whether to narrow ranges too.
         unclipped: Name patterns of layers whose ranges are not narrowed.
-        include: Name patterns of the layers to quantize. The scales of layers that share an input
+        layers: Name patterns of the layers to quantize. The scales of layers that share an input
             with them and are not quantized themselves are taken into their weights.
-        exclude: Name patterns of layers to leave alone.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
         report: Called with the name of each layer that takes in scales, and what was found.
 
     Returns:
@@ -249,7 +244,7 @@ def awq(
     """
     _check(bits, group_size, grid)
     refuse_quantized(model)
-    wanted = block_linears(model, include, exclude)
+    wanted = block_linears(model, layers)
     for name, layer in wanted.items():
         try:
             check_matrix(layer.weight)
@@ -302,7 +297,11 @@ def awq(
             stored = quantize(weight, bits, group_size=group_size, symmetric=symmetric)
             put_modules(block, {name: QuantizedLinear(stored, layer.bias)})
 
-    return visit_blocks(model, calibration, visit, batch_size=batch_size, progress=progress)
+    return visit_blocks(
+        model,
+        calibration,
+        visit,
+    )
 
 
 class _Inputs(Hessian):
@@ -416,9 +415,9 @@ def _inside(prefix: str, fold: Fold) -> Fold:
     return Fold(fold.source[cut:], tuple(name[cut:] for name in fold.readers), fold.offset)
 
 
-def _short(model: nn.Module, calibration: Calibration) -> dict[str, Tensor]:
+def _short(model: nn.Module, calibration: CalibrationLike) -> dict[str, Tensor]:
     """The first words of the calibration data, for finding folds."""
-    batch = unpadded_batches(model, calibration, 1)[0]
+    batch = unpadded_batches(model, Calibration.of(calibration).one_by_one())[0]
     return {
         key: value[:1, :16] if isinstance(value, Tensor) and value.ndim == 2 else value[:1]
         for key, value in batch.items()

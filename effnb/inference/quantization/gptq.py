@@ -19,7 +19,7 @@ Pre-trained Transformers", 2022, arXiv 2210.17323.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, Hessian, block_linears, layerwise
+from effnb.core.calibration import CalibrationLike, Hessian, block_linears, layerwise
 from effnb.core.hessian import check_damping, inverse_cholesky
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model
+from effnb.core.modules import LayerChoice, Model
 from effnb.inference.quantization.clipping import check_clip, choose_grid
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_granularity
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
@@ -271,7 +271,7 @@ class _Curvature(Hessian):
 @in_linear_form
 def gptq(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     bits: int,
     *,
     group_size: Granularity = "row",
@@ -283,10 +283,7 @@ def gptq(
     damping: float = 0.01,
     clip: str = "minmax",
     exponent: float = EXPONENT,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
     report: Callable[[str, GptqResult], None] | None = None,
 ) -> Model:
     """Round the linear layers of a transformer's blocks, each on the inputs it will really see.
@@ -311,10 +308,7 @@ def gptq(
         damping: Share of the mean diagonal entry added to the diagonal.
         clip: What a grid covers.
         exponent: For the clip "mse".
-        include: Name patterns of the layers to quantize.
-        exclude: Name patterns of layers to leave alone.
-        batch_size: Sequences at a time.
-        progress: Called with (blocks done, blocks).
+        layers: Name patterns of the layers to quantize.
         report: Called with each layer's name and result.
 
     Returns:
@@ -326,7 +320,7 @@ def gptq(
     """
     _check(bits, group_size, block_size, damping, clip, exponent)
     refuse_quantized(model)
-    for name, layer in block_linears(model, include, exclude).items():
+    for name, layer in block_linears(model, layers).items():
         try:
             check_matrix(layer.weight)
         except ValueError as problem:
@@ -357,13 +351,10 @@ def gptq(
         calibration,
         observe,
         compress,
-        include=include,
-        exclude=exclude,
+        layers=layers,
         true_sequential=true_sequential,
         share_observers=True,
         unreached=True,
-        batch_size=batch_size,
-        progress=progress,
     )
 
 

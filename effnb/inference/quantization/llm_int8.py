@@ -16,14 +16,19 @@ weight is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor, nn
 
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, named_modules_of, replace_modules, share
+from effnb.core.modules import (
+    LayerChoice,
+    Layers,
+    Model,
+    named_modules_of,
+    replace_modules,
+    share,
+)
 from effnb.inference.quantization.activations import activation_codes, quantized_matmul
 from effnb.inference.quantization.formats import QuantizedTensor, quantize
 from effnb.inference.quantization.linear import QuantizedLinear
@@ -147,8 +152,7 @@ def llm_int8(
     model: Model,
     threshold: float = 6.0,
     *,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Model:
     r"""8-bit weights by rows, 8-bit inputs by tokens, outlier features in floating point.
 
@@ -156,8 +160,7 @@ def llm_int8(
         model: Any module with `nn.Linear` layers; it is not changed.
         threshold: $\tau$: a feature with an input of this magnitude is left out of the 8-bit
             product. 6 in the paper; 0 for no decomposition.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers.
 
     Returns:
         A new model that shares every tensor it did not quantize.
@@ -167,10 +170,10 @@ def llm_int8(
             that is quantized already.
     """
     _check_threshold(threshold)
-    rounded = rtn(model, 8, symmetric=True, include=include, exclude=exclude)
-    layers = named_modules_of(rounded, QuantizedLinear)
+    rounded = rtn(model, 8, symmetric=True, layers=layers)
+    chosen = named_modules_of(rounded, QuantizedLinear)
     return replace_modules(
-        rounded, {name: LLMInt8Linear(layer, threshold) for name, layer in layers.items()}
+        rounded, {name: LLMInt8Linear(layer, threshold) for name, layer in chosen.items()}
     )
 
 
@@ -192,7 +195,7 @@ def outlier_fractions(
     """
     _check_threshold(threshold)
     watched = share(model).eval()
-    layers = named_modules_of(watched, (nn.Linear, LLMInt8Linear), exclude=HEADS)
+    layers = named_modules_of(watched, (nn.Linear, LLMInt8Linear), Layers())
     found: dict[str, float] = {}
 
     def hook_for(name: str):

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from effnb.core.calibration import Calibration
+from effnb.core.calibration import CalibrationLike
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model, linears, replace_modules, share
+from effnb.core.modules import LayerChoice, Layers, Model, linears, replace_modules, share
 from effnb.core.training import next_token_loss
 from effnb.inference.quantization.allocation import (
     Costs,
@@ -83,8 +83,7 @@ def layer_bytes(
     *,
     group_size: Granularity = "row",
     symmetric: bool = False,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> dict[str, dict[int, int]]:
     """Bytes that each linear layer's weight takes at each bit-width, by arithmetic.
 
@@ -101,7 +100,7 @@ def layer_bytes(
             )
             for b in bits
         }
-        for name, layer in linears(model, include, exclude).items()
+        for name, layer in linears(model, layers).items()
     }
 
 
@@ -119,7 +118,7 @@ def mixed_precision(
     Args:
         model: The model; it is not changed.
         allocation: Bits by layer; layers that are not named stay as they are.
-        quantizer: Called as `quantizer(model, bits, include=names, exclude=())`, such as `rtn`,
+        quantizer: Called as `quantizer(model, bits, layers=Layers(names, ()))`, such as `rtn`,
             `functools.partial(rtn, group_size=64)` or `lambda m, b, **o: gptq(m, data, b, **o)`.
 
     Returns:
@@ -132,14 +131,14 @@ def mixed_precision(
     if not allocation:
         raise ValueError("the allocation is empty; name at least one layer.")
     check_all_bits(allocation.values())
-    known = linears(model, "*", ())
+    known = linears(model, Layers("*", ()))
     for name in allocation:
         if name not in known:
             raise ValueError(f"the allocation names {name!r}, which is no linear layer.")
     new: dict[str, nn.Module] = {}
     for bits in sorted(set(allocation.values())):
         names = [name for name, b in allocation.items() if b == bits]
-        part = quantizer(model, bits, include=names, exclude=())
+        part = quantizer(model, bits, layers=Layers(names, ()))
         _check_rest(model, part, names)
         new |= {name: part.get_submodule(name) for name in names}
     return replace_modules(model, new)
@@ -162,11 +161,10 @@ def additivity(
     model: nn.Module,
     allocation: Mapping[str, int],
     sensitivity: Costs,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
     quantizer: Callable[..., nn.Module] = rtn,
     loss: Loss = next_token_loss,
-    batch_size: int = 8,
 ) -> Additivity:
     """Compare the sum of the layers' costs with the loss that they cause together.
 
@@ -177,9 +175,8 @@ def additivity(
         calibration: The data.
         quantizer: See `mixed_precision`.
         loss: From the model and a batch's keyword arguments to the mean loss.
-        batch_size: Sequences at a time.
     """
-    batches = model_batches(model, calibration, batch_size, loss)
+    batches = model_batches(model, calibration, loss)
     together = mixed_precision(model, allocation, quantizer)
     losses = [mean_loss(share(m).eval(), batches, loss) for m in (model, together)]
     return Additivity(allocation_cost(sensitivity, allocation), losses[1] - losses[0])

@@ -15,7 +15,7 @@ Quantization", 2023, arXiv 2305.14152.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from effnb.core.deltas import freeze, refuse_rounded_inputs
-from effnb.core.modules import HEADS, Model, named_modules_of, replace_modules
+from effnb.core.modules import LayerChoice, Layers, Model, named_modules_of, replace_modules
 from effnb.inference.quantization.clipping import HALF_MAX, HALF_MIN
 from effnb.inference.quantization.estimators import straight_through
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, spread
@@ -137,16 +137,13 @@ class ScaleTunedLinear(QuantizedLinear):
         return QuantizedLinear(self.quantized, self.bias)
 
 
-def tune_scales(
-    model: Model, *, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = HEADS
-) -> Model:
+def tune_scales(model: Model, *, layers: LayerChoice = "*") -> Model:
     """Make the scales of a quantized model trainable, and nothing else.
 
     Args:
         model: A model with `QuantizedLinear` layers on uniform grids, from any method (RTN, GPTQ,
             AWQ, QAT); it is not changed.
-        include: Name patterns of the layers to tune.
-        exclude: Name patterns of layers to leave alone.
+        layers: Name patterns of the layers to tune.
 
     Returns:
         A new model that shares the integers; only the changes of the scales require gradients. They
@@ -159,8 +156,8 @@ def tune_scales(
     refuse_rounded_inputs(model)
     if any(isinstance(m, ScaleTunedLinear) for m in model.modules()):
         raise ValueError("the scales of this model are tuned already.")
-    layers = named_modules_of(model, QuantizedLinear, include, exclude)
-    for name, layer in layers.items():
+    chosen = named_modules_of(model, QuantizedLinear, Layers.of(layers))
+    for name, layer in chosen.items():
         if not isinstance(layer.quantized, QuantizedTensor):
             raise ValueError(
                 f"{name} is stored as {layer.quantized.format!r}; only layers on uniform grids "
@@ -168,7 +165,7 @@ def tune_scales(
             )
     frozen = freeze(model)
     return replace_modules(
-        frozen, {name: ScaleTunedLinear(frozen.get_submodule(name)) for name in layers}
+        frozen, {name: ScaleTunedLinear(frozen.get_submodule(name)) for name in chosen}
     )
 
 
@@ -178,8 +175,7 @@ def peqa(
     *,
     group_size: Granularity = "row",
     symmetric: bool = False,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Model:
     """Round a model to nearest and make its scales trainable.
 
@@ -189,8 +185,7 @@ def peqa(
         group_size: What shares one scale: "tensor", "row", or so many inputs of a row. Smaller
             groups have more to train.
         symmetric: Whether the grids have no zero points.
-        include: Name patterns of the layers to quantize.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers to quantize.
 
     Returns:
         A new model as `tune_scales` makes it; until it is trained, its function is that of `rtn`.
@@ -198,10 +193,8 @@ def peqa(
     Raises:
         ValueError: As `effnb.inference.quantization.rtn`.
     """
-    rounded = rtn(
-        model, bits, group_size=group_size, symmetric=symmetric, include=include, exclude=exclude
-    )
-    return tune_scales(rounded, include=include, exclude=exclude)
+    rounded = rtn(model, bits, group_size=group_size, symmetric=symmetric, layers=layers)
+    return tune_scales(rounded, layers=layers)
 
 
 def scales_state_dict(model: nn.Module) -> dict[str, Tensor]:

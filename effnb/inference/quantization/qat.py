@@ -24,11 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.calibration import Calibration, batches_of
+from effnb.core.calibration import CalibrationLike, batches_of
 from effnb.core.context import context_limit
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import (
-    HEADS,
+    LayerChoice,
     Model,
     clone,
     linears,
@@ -127,10 +127,8 @@ def prepare_qat(
     kv_bits: int | None = None,
     kv: str | Iterable[str] = KEYS_AND_VALUES,
     sub_norm: bool = False,
-    calibration: Calibration | None = None,
-    batch_size: int = 8,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    calibration: CalibrationLike | None = None,
+    layers: LayerChoice = "*",
 ) -> Model:
     """A copy of a model to train with rounded weights, and rounded activations if wanted.
 
@@ -152,9 +150,7 @@ def prepare_qat(
         sub_norm: Whether to put an RMSNorm before each layer, as BitNet has. It changes the
             function at once: for models trained from the start.
         calibration: Token ids (sequences, time) or batches, to start the steps of the inputs.
-        batch_size: Calibration sequences at a time.
-        include: Name patterns of the layers to quantize.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers to quantize.
 
     Returns:
         A new model with weights of its own, all of which require gradients.
@@ -167,7 +163,7 @@ def prepare_qat(
         raise ValueError("this model is prepared for training already; start from the original.")
     refuse_quantized(model)
     _check(bits, method, group_size, clip, activation_bits, kv_bits, calibration)
-    found = linears(model, include, exclude)
+    found = linears(model, layers)
     keys_and_values = [name for name in found if matches(name, kv)]
     if kv_bits is not None and not keys_and_values:
         raise ValueError("kv_bits was given, but no layer fits the patterns of keys and values.")
@@ -175,7 +171,7 @@ def prepare_qat(
         activation_bits = 8
     seen = {}
     if method == "lsq" and activation_bits is not None:
-        seen = _input_statistics(model, calibration, list(found), batch_size)
+        seen = _input_statistics(model, calibration, list(found))
     own = clone(model)
     for parameter in own.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -200,7 +196,7 @@ def prepare_qat(
             norm = nn.RMSNorm(layer.in_features, eps=1e-5, **like)
         return FakeQuantLinear(layer, weights, inputs, outputs, norm)
 
-    return map_linears(own, prepared, include, exclude)
+    return map_linears(own, prepared, layers)
 
 
 def convert(model: Model) -> Model:
@@ -225,7 +221,7 @@ def _check(
     clip: str,
     activation_bits: int | None,
     kv_bits: int | None,
-    calibration: Calibration | None,
+    calibration: CalibrationLike | None,
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
@@ -245,7 +241,7 @@ def _check(
 
 
 def _input_statistics(
-    model: nn.Module, calibration: Calibration, names: list[str], batch_size: int
+    model: nn.Module, calibration: CalibrationLike, names: list[str]
 ) -> dict[str, tuple[Tensor, float]]:
     """Mean magnitude and smallest value of the inputs of each layer; padding is left out."""
     context = context_limit(model)
@@ -268,7 +264,7 @@ def _input_statistics(
     for name in names:
         watched.get_submodule(name).register_forward_pre_hook(hook_for(name))
     with torch.no_grad():
-        for batch in batches_of(calibration, batch_size, context):
+        for batch in batches_of(calibration, context):
             given = batch.get("attention_mask")
             mask[0] = None if given is None or given.ndim != 2 else given.bool().to(device)
             watched(**{key: tensor.to(device) for key, tensor in batch.items()})

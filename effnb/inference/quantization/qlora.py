@@ -15,13 +15,11 @@ arXiv 2305.14314.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from jaxtyping import Float
 from torch import Tensor
 
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import HEADS, Model
+from effnb.core.modules import LayerChoice, Layers, Model
 from effnb.finetuning import lora
 from effnb.inference.quantization.formats import Granularity, quantize
 from effnb.inference.quantization.linear import refuse_quantized
@@ -42,8 +40,7 @@ def qlora(
     alpha: float = 16.0,
     dropout: float = 0.0,
     rank_stabilized: bool = False,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
     seed: int = 0,
 ) -> Model:
     """Store the linear layers of a model in four bits and lay a LoRA beside each.
@@ -65,8 +62,7 @@ def qlora(
         dropout: Part of the inputs of A set to 0 in training; the paper has 0.1 for models of up to
             13 billion parameters.
         rank_stabilized: Whether to scale by alpha / sqrt(rank).
-        include: Name patterns of the layers; the paper takes all linear layers.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers; the paper takes all linear layers.
         seed: Seed of A.
 
     Returns:
@@ -91,9 +87,8 @@ def qlora(
         alpha=alpha,
         dropout=dropout,
         rank_stabilized=rank_stabilized,
-        include=include,
-        exclude=exclude,
+        layers=layers,
         seed=seed,
     )
     bases = [f"{path}.base" for path in lora.hosts(new, name)]
-    return quantize_linears(new, store, include=bases, exclude=())
+    return quantize_linears(new, store, layers=Layers(bases, ()))

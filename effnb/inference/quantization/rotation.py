@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.modules import HEADS, Model, find_blocks, refuse_encoder_decoder, share
+from effnb.core.modules import LayerChoice, Model, find_blocks, refuse_encoder_decoder, share
 from effnb.core.outliers import norm_offset, norm_readers
 from effnb.core.proof import EXACT, ROUNDED, InFloat64, Probe, exact, probes
 from effnb.inference.quantization.activations import check_inputs, quantize_inputs
@@ -403,8 +403,7 @@ def quarot(
     group_size: Granularity = "row",
     clip_ratio: float = 1.0,
     quantizer: Callable[[Model], Model] | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Model:
     r"""Rotate, round the weights, and round every token's inputs at run time.
 
@@ -420,8 +419,7 @@ def quarot(
         quantizer: Another way to quantize the weights of the rotated model, in place of rounding
             them; for example `lambda m: gptq(m, calibration, 4)`. `bits` and `group_size` are then
             its business.
-        include: Name patterns of the layers; wrapped ones end in `.layer`.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers; wrapped ones end in `.layer`.
 
     Returns:
         A new model.
@@ -441,13 +439,10 @@ def quarot(
             bits,
             group_size=group_size,
             symmetric=True,
-            include=include,
-            exclude=exclude,
+            layers=layers,
         )
     else:
         weights = quantizer(rotated)
     if activation_bits is None:
         return weights
-    return quantize_inputs(
-        weights, activation_bits, clip_ratio=clip_ratio, include=include, exclude=exclude
-    )
+    return quantize_inputs(weights, activation_bits, clip_ratio=clip_ratio, layers=layers)

@@ -9,13 +9,19 @@ is often all one needs. `rtn` rounds to uniform grids; `quantize_linears` to any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from effnb.core.linear_form import in_linear_form, restore
-from effnb.core.modules import HEADS, Model, map_linears, named_modules_of, replace_modules
+from effnb.core.modules import (
+    LayerChoice,
+    Model,
+    map_linears,
+    named_modules_of,
+    replace_modules,
+)
 from effnb.inference.quantization.clipping import check_clip
 from effnb.inference.quantization.formats import (
     Granularity,
@@ -32,16 +38,14 @@ def quantize_linears(
     model: Model,
     function: Callable[[Tensor], Stored],
     *,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Model:
     """Store the weight of each linear layer in the format that a function gives it.
 
     Args:
         model: Any module with `nn.Linear` layers; it is not changed.
         function: From a weight (out, in) to its stored form.
-        include: Name patterns of the layers to quantize.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers to quantize.
 
     Returns:
         A new model with `QuantizedLinear` layers that shares every other tensor.
@@ -59,7 +63,7 @@ def quantize_linears(
             raise ValueError(f"{name}: {problem}") from None
         return QuantizedLinear(weight, layer.bias)
 
-    return map_linears(model, replace, include, exclude)
+    return map_linears(model, replace, layers)
 
 
 def rtn(
@@ -71,8 +75,7 @@ def rtn(
     clip: str = "minmax",
     percentile: float = 99.9,
     exponent: float = 2.0,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> Model:
     r"""Round each weight to the nearest point of its grid.
 
@@ -87,8 +90,7 @@ def rtn(
             range of least error ("mse").
         percentile: For "percentile": the share in per cent.
         exponent: For "mse": the power of the error that is summed.
-        include: Name patterns of the layers to quantize.
-        exclude: Name patterns of layers to leave alone; output heads by default.
+        layers: Name patterns of the layers to quantize.
 
     Returns:
         A new model with `QuantizedLinear` layers that shares every other tensor.
@@ -112,7 +114,7 @@ def rtn(
             exponent=exponent,
         )
 
-    return quantize_linears(model, store, include=include, exclude=exclude)
+    return quantize_linears(model, store, layers=layers)
 
 
 def dequantized(model: Model, dtype: torch.dtype | None = None) -> Model:

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from effnb.core.calibration import Calibration, Hessian, batches_of, layerwise
+from effnb.core.calibration import Calibration, CalibrationLike, Hessian, batches_of, layerwise
 from effnb.core.context import context_limit
 from effnb.core.gradients import loss_batches, to_device
-from effnb.core.modules import HEADS, linears, replace_modules, share
+from effnb.core.modules import LayerChoice, linears, replace_modules, share
 from effnb.core.training import next_token_loss, target_count
 from effnb.inference.quantization.formats import quantize
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
@@ -57,15 +57,12 @@ class HessianTrace:
 
 def output_sensitivity(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     bits: Iterable[int],
     *,
     rounding: Rounding = quantize,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
+    layers: LayerChoice = "*",
     executor: Executor | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[int, float]]:
     r"""Share of each layer's output that is error after rounding, on the original model's inputs.
 
@@ -77,11 +74,8 @@ def output_sensitivity(
         calibration: See `effnb.core.calibration.batches_of`.
         bits: Bit-widths to try.
         rounding: Rounds a weight.
-        include: Name patterns of the layers; only those inside the blocks.
-        exclude: Name patterns of layers to leave out.
-        batch_size: Sequences at a time.
+        layers: Name patterns of the layers; only those inside the blocks.
         executor: Any `concurrent.futures` executor, to round layers at the same time.
-        progress: Called with (blocks done, blocks).
 
     Raises:
         ValueError: Bits, calibration data or patterns that do not fit, or a quantized model.
@@ -100,11 +94,8 @@ def output_sensitivity(
         calibration,
         lambda name, layer: Hessian(layer.in_features, layer.weight.device),
         compress,
-        include=include,
-        exclude=exclude,
+        layers=layers,
         share_observers=True,
-        batch_size=batch_size,
-        progress=progress,
     )
     return {name: result() for name, result in pending.items()}
 
@@ -125,16 +116,13 @@ def _output_errors(
 
 def hessian_traces(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     *,
     samples: int = 16,
     seed: int = 0,
     jointly: bool = True,
     loss: Loss = next_token_loss,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> dict[str, HessianTrace]:
     r"""Hutchinson's estimate of $\operatorname{tr} H_i$ for each layer, without ever forming $H_i$.
 
@@ -151,21 +139,18 @@ def hessian_traces(
             of one for each layer. The estimate stays unbiased; the blocks of $H$ between two layers
             add $\sum_{j \ne i} \lVert H_{ij} \rVert_F^2$ to the variance.
         loss: From the model and a batch's keyword arguments to the mean loss.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
-        batch_size: Sequences at a time; the graph of one batch is held in memory.
-        progress: Called with (batches done, batches).
+        layers: Name patterns of the layers.
 
     Raises:
         ValueError: Fewer than one sample, no calibration data, or no fitting layer.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least 1 is needed.")
-    batches = model_batches(model, calibration, batch_size, loss)
+    batches, report = model_batches(model, calibration, loss), Calibration.of(calibration).report
     model = share(model).eval()
     leaves = {
         f"{name}.weight": layer.weight.detach().requires_grad_()
-        for name, layer in linears(model, include, exclude).items()
+        for name, layer in linears(model, layers).items()
     }
     parameters = list(leaves.values())
     totals = torch.zeros(samples, len(leaves), dtype=torch.float64)
@@ -193,8 +178,7 @@ def hessian_traces(
                 for i, (z, product) in enumerate(zip(signs, products, strict=True)):
                     totals[sample, i] += weight * _weight(batch, loss) * float((z * product).sum())
         del gradients
-        if progress:
-            progress(number + 1, len(batches))
+        report(number + 1, len(batches))
     spread = totals.std(0) / samples**0.5 if samples > 1 else totals[0] + float("inf")
     return {
         name.removesuffix(".weight"): HessianTrace(
@@ -252,16 +236,13 @@ def _errors(weight: Tensor, rounding: Rounding, bits: Sequence[int]) -> dict[int
 
 def loss_sensitivity(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     bits: Iterable[int],
     *,
     rounding: Rounding = quantize,
     loss: Loss = next_token_loss,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
+    layers: LayerChoice = "*",
     executor: Executor | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[int, float]]:
     """Rise of the model's loss when one layer alone is rounded, in nats per token.
 
@@ -273,20 +254,17 @@ def loss_sensitivity(
         bits: Bit-widths to try.
         rounding: Rounds a weight.
         loss: From the model and a batch's keyword arguments to the mean loss.
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
-        batch_size: Sequences at a time.
+        layers: Name patterns of the layers.
         executor: Any `concurrent.futures` executor: threads, processes, or a cluster's. Each layer
             is one call; for processes, `rounding` and `loss` must be functions of a module.
-        progress: Called with (layers done, layers).
 
     Raises:
         ValueError: Bits, calibration data or patterns that do not fit, or a quantized model.
     """
     bits = check_all_bits(bits)
     refuse_quantized(model)
-    names = list(linears(model, include, exclude))
-    batches = model_batches(model, calibration, batch_size, loss)
+    names = list(linears(model, layers))
+    batches = model_batches(model, calibration, loss)
     quiet = share(model).eval()
     base = mean_loss(quiet, batches, loss)
     pending = [
@@ -296,8 +274,7 @@ def loss_sensitivity(
     table = {}
     for number, (name, result) in enumerate(pending):
         table[name] = {b: value - base for b, value in result().items()}
-        if progress:
-            progress(number + 1, len(names))
+        Calibration.of(calibration).report(number + 1, len(names))
     return table
 
 
@@ -348,13 +325,13 @@ def check_all_bits(bits: Iterable[int]) -> list[int]:
 
 
 def model_batches(
-    model: nn.Module, calibration: Calibration, batch_size: int, loss: Loss = next_token_loss
+    model: nn.Module, calibration: CalibrationLike, loss: Loss = next_token_loss
 ) -> list[dict[str, Any]]:
     """Calibration data as keyword arguments, on the model's device."""
     if loss is next_token_loss:
-        return loss_batches(model, calibration, None, batch_size)
+        return loss_batches(model, calibration, None)
     device = next(model.parameters()).device
-    given = batches_of(calibration, batch_size, context_limit(model))
+    given = batches_of(calibration, context_limit(model))
     return [to_device(batch, device) for batch in given]
 
 

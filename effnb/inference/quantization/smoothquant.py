@@ -18,7 +18,7 @@ for Large Language Models", 2022, arXiv 2211.10438, eq. 4.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -26,9 +26,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from effnb.core.calibration import Calibration, batches_of
+from effnb.core.calibration import CalibrationLike, batches_of
 from effnb.core.folding import Fold, scaled
-from effnb.core.modules import HEADS, Model, find_blocks, matches, refuse_encoder_decoder, share
+from effnb.core.modules import (
+    LayerChoice,
+    Layers,
+    Model,
+    find_blocks,
+    refuse_encoder_decoder,
+    share,
+)
 from effnb.core.outliers import norm_offset, norm_readers
 from effnb.core.proof import check_kept, exact, with_parameters
 from effnb.inference.quantization.activations import input_maxima, quantize_activations
@@ -122,8 +129,7 @@ def _used_elsewhere(model: nn.Module, ids: Tensor, norms: Iterable[str]) -> set[
 def smoothable(
     model: nn.Module,
     *,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
+    layers: LayerChoice = "*",
 ) -> dict[str, list[str]]:
     """The normalisation layers of a model's blocks that can take factors in, and their readers.
 
@@ -136,11 +142,11 @@ def smoothable(
     ids = torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)
     readers = {n: r for n, r in norm_readers(model, ids).items() if n.startswith(f"{prefix}.")}
     shared = _used_elsewhere(model, ids, readers)
+    wanted = Layers.of(layers).on(model)
     fitting = {
         norm: names
         for norm, names in readers.items()
-        if norm not in shared
-        and all(matches(n, include) and not matches(n, exclude) for n in names)
+        if norm not in shared and all(wanted.fit(n) for n in names)
     }
     if not fitting:
         raise ValueError(
@@ -175,13 +181,10 @@ def check_same_function(model: nn.Module, changed: nn.Module) -> None:
 
 def smooth(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     alpha: float = 0.5,
     *,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> Model:
     r"""The same function with smoother activations; nothing is quantized yet.
 
@@ -193,10 +196,7 @@ def smooth(
         model: A transformer whose blocks normalise before their linear layers; it is not changed.
         calibration: Token ids (sequences, time), or batches of keyword arguments.
         alpha: 0 to 1; see `smooth_scales`.
-        include: Name patterns of the layers to smooth; a norm takes part if all its readers fit.
-        exclude: Name patterns of layers to leave alone.
-        batch_size: Calibration sequences at a time.
-        progress: Called with (batches done, batches).
+        layers: Name patterns of the layers to smooth; a norm takes part if all its readers fit.
 
     Returns:
         A new model with the same outputs up to rounding, sharing all tensors but those scaled.
@@ -209,10 +209,14 @@ def smooth(
     _check_alpha(alpha)
     refuse_quantized(model)
     refuse_encoder_decoder(model, "smoothing")
-    batches_of(calibration, batch_size)  # says at once if there is none
-    norms = smoothable(model, include=include, exclude=exclude)
+    batches_of(calibration)  # says at once if there is none
+    norms = smoothable(model, layers=layers)
     first = [readers[0] for readers in norms.values()]
-    maxima = input_maxima(model, calibration, first, batch_size=batch_size, progress=progress)
+    maxima = input_maxima(
+        model,
+        calibration,
+        first,
+    )
     new: dict[str, Tensor] = {}
     stored: dict[str, Tensor] = {}
     for name, readers in norms.items():
@@ -233,17 +237,14 @@ def smooth(
 
 def smoothquant(
     model: Model,
-    calibration: Calibration,
+    calibration: CalibrationLike,
     alpha: float = 0.5,
     *,
     weight_bits: int = 8,
     activation_bits: int = 8,
     level: str = "O1",
     group_size: Granularity = "row",
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = HEADS,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    layers: LayerChoice = "*",
 ) -> Model:
     """Smooth, then quantize weights and inputs of all linear layers.
 
@@ -256,11 +257,7 @@ def smoothquant(
         level: "O1": a scale per token, found at run time. "O2": one scale for all tokens of a
             batch, found at run time. "O3": one scale, from the calibration data.
         group_size: What shares a scale of the weights. They are symmetric.
-        include: Name patterns of the layers to quantize.
-        exclude: Name patterns of layers to leave alone; output heads by default.
-        batch_size: Calibration sequences at a time.
-        progress: Called with (batches done, batches) of each pass over the calibration data: one
-            for smoothing, a second for the scales of "O3".
+        layers: Name patterns of the layers to quantize.
 
     Returns:
         A new model that shares every tensor it did not change.
@@ -276,10 +273,7 @@ def smoothquant(
         model,
         calibration,
         alpha,
-        include=include,
-        exclude=exclude,
-        batch_size=batch_size,
-        progress=progress,
+        layers=layers,
     )
     return quantize_activations(
         smoothed,
@@ -288,8 +282,5 @@ def smoothquant(
         granularity=LEVELS[level],
         group_size=group_size,
         calibration=calibration if level == "O3" else None,
-        batch_size=batch_size,
-        include=include,
-        exclude=exclude,
-        progress=progress,
+        layers=layers,
     )
