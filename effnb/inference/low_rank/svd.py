@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model, share
+from effnb.core.modules import LayerChoice, Layers, Model, share
 from effnb.inference.low_rank.factors import (
     Factors,
     check_rank,
@@ -141,7 +141,7 @@ def truncate(
     Raises:
         ValueError: See `svd`.
     """
-    layers = choose_layers(model, list(decomposition), ())
+    layers = choose_layers(model, Layers(list(decomposition), ()))
     ranks = plan(layers, kept, rank, always=always)
     return put_factors(model, {name: decomposition[name].truncated(r) for name, r in ranks.items()})
 

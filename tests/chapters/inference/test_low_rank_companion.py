@@ -135,8 +135,8 @@ def test_a_method_of_the_panel_reads_every_knob_that_it_takes(made, ids, method)
     """Knobs that it does not take are greyed, so those that it takes must change something."""
     function = methods.panel_methods(made)[method]
     knobs = list(inspect.signature(function).parameters)[1:]
-    home = {"kept": 90, "layers": "all", "text": 40}
-    other = {"kept": 40, "layers": "MLP", "text": 8}
+    home = {"kept": 90, "layers": "all", "tokens": 40}
+    other = {"kept": 40, "layers": "MLP", "tokens": 8}
 
     def logits(values):
         small = function(made.model, **{knob: values[knob] for knob in knobs})
@@ -144,7 +144,7 @@ def test_a_method_of_the_panel_reads_every_knob_that_it_takes(made, ids, method)
             return small(ids).logits
 
     base = logits(home)
-    assert ("text" in knobs) == (method in ("SVD-LLM", "ASVD", "FWSVD"))
+    assert ("tokens" in knobs) == (method in ("SVD-LLM", "ASVD", "FWSVD"))
     for knob in knobs:
         assert not torch.equal(logits({**home, knob: other[knob]}), base)
 

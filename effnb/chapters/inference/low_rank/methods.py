@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from effnb.core.calibration import layerwise
+from effnb.core.modules import Layers
 from effnb.evaluation import latency
 from effnb.inference import low_rank
 from effnb.lab.bench import PANEL_WINDOWS, Bench
@@ -109,7 +110,7 @@ def predicted_and_measured(
     def observe(layer: str, _: nn.Linear) -> Inputs:
         return seen.setdefault(layer, Inputs())
 
-    layerwise(model, calibration, observe, lambda *_: None, include=[name], exclude=())
+    layerwise(model, calibration, observe, lambda *_: None, layers=Layers([name], ()))
     weight, inputs = model.get_submodule(name).weight.detach().double().cpu(), seen[name].value
     whole, found = (weight @ inputs).norm(), []
     full = low_rank.svd_llm_weight(weight, inputs @ inputs.T)
@@ -199,13 +200,13 @@ def smaller_half(spectrum: Float[Tensor, " full_rank"]) -> float:
 def panel_methods(made: Decompositions) -> dict[str, Callable[..., nn.Module]]:
     """Every method of the panel as a function of a model and of the knobs that it reads.
 
-    The knobs are `kept`, in per cent; `layers`, a name of `LAYERS`; and `text`, the tokens of
+    The knobs are `kept`, in per cent; `layers`, a name of `LAYERS`; and `tokens`, the length of the
     calibration text.
     """
 
     def seeing(method: str) -> Callable[..., nn.Module]:
-        def truncated(model: nn.Module, kept: int, layers: str, text: int) -> nn.Module:
-            return made.truncated(method, kept / 100, layers, text)
+        def truncated(model: nn.Module, kept: int, layers: str, tokens: int) -> nn.Module:
+            return made.truncated(method, kept / 100, layers, tokens)
 
         return truncated
 
@@ -213,7 +214,7 @@ def panel_methods(made: Decompositions) -> dict[str, Callable[..., nn.Module]]:
         return made.truncated("SVD", kept / 100, layers)
 
     def with_rows(model: nn.Module, kept: int, layers: str) -> nn.Module:
-        return low_rank.low_rank_plus_sparse(model, kept / 100, include=LAYERS[layers])
+        return low_rank.low_rank_plus_sparse(model, kept / 100, layers=LAYERS[layers])
 
     def train(model: nn.Module, kept: int) -> nn.Module:
         return low_rank.tensor_train(model, train_rank(model.config.hidden_size, kept / 100))
@@ -270,8 +271,8 @@ def smollm2_here(kept: float = 0.4, tokens: int = 512) -> str:
     last = "model.layers.2[4-9].mlp.up_proj"
     given = bench.calibration(seed=0, shape=(4, tokens // 4))
     found = {
-        "plain SVD": low_rank.svd(bench.model, kept, include=last),
-        "SVD-LLM": low_rank.svd_llm(bench.model, given, kept, include=last),
+        "plain SVD": low_rank.svd(bench.model, kept, layers=last),
+        "SVD-LLM": low_rank.svd_llm(bench.model, given, kept, layers=last),
     }
     before = bench.losses(bench.model)
     parts = []
