@@ -120,6 +120,14 @@ def test_only_the_chosen_layers_are_factorized(made, layers, part):
     assert all(f".{part}." in name for name in thin)
 
 
+def test_shuffled_weights_are_the_same_numbers():
+    weight = torch.arange(12.0).view(3, 4)
+    found = drawings.shuffled(weight)
+    assert found.shape == weight.shape
+    assert not torch.equal(found, weight)
+    assert torch.equal(found.flatten().sort().values, weight.flatten())
+
+
 def test_random_numbers_have_no_small_half(made):
     noise = torch.linalg.svdvals(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
     assert methods.smaller_half(torch.tensor([1.0, 1.0, 1.0, 1.0])) == pytest.approx(0.5)
@@ -347,7 +355,7 @@ def test_pictures_say_their_numbers(made):
     assert f"{curves[0]['times_dense'][0]:.2f} at 10%" in drawings.latency(curves).alt
     name = "model.layers.0.mlp.up_proj"
     half = methods.smaller_half(made.spectrum("SVD", name))
-    assert f"up_proj {half:.0%} and" in drawings.spectra(made, {"up_proj": name}).alt
+    assert f"up_proj {half:.0%}, " in drawings.spectra(made, {"up_proj": name}).alt
 
 
 def smollm2_rows(**text):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from effnb.chapters.inference.low_rank import methods, tables
 from effnb.lab import PALETTE, figure, name_lines
@@ -60,28 +62,38 @@ def result(rows: Sequence[Row]) -> CaptionedFigure:
     )
 
 
-def spectra(made: methods.Decompositions, layers: dict[str, str]) -> CaptionedFigure:
+def shuffled(weight: Float[Tensor, "out in"], seed: int = 0) -> Float[Tensor, "out in"]:
+    """The same numbers in random order."""
+    order = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(seed))
+    return weight.flatten()[order].view(weight.shape)
+
+
+def spectra(made: methods.Decompositions, layers: Mapping[str, str]) -> CaptionedFigure:
     """Singular values of a few weights, alone and times the root of their inputs' products.
 
     Args:
         made: The model's decompositions.
         layers: Names of the layers, by what they are called in the picture.
     """
-    noise = torch.linalg.svdvals(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)))
     sides = {"SVD": "of W", "SVD-LLM": "of W L: what it computes"}
     curves = {
         method: {label: made.spectrum(method, name) for label, name in layers.items()}
         for method in sides
     }
+    noise = {}
+    for label, name in layers.items():
+        weight = made.model.get_submodule(name).weight.detach().cpu()
+        sigma = torch.linalg.svdvals(shuffled(weight))
+        noise[label] = sigma / sigma[0]
 
     def draw(fig: Figure) -> None:
         panes = fig.subplots(1, 2, sharey=True)
         for axes, (method, title) in zip(panes, sides.items(), strict=True):
             for colour, (label, values) in zip(PALETTE, curves[method].items()):
-                x = torch.linspace(0, 100, len(values))
-                axes.plot(x.tolist(), values.tolist(), color=colour, label=label)
-            x = torch.linspace(0, 100, len(noise))
-            axes.plot(x.tolist(), (noise / noise[0]).tolist(), color="0.6", label="random")
+                x = torch.linspace(0, 100, len(values)).tolist()
+                axes.plot(x, values.tolist(), color=colour, label=label)
+                if method == "SVD":
+                    axes.plot(x, noise[label].tolist(), ":", color=colour, linewidth=1.5)
             axes.set_yscale("log")
             axes.set_ylim(1e-3, 1.2)
             axes.set_xlabel("position, per cent of the full rank")
@@ -90,16 +102,20 @@ def spectra(made: methods.Decompositions, layers: dict[str, str]) -> CaptionedFi
         panes[0].legend(loc="lower left")
 
     halves = {
-        label: [methods.smaller_half(curves[method][label]) for method in sides] for label in layers
+        label: [
+            methods.smaller_half(values)
+            for values in (*(curves[method][label] for method in sides), noise[label])
+        ]
+        for label in layers
     }
     return figure(
         draw,
-        caption="Singular values of two layers of mini-5m, the largest as 1. Grey: a matrix of "
-        "random numbers.",
+        caption="Singular values of two layers of mini-5m, the largest as 1. Dotted: the same "
+        "weights in random order.",
         alt="Curves that fall from 1. The smaller half of the singular values holds, of all "
-        "squares, of W and of W L: "
-        + "; ".join(f"{label} {a:.0%} and {b:.1%}" for label, (a, b) in halves.items())
-        + f"; random {methods.smaller_half(noise):.0%}.",
+        "squares of W, of W L, and of W in random order: "
+        + "; ".join(f"{label} {a:.0%}, {b:.1%} and {c:.0%}" for label, (a, b, c) in halves.items())
+        + ".",
         figsize=(6.6, 2.6),
     )
 

@@ -293,8 +293,8 @@ def text_said(rows: Sequence[Row]) -> str:
     parts = [f"{word} with {spoken(counts)} tokens" for word, counts in by_word.items()]
     return (
         f"SVD-LLM against plain SVD, on new text: {'; '.join(parts)}. With {fewest} tokens its "
-        f"loss changes by {tidy(own):+.2f} nats on its own text and by {tidy(new):+.2f} on new "
-        "text."
+        f"loss changes by {tidy(own, 2):+.2f} nats on its own text and by {tidy(new, 2):+.2f} on "
+        "new text."
     ).replace(" -", " −")
 
 
