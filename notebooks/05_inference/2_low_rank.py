@@ -93,7 +93,7 @@ panels.smollm2(smollm2)
 # A matrix of two rows can be decomposed by hand. The $\sigma_i^2$ are the eigenvalues of $W^\top W$, and the $v_i$ its eigenvectors. For
 # $W = \bigl(\begin{smallmatrix} 3 & 0 \\ 4 & 5 \end{smallmatrix}\bigr)$ that product is
 # $\bigl(\begin{smallmatrix} 25 & 20 \\ 20 & 25 \end{smallmatrix}\bigr)$, with the eigenvalues $25 + 20$ and $25 - 20$ and the eigenvectors $(1, 1)$ and $(1, -1)$, each divided by $\sqrt 2$. Keeping the
-# first term means projecting each row on $(1, 1)$, which replaces both of its entries by their mean:
+# first term means projecting each row onto $(1, 1)$, which replaces both of its entries by their mean:
 
 # %% tags=["nbval-check-output"]
 from effnb.inference import low_rank

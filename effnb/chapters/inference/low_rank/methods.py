@@ -265,11 +265,11 @@ def times_dense(
     return found
 
 
-def smollm2_here(kept: float = 0.4, tokens: int = 512) -> str:
+def smollm2_here(kept: float = 0.4, sequences: int = 8) -> str:
     """What SVD and SVD-LLM leave of SmolLM2 when its last six up-projections are factorized."""
     bench = Bench("smollm2-135m", windows=2, questions=0)
     last = "model.layers.2[4-9].mlp.up_proj"
-    given = bench.calibration(seed=0, shape=(4, tokens // 4))
+    given = bench.calibration(seed=0, shape=(sequences, 256))
     found = {
         "plain SVD": low_rank.svd(bench.model, kept, layers=last),
         "SVD-LLM": low_rank.svd_llm(bench.model, given, kept, layers=last),
