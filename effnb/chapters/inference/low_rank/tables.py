@@ -57,11 +57,11 @@ def break_even_table() -> Table:
         rank = low_rank.rank_for(0.9, m, n)
         lines.append(
             {
-                "layer": f"{m} × {n}",
+                "layer": f"{m}\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}{n}",
                 "full rank": min(m, n),
-                "break-even rank": low_rank.break_even_rank(m, n),
-                "numbers at half the full rank": half * (m + n) / (m * n),
-                "terms left at 90 % of the numbers": rank / min(m, n),
+                "break-even": low_rank.break_even_rank(m, n),
+                "numbers at half rank": half * (m + n) / (m * n),
+                "terms at 90 %": rank / min(m, n),
             }
         )
     return table(
@@ -69,11 +69,13 @@ def break_even_table() -> Table:
         {
             "layer": "",
             "full rank": "",
-            "break-even rank": ".1f",
-            "numbers at half the full rank": ".0%",
-            "terms left at 90 % of the numbers": ".0%",
+            "break-even": ".1f",
+            "numbers at half rank": ".0%",
+            "terms at 90 %": ".0%",
         },
-        caption="Layers of mini-5m and, in the last two rows, of SmolLM2-135M.",
+        caption="Layers of mini-5m and, in the last two rows, of SmolLM2-135M: the full rank, the "
+        "break-even rank, the part of the numbers that half of the full rank takes, and the part "
+        "of the terms that 90 % of the numbers pay for.",
     )
 
 
