@@ -437,13 +437,14 @@ def smollm2() -> dict:
     """A model of 135 million parameters: each method decomposed once, truncated three times."""
     bench = Bench("smollm2-135m", questions=0, windows=SMOLLM2_WINDOWS)
     model = bench.model
-    table = [bench.row(model, method="original", kept=1.0, seed=0)]
+    table = [bench.row(model, method="original", kept=1.0, seed=0, text=bench.write(model))]
 
     def add(name: str, make: Callable[..., dict], seed: int, *given: torch.Tensor) -> None:
         decomposition, seconds = timed(make, model, *given)
         for kept in SMOLLM2_KEPT:
             small = low_rank.truncate(model, decomposition, kept)
-            table.append(bench.row(small, method=name, kept=kept, seed=seed, seconds=seconds))
+            about = {"method": name, "kept": kept, "seed": seed, "seconds": seconds}
+            table.append(bench.row(small, text=bench.write(small), **about))
 
     add("SVD", low_rank.decompose, 0)  # which takes no calibration data
     for seed in SEEDS:
