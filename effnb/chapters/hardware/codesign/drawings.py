@@ -12,9 +12,9 @@ from torch import Tensor
 
 from effnb.chapters.hardware.codesign import tables
 from effnb.chapters.hardware.codesign.roofs import Gpu, Machine
-from effnb.chapters.inference.quantization.tables import if_measured
 from effnb.hardware.codesign.roofline import Roof
 from effnb.lab import PALETTE, figure
+from effnb.lab.changes import if_measured
 from effnb.lab.figures import CaptionedFigure
 
 Row = Mapping[str, Any]

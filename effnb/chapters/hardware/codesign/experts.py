@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from effnb.chapters.inference.quantization.tables import if_measured
 from effnb.hardware.codesign import gshard, roofline
 from effnb.hardware.codesign.expert_parallel import Report, Settings, run_processes
 from effnb.lab import results
 from effnb.lab.bench import Bench
+from effnb.lab.changes import if_measured
 from effnb.lab.tables import Table, table
 
 Row = Mapping[str, Any]

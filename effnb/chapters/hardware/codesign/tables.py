@@ -10,17 +10,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from effnb.chapters.inference.quantization.tables import (
-    Change,
-    hits,
-    if_measured,
-    mean_windows,
-    pick,
-    spoken,
-)
+from effnb.chapters.inference.quantization.tables import hits
 from effnb.hardware.codesign.accelerator import Accelerator, Kept, simulate_decode_attention
 from effnb.hardware.codesign.roofline import Shape
 from effnb.lab import results
+from effnb.lab.changes import Change, if_measured, mean_windows, pick, spoken
 from effnb.lab.tables import Table, table
 
 Row = Mapping[str, Any]
