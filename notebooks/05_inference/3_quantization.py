@@ -475,7 +475,7 @@ packed = quantization.rtn(model, 4)
 for attempt in (
     lambda: quantization.rtn(model, 9),
     lambda: quantization.gptq(model, calibration[:0], 4),
-    lambda: quantization.rtn(model, 4, include="*.attention.*"),
+    lambda: quantization.rtn(model, 4, layers="*.attention.*"),
     lambda: quantization.quantize(torch.full((4, 4), float("nan")), 4),
     lambda: quantization.awq(packed, calibration, 4),
 ):
