@@ -148,6 +148,7 @@ def test_a_choice_is_guessed_by_keyboard_alone(notebook):
     keys.press("Enter")
     panel.root.locator("img").wait_for()
     panel.wait_for("Kept: 40 %")
+    panel.root.get_by_text("You were right.").wait_for()  # said after the panel is drawn
     shot(panel.root, "3-unlocked")
     assert "Your guess: 40 %. The answer: 40 %. You were right." in panel.root.inner_text()
     assert panel.root.get_by_role("button", name="Commit").count() == 0
