@@ -12,7 +12,8 @@ import glob
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from functools import wraps
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -134,6 +135,25 @@ class Layers:
 
 LayerChoice = Layers | str | Iterable[str]
 """What methods take as `layers`."""
+
+
+def chooses_layers(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method be told `include=` and `exclude=`, short for `layers=Layers(include, exclude)`.
+
+    Whichever of the two is left out keeps its default. The method raises a TypeError when it is
+    given `layers` as well.
+    """
+
+    @wraps(method)
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        named = {key: keywords.pop(key) for key in ("include", "exclude") if key in keywords}
+        if named and "layers" in keywords:
+            raise TypeError(f"{method.__name__} takes either layers, or include and exclude.")
+        if named:
+            keywords["layers"] = Layers(**named)
+        return method(*arguments, **keywords)
+
+    return run
 
 
 def named_modules_of(

@@ -51,7 +51,7 @@ from effnb.core.deltas import (
     set_trainable,
 )
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model, share
+from effnb.core.modules import LayerChoice, Model, chooses_layers, share
 from effnb.kernels.gathered_lora import lora_update
 from effnb.kernels.lora import in_one_pass
 from effnb.kernels.lora import lora as layer_and_update
@@ -219,6 +219,7 @@ def check_settings(rank: int, alpha: float, dropout: float) -> None:
         raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
 
 
+@chooses_layers
 @in_linear_form
 def attach(
     model: Model,

@@ -180,3 +180,17 @@ def test_stacks_of_blocks():
     assert list(find_stacks(leaves)) == ["only"]
     with pytest.raises(ValueError, match="no list of equal blocks"):
         find_stacks(nn.Linear(2, 2))
+
+
+def test_layers_may_be_chosen_by_two_names(llama):
+    from effnb.inference.pruning import magnitude, masks_of
+
+    def sparse(**choice):
+        masks = masks_of(magnitude(llama, 0.5, **choice), layers=Layers(exclude=()))
+        return {name for name, mask in masks.items() if not mask.all()}
+
+    assert sparse(include="lm_head", exclude=()) == {"lm_head"}
+    assert sparse(include="*.q_proj") == sparse(layers="*.q_proj")
+    assert sparse(exclude="*.mlp.*") == sparse(layers=Layers(exclude="*.mlp.*"))
+    with pytest.raises(TypeError, match="magnitude takes either layers, or include and exclude"):
+        magnitude(llama, 0.5, layers="*", include="*")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import CalibrationLike
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model
+from effnb.core.modules import LayerChoice, Model, chooses_layers
 from effnb.inference.low_rank.calibrated import calibrated, decompose_calibrated
 from effnb.inference.low_rank.factors import Factors, exact
 from effnb.inference.low_rank.svd import scaled_svd
@@ -80,6 +80,7 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha is {alpha}; it must lie between 0 (plain SVD) and 1.")
 
 
+@chooses_layers
 @in_linear_form
 def asvd(
     model: Model,
@@ -128,6 +129,7 @@ def asvd(
     )
 
 
+@chooses_layers
 @in_linear_form
 def decompose_asvd(
     model: nn.Module,

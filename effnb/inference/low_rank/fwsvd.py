@@ -32,7 +32,7 @@ from effnb.core.calibration import Calibration, CalibrationLike, batches_of
 from effnb.core.context import context_limit
 from effnb.core.gradients import fisher_diagonal, sequences_of
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Layers, Model, share
+from effnb.core.modules import LayerChoice, Layers, Model, chooses_layers, share
 from effnb.core.training import next_token_loss
 from effnb.inference.low_rank.factors import (
     Factors,
@@ -49,6 +49,7 @@ FLOOR = 1e-6
 """Least importance, in parts of the largest one: a row that is not needed must not divide by 0."""
 
 
+@chooses_layers
 @in_linear_form
 def fisher(
     model: nn.Module,
@@ -149,6 +150,7 @@ def fwsvd_weight(
     return Factors(turned.right.T, turned.left.T, turned.singular_values)
 
 
+@chooses_layers
 @in_linear_form
 def decompose_fwsvd(
     model: nn.Module,
@@ -181,6 +183,7 @@ def decompose_fwsvd(
     return {n: keep(fwsvd_weight(m.weight, found[n], axis=axis)) for n, m in chosen.items()}
 
 
+@chooses_layers
 @in_linear_form
 def fwsvd(
     model: Model,

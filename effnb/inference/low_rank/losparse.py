@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from effnb.core.deltas import freeze
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model, replace_modules, share
+from effnb.core.modules import LayerChoice, Model, chooses_layers, replace_modules, share
 from effnb.core.training import Loss, TrainingResult, TrainingSettings, causal_lm_loss, train
 from effnb.inference.low_rank.factors import (
     Factorized,
@@ -162,6 +162,7 @@ def split_budget(
     return rank, min(rows, out_features)
 
 
+@chooses_layers
 @in_linear_form
 def low_rank_plus_sparse(
     model: Model,
@@ -342,6 +343,7 @@ def _across(
     return {name: int((taken == i).sum()) for i, name in enumerate(names)}
 
 
+@chooses_layers
 def losparse(
     model: Model,
     batches: Callable[[int], Any],

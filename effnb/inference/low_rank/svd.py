@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Layers, Model, share
+from effnb.core.modules import LayerChoice, Layers, Model, chooses_layers, share
 from effnb.inference.low_rank.factors import (
     Factors,
     check_rank,
@@ -93,6 +93,7 @@ def truncated_svd(weight: Float[Tensor, "*matrix"], rank: int | None = None) -> 
     return scaled_svd(weight, None, rank)
 
 
+@chooses_layers
 @in_linear_form
 def decompose(
     model: torch.nn.Module,
@@ -146,6 +147,7 @@ def truncate(
     return put_factors(model, {name: decomposition[name].truncated(r) for name, r in ranks.items()})
 
 
+@chooses_layers
 @in_linear_form
 def svd(
     model: Model,

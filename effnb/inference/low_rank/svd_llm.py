@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from effnb.core.calibration import CalibrationLike
 from effnb.core.deltas import attach_deltas
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model
+from effnb.core.modules import LayerChoice, Model, chooses_layers
 from effnb.core.training import Loss, TrainingResult, TrainingSettings, causal_lm_loss, train
 from effnb.finetuning import lora
 from effnb.inference.low_rank.calibrated import calibrated, decompose_calibrated
@@ -124,6 +124,7 @@ def svd_llm_weight(
     return scaled_svd(weight, whitening(gram), rank)
 
 
+@chooses_layers
 @in_linear_form
 def svd_llm(
     model: Model,
@@ -170,6 +171,7 @@ def svd_llm(
     )
 
 
+@chooses_layers
 @in_linear_form
 def decompose_svd_llm(
     model: nn.Module,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnb.core.modules import LayerChoice, Model
+from effnb.core.modules import LayerChoice, Model, chooses_layers
 from effnb.core.training import (
     Batches,
     Loss,
@@ -131,6 +131,7 @@ def random_masks(masks: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor
     }  # fmt: skip
 
 
+@chooses_layers
 def lottery(
     model: Model,
     batches: Batches,

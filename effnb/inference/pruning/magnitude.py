@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model, linears
+from effnb.core.modules import LayerChoice, Model, chooses_layers, linears
 from effnb.core.training import Batches, Loss, TrainingSettings, causal_lm_loss
 from effnb.inference.pruning.masked_training import MaskedLinear, PruningRun, train_masked
 from effnb.inference.pruning.masks import (
@@ -48,11 +48,13 @@ def magnitude_mask(
     return keep_mask(weight.detach().abs(), sparsity, pattern)
 
 
+@chooses_layers
 def magnitude_scores(model: nn.Module, layers: LayerChoice = "*") -> dict[str, Tensor]:
     r"""$|W_{ij}|$ of every fitting linear layer, by name."""
     return {n: m.weight.detach().abs() for n, m in linears(model, layers).items()}
 
 
+@chooses_layers
 @in_linear_form
 def magnitude(
     model: Model,
@@ -125,6 +127,7 @@ class CubicSchedule:
         return step == self.end or (inside and (step - self.begin) % self.every == 0)
 
 
+@chooses_layers
 def gradual(
     model: Model,
     batches: Batches,

@@ -32,6 +32,7 @@ from effnb.core.modules import (
     LayerChoice,
     Layers,
     Model,
+    chooses_layers,
     linears,
     replace_modules,
     share,
@@ -317,6 +318,7 @@ def layers_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Lin
     return {name: modules[name] for name in masks}
 
 
+@chooses_layers
 @in_linear_form
 def masks_of(
     model: nn.Module,

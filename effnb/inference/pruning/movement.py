@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from effnb.core.modules import LayerChoice, Model, named_modules_of, replace_modules
+from effnb.core.modules import LayerChoice, Model, chooses_layers, named_modules_of, replace_modules
 from effnb.core.training import (
     Batches,
     Loss,
@@ -119,6 +119,7 @@ def soft_mask(scores: Float[Tensor, "out in"], threshold: float) -> Bool[Tensor,
     return keep_largest(scores.reshape(1, -1), mask.numel() - least).view(scores.shape)
 
 
+@chooses_layers
 def movement(
     model: Model,
     batches: Batches,
@@ -171,6 +172,7 @@ def movement(
     )  # fmt: skip
 
 
+@chooses_layers
 def soft_movement(
     model: Model,
     batches: Batches,

@@ -29,7 +29,7 @@ from effnb.core.calibration import CalibrationLike, Hessian, layerwise
 from effnb.core.gradients import Batches, fisher_diagonal
 from effnb.core.hessian import check_damping, damp_hessian
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model, linears
+from effnb.core.modules import LayerChoice, Model, chooses_layers, linears
 from effnb.core.training import Loss
 from effnb.inference.pruning.masks import (
     Pattern,
@@ -256,6 +256,7 @@ def _check(pattern: str) -> Pattern:
     return parsed
 
 
+@chooses_layers
 @in_linear_form
 def obs(
     model: Model,
@@ -315,6 +316,7 @@ def obs(
     )
 
 
+@chooses_layers
 @in_linear_form
 def obd(
     model: Model,

@@ -19,7 +19,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from effnb.core.modules import LayerChoice, Layers, Model, linears
+from effnb.core.modules import LayerChoice, Layers, Model, chooses_layers, linears
 from effnb.core.training import (
     Batches,
     Loss,
@@ -92,6 +92,7 @@ class Recovered:
     trained_parameters: int
 
 
+@chooses_layers
 def recover(
     model: nn.Module,
     batches: Batches,
@@ -131,6 +132,7 @@ def recover(
     return Recovered(lora.merge(working, "recovery"), result, count)
 
 
+@chooses_layers
 def allocate_uniform(
     model: nn.Module,
     sparsity: float,
@@ -164,6 +166,7 @@ Sensitivity = dict[str, dict[float, float]]
 """By layer: the loss after pruning this layer alone, by sparsity; at 0.0 the dense model's."""
 
 
+@chooses_layers
 def sensitivity(
     model: nn.Module,
     evaluate: Callable[[nn.Module], float],

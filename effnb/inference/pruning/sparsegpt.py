@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from effnb.core.calibration import CalibrationLike, Hessian, layerwise
 from effnb.core.hessian import check_damping, inverse_cholesky
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model
+from effnb.core.modules import LayerChoice, Model, chooses_layers
 from effnb.inference.pruning.masks import (
     Pattern,
     Sparsity,
@@ -252,6 +252,7 @@ class _Curvature(Hessian):
         return self._factor
 
 
+@chooses_layers
 @in_linear_form
 def sparsegpt(
     model: Model,

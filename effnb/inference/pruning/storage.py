@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from effnb.core.modules import LayerChoice, linears
+from effnb.core.modules import LayerChoice, chooses_layers, linears
 from effnb.inference.pruning.masks import Pattern, follows, masks_of
 
 
@@ -93,6 +93,7 @@ def mask_storage(mask: Bool[Tensor, "out in"], bits: int = 16) -> Storage:
     )
 
 
+@chooses_layers
 def storage_of(
     model: nn.Module,
     bits: int = 16,
@@ -198,6 +199,7 @@ def encode(weight: Float[Tensor, "out in"], form: str) -> SparseTensor:
     )
 
 
+@chooses_layers
 def encode_model(
     model: nn.Module,
     form: str,

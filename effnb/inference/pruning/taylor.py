@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from effnb.core.calibration import Calibration
 from effnb.core.gradients import Batches, mean_gradients
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model, linears
+from effnb.core.modules import LayerChoice, Model, chooses_layers, linears
 from effnb.core.training import Loss
 from effnb.inference.pruning.masks import Sparsity, apply_masks, choose_masks, prunable
 
@@ -59,6 +59,7 @@ def taylor_groups(
     raise ValueError(f'form is {form!r}; it must be "vector", "element" or "squared".')
 
 
+@chooses_layers
 def taylor_scores(
     model: nn.Module,
     calibration: Batches,
@@ -84,6 +85,7 @@ def taylor_scores(
     return {name: taylor_score(chosen[name].weight, g) for name, g in gradients.items()}
 
 
+@chooses_layers
 @in_linear_form
 def taylor(
     model: Model,
@@ -124,6 +126,7 @@ def taylor(
     return apply_masks(model, choose_masks(scores, sparsity, pattern))
 
 
+@chooses_layers
 def snip_scores(
     model: nn.Module,
     batch: Any,
@@ -151,6 +154,7 @@ def snip_scores(
     return {name: score / total for name, score in scores.items()}
 
 
+@chooses_layers
 @in_linear_form
 def snip(
     model: Model,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import CalibrationLike, InputNorm, block_linears, layerwise
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model
+from effnb.core.modules import LayerChoice, Model, chooses_layers
 from effnb.inference.pruning.masks import (
     Sparsity,
     apply_masks,
@@ -85,6 +85,7 @@ def _check_adaptive(pattern: str) -> None:
         raise ValueError(f'adaptive sparsity is between rows; the pattern is "{pattern}".')
 
 
+@chooses_layers
 def wanda_scores(
     model: nn.Module,
     calibration: CalibrationLike,
@@ -124,6 +125,7 @@ def _norms(seen: InputNorm) -> Float[Tensor, "in"]:
     return seen.value if seen.tokens else torch.ones_like(seen.value)
 
 
+@chooses_layers
 @in_linear_form
 def wanda(
     model: Model,

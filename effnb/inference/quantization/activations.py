@@ -28,7 +28,15 @@ from torch import Tensor, nn
 
 from effnb.core.calibration import Calibration, CalibrationLike, unpadded_batches
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Layers, Model, named_modules_of, replace_modules, share
+from effnb.core.modules import (
+    LayerChoice,
+    Layers,
+    Model,
+    chooses_layers,
+    named_modules_of,
+    replace_modules,
+    share,
+)
 from effnb.core.padding import gaps, masked_rows
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_bits
 from effnb.inference.quantization.linear import QuantizedLinear
@@ -264,6 +272,7 @@ def input_maxima(
     return found
 
 
+@chooses_layers
 @in_linear_form
 def quantize_inputs(
     model: Model,
@@ -330,6 +339,7 @@ def _check_model(
         raise ValueError("this model's inputs are quantized already; start from the original.")
 
 
+@chooses_layers
 def quantize_activations(
     model: Model,
     weight_bits: int = 8,

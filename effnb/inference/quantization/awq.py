@@ -41,7 +41,14 @@ from effnb.core.calibration import (
 from effnb.core.checks import check_finite
 from effnb.core.folding import Fold, find_folds, scaled, set_parameters
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model, in_several_blocks, matches, put_modules
+from effnb.core.modules import (
+    LayerChoice,
+    Model,
+    chooses_layers,
+    in_several_blocks,
+    matches,
+    put_modules,
+)
 from effnb.inference.quantization.formats import (
     Granularity,
     check_granularity,
@@ -193,6 +200,7 @@ def awq_clip(
     return result
 
 
+@chooses_layers
 @in_linear_form
 def awq(
     model: Model,

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from effnb.core.calibration import CalibrationLike, Hessian, block_linears, layerwise
 from effnb.core.hessian import check_damping, inverse_cholesky
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Model
+from effnb.core.modules import LayerChoice, Model, chooses_layers
 from effnb.inference.quantization.clipping import check_clip, choose_grid
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_granularity
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
@@ -268,6 +268,7 @@ class _Curvature(Hessian):
         return self._inverse
 
 
+@chooses_layers
 @in_linear_form
 def gptq(
     model: Model,

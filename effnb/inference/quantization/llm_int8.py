@@ -25,6 +25,7 @@ from effnb.core.modules import (
     LayerChoice,
     Layers,
     Model,
+    chooses_layers,
     named_modules_of,
     replace_modules,
     share,
@@ -148,6 +149,7 @@ class LLMInt8Linear(nn.Module):
         return f"threshold={self.threshold}"
 
 
+@chooses_layers
 def llm_int8(
     model: Model,
     threshold: float = 6.0,

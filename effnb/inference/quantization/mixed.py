@@ -20,7 +20,15 @@ from torch import nn
 
 from effnb.core.calibration import CalibrationLike
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Layers, Model, linears, replace_modules, share
+from effnb.core.modules import (
+    LayerChoice,
+    Layers,
+    Model,
+    chooses_layers,
+    linears,
+    replace_modules,
+    share,
+)
 from effnb.core.training import next_token_loss
 from effnb.inference.quantization.allocation import (
     Costs,
@@ -76,6 +84,7 @@ class Additivity:
         return self.measured / self.predicted if self.predicted else math.nan
 
 
+@chooses_layers
 @in_linear_form
 def layer_bytes(
     model: nn.Module,

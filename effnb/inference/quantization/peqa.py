@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from effnb.core.deltas import freeze, refuse_rounded_inputs
-from effnb.core.modules import LayerChoice, Layers, Model, named_modules_of, replace_modules
+from effnb.core.modules import (
+    LayerChoice,
+    Layers,
+    Model,
+    chooses_layers,
+    named_modules_of,
+    replace_modules,
+)
 from effnb.inference.quantization.clipping import HALF_MAX, HALF_MIN
 from effnb.inference.quantization.estimators import straight_through
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, spread
@@ -137,6 +144,7 @@ class ScaleTunedLinear(QuantizedLinear):
         return QuantizedLinear(self.quantized, self.bias)
 
 
+@chooses_layers
 def tune_scales(model: Model, *, layers: LayerChoice = "*") -> Model:
     """Make the scales of a quantized model trainable, and nothing else.
 
@@ -169,6 +177,7 @@ def tune_scales(model: Model, *, layers: LayerChoice = "*") -> Model:
     )
 
 
+@chooses_layers
 def peqa(
     model: Model,
     bits: int,

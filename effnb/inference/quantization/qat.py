@@ -30,6 +30,7 @@ from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import (
     LayerChoice,
     Model,
+    chooses_layers,
     clone,
     linears,
     map_linears,
@@ -114,6 +115,7 @@ class SurroundedLinear(nn.Module):
         return y if self.outputs is None else self.outputs(y)
 
 
+@chooses_layers
 @in_linear_form
 def prepare_qat(
     model: Model,

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from effnb.core.linear_form import in_linear_form
-from effnb.core.modules import LayerChoice, Layers, Model
+from effnb.core.modules import LayerChoice, Layers, Model, chooses_layers
 from effnb.finetuning import lora
 from effnb.inference.quantization.formats import Granularity, quantize
 from effnb.inference.quantization.linear import refuse_quantized
@@ -28,6 +28,7 @@ from effnb.inference.quantization.stored import Stored
 from effnb.inference.quantization.tables import quantize_table
 
 
+@chooses_layers
 @in_linear_form
 def qlora(
     model: Model,

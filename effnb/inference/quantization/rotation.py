@@ -28,7 +28,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.modules import LayerChoice, Model, find_blocks, refuse_encoder_decoder, share
+from effnb.core.modules import (
+    LayerChoice,
+    Model,
+    chooses_layers,
+    find_blocks,
+    refuse_encoder_decoder,
+    share,
+)
 from effnb.core.outliers import norm_offset, norm_readers
 from effnb.core.proof import EXACT, ROUNDED, InFloat64, Probe, exact, probes
 from effnb.inference.quantization.activations import check_inputs, quantize_inputs
@@ -394,6 +401,7 @@ def _check_start(model: nn.Module, expected: Tensor, found: Tensor) -> None:
         )
 
 
+@chooses_layers
 def quarot(
     model: Model,
     bits: int = 4,

@@ -18,6 +18,7 @@ from effnb.core.linear_form import in_linear_form, restore
 from effnb.core.modules import (
     LayerChoice,
     Model,
+    chooses_layers,
     map_linears,
     named_modules_of,
     replace_modules,
@@ -33,6 +34,7 @@ from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantize
 from effnb.inference.quantization.stored import Stored
 
 
+@chooses_layers
 @in_linear_form
 def quantize_linears(
     model: Model,
@@ -66,6 +68,7 @@ def quantize_linears(
     return map_linears(model, replace, layers)
 
 
+@chooses_layers
 def rtn(
     model: Model,
     bits: int,

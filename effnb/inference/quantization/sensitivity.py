@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from effnb.core.calibration import Calibration, CalibrationLike, Hessian, batches_of, layerwise
 from effnb.core.context import context_limit
 from effnb.core.gradients import loss_batches, to_device
-from effnb.core.modules import LayerChoice, linears, replace_modules, share
+from effnb.core.modules import LayerChoice, chooses_layers, linears, replace_modules, share
 from effnb.core.training import next_token_loss, target_count
 from effnb.inference.quantization.formats import quantize
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
@@ -55,6 +55,7 @@ class HessianTrace:
     weights: int
 
 
+@chooses_layers
 def output_sensitivity(
     model: nn.Module,
     calibration: CalibrationLike,
@@ -114,6 +115,7 @@ def _output_errors(
     }
 
 
+@chooses_layers
 def hessian_traces(
     model: nn.Module,
     calibration: CalibrationLike,
@@ -234,6 +236,7 @@ def _errors(weight: Tensor, rounding: Rounding, bits: Sequence[int]) -> dict[int
     return {b: float((rounding(weight, b).dequantize() - weight).square().sum()) for b in bits}
 
 
+@chooses_layers
 def loss_sensitivity(
     model: nn.Module,
     calibration: CalibrationLike,

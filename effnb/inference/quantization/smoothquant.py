@@ -32,6 +32,7 @@ from effnb.core.modules import (
     LayerChoice,
     Layers,
     Model,
+    chooses_layers,
     find_blocks,
     refuse_encoder_decoder,
     share,
@@ -126,6 +127,7 @@ def _used_elsewhere(model: nn.Module, ids: Tensor, norms: Iterable[str]) -> set[
     return uses.found
 
 
+@chooses_layers
 def smoothable(
     model: nn.Module,
     *,
@@ -179,6 +181,7 @@ def check_same_function(model: nn.Module, changed: nn.Module) -> None:
         )
 
 
+@chooses_layers
 def smooth(
     model: Model,
     calibration: CalibrationLike,
@@ -235,6 +238,7 @@ def smooth(
     return with_parameters(model, stored)
 
 
+@chooses_layers
 def smoothquant(
     model: Model,
     calibration: CalibrationLike,
