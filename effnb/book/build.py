@@ -407,11 +407,10 @@ def check(folder: Path = NOTEBOOKS) -> list[str]:
 
 
 def beyond_limits(paths: list[Path], folder: Path = NOTEBOOKS) -> list[str]:
-    """What chapters do not keep to, as sentences; those that are not yet slimmed are left out."""
+    """What chapters do not keep to, as sentences."""
     return [
         f"{name_of(path, folder)}: {problem}"
         for path in paths
-        if name_of(path, folder) not in limits.NOT_YET_SLIMMED
         for problem in limits.violations(path, read_source(path), name_of(path, folder))
     ]
 

@@ -1,8 +1,7 @@
 """What keeps a chapter one sitting: the order of its sections, its size, and no answer given away.
 
 `python -m effnb.book.build --lines` prints the table of all chapters; the build and the tests fail
-when one passes a limit. Chapters that were written before there were limits are listed in
-`NOT_YET_SLIMMED` until they meet them: the list can only shrink.
+when one passes a limit.
 """
 
 from __future__ import annotations
@@ -16,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-
-NOT_YET_SLIMMED: tuple[str, ...] = ()
-"""Chapters that do not meet the limits yet; a test fails when one of them does."""
 
 FILE_LINES = 900
 WORDS = (1_500, 2_800)

@@ -184,12 +184,5 @@ def test_the_table_marks_what_is_beyond(tmp_path):
 # -------------------------------------------------------------------- the chapters that are here
 
 
-@pytest.mark.parametrize("name", limits.NOT_YET_SLIMMED)
-def test_the_list_of_exemptions_only_shrinks(name):
-    """A chapter that meets the limits leaves the list, and one that is gone is not in it."""
-    (path,) = [p for p in build.sources() if build.name_of(p) == name]
-    assert limits.violations(path, build.read_source(path), name) != []
-
-
-def test_no_chapter_but_those_is_beyond_the_limits():
+def test_no_chapter_is_beyond_the_limits():
     assert build.beyond_limits(build.sources()) == []
