@@ -4,9 +4,10 @@
     python data/train_models.py mini-5m --threads 1       # goes on from its checkpoint
     python data/train_models.py mini-5m --steps 4000      # decays earlier: ends after 4,000 steps
 
-Each model reads whole sequences of 512 tokens drawn from six sources: novels and the Bible,
-package descriptions, prose of manuals, and three kinds of recall (a span of words repeated, records
-`[ key value]` that come back, records planted in text). Muon trains the matrices, AdamW the
+Each model reads whole sequences of 512 tokens drawn from seven sources: novels and the Bible,
+package descriptions, prose of manuals, and four kinds of recall (a map from token to token that is
+walked along, a span of words repeated, records `[ key value]` that come back, records planted in
+text). Muon trains the matrices, AdamW the
 embedding and the norms. A step's batch depends on the seed and the step's number only, and the
 rate is constant until the last quarter: a run that was cut off goes on as if it had not been, and
 may be given another length until it decays.
@@ -21,8 +22,10 @@ import platform
 import random
 import time
 from datetime import date
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -40,11 +43,13 @@ BATCH = 16
 PART = 4
 """Sequences whose activations exist at once; on a CPU, small parts stay in its caches."""
 TEXTS = ("novels", "packages", "manuals")
+ALL_TOKENS = range(1, 4096)
 MIX = {
-    "novels": 0.36,
-    "packages": 0.27,
-    "manuals": 0.23,
-    "repeated span": 0.07,
+    "novels": 0.33,
+    "packages": 0.25,
+    "manuals": 0.21,
+    "walk": 0.10,
+    "repeated span": 0.04,
     "dense recall": 0.05,
     "planted recall": 0.02,
 }
@@ -122,6 +127,10 @@ class Mixture:
             name: Windows(stream(tokenizer, corpora.documents(name, "train")), CONTEXT, seed)
             for name in TEXTS
         }
+        self.words = [
+            tokenizer.encode(f" {word}", add_special_tokens=False)[0]
+            for word in corpora.recall_words(tokenizer)
+        ]
         # Which source each sequence has, and so which window of it: known for all steps at once.
         drawn = np.random.default_rng([seed, 1]).random(steps * BATCH)
         bounds = np.cumsum(list(MIX.values())) / sum(MIX.values())
@@ -143,6 +152,8 @@ class Mixture:
                 tokens, weight = self.windows[name][number], np.ones(CONTEXT)
             elif name == "repeated span":
                 tokens, weight = repeated_span(rng)
+            elif name == "walk":
+                tokens, weight = walk(rng, self.words if rng.random() < 0.5 else ALL_TOKENS)
             else:
                 if name == "dense recall":
                     pairs = round(4 * 16 ** rng.random())
@@ -161,10 +172,28 @@ class Mixture:
         return list(zip(*(x.split(PART) for x in both)))
 
 
+def walk(rng: random.Random, tokens) -> tuple[np.ndarray, np.ndarray]:
+    """A walk along a random map from token to token, in which what follows a token is learnt.
+
+    2 to 64 tokens, each with one successor; every seventh step or so goes anywhere instead. The
+    way to the rule is a gentle slope: knowing which tokens the text uses is worth something, and
+    knowing what followed them more. A token counts where its predecessor has been seen before.
+    """
+    pool = rng.sample(tokens, round(2 * 32 ** rng.random()))
+    after = {token: rng.choice(pool) for token in pool}
+    ids, weight, seen, here = [], [], set(), rng.choice(pool)
+    for _ in range(CONTEXT):
+        weight.append(float(bool(ids) and ids[-1] in seen))
+        seen.update(ids[-1:])
+        ids.append(here)
+        here = rng.choice(pool) if rng.random() < 0.15 else after[here]
+    return np.array(ids), np.array(weight)
+
+
 def repeated_span(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
     """Random tokens, repeated until the sequence is full; only the repetitions count."""
     span = round(8 * 25 ** rng.random())  # 8 to 200 tokens, short ones as often as long ones
-    tokens = [rng.randrange(1, 4096) for _ in range(span)]
+    tokens = [rng.choice(ALL_TOKENS) for _ in range(span)]
     ids = (tokens * (CONTEXT // span + 1))[:CONTEXT]
     weight = np.ones(CONTEXT)
     weight[: span + 1] = 0  # the first copy cannot be foreseen, nor where it ends
@@ -174,13 +203,30 @@ def repeated_span(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
 def mixture_loss(model, batch) -> torch.Tensor:
     r"""Weighted next-token cross-entropy, $\sum_t w_t \ell_t / \sum_t w_t$ over the batch."""
     ids, weights = batch
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    return linear_cross_entropy(
-        hidden.flatten(0, 1),
-        model.lm_head.weight,
-        ids[:, 1:].flatten(),
-        weights[:, 1:].flatten(),
-    )
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=faster_in_bfloat16(ids.device)):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            model.lm_head.weight,
+            ids[:, 1:].flatten(),
+            weights[:, 1:].flatten(),
+        )
+
+
+@cache
+def faster_in_bfloat16(device: torch.device) -> bool:
+    """Whether a product of the models' size takes clearly less time in bfloat16; always on a GPU."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    times = {torch.bfloat16: [], torch.float32: []}
+    for _ in range(7):
+        for dtype, taken in times.items():
+            a, b = torch.ones(PART * CONTEXT, 256, dtype=dtype), torch.ones(256, 688, dtype=dtype)
+            began = time.perf_counter()
+            for _ in range(4):
+                a @ b
+            taken.append(time.perf_counter() - began)
+    return median(times[torch.bfloat16]) < 0.7 * median(times[torch.float32])
 
 
 def muon_and_adamw(model, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
@@ -292,6 +338,7 @@ def main() -> None:
         "command": f"python data/train_models.py {arguments.name} --steps {steps}",
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "bfloat16 autocast": faster_in_bfloat16(device),
         "versions": {"effnb": version("effnb"), "torch": torch.__version__},
         "parameters": model.num_parameters(),
         "tokens": result.steps * BATCH * CONTEXT,
