@@ -215,7 +215,7 @@ def mixture_loss(model, batch) -> torch.Tensor:
 
 @cache
 def faster_in_bfloat16(device: torch.device) -> bool:
-    """Whether a product of the models' size takes clearly less time in bfloat16; always on a GPU."""
+    """Whether a product of the models' size takes less time in bfloat16; always on a GPU."""
     if device.type != "cpu":
         return device.type == "cuda"
     times = {torch.bfloat16: [], torch.float32: []}

@@ -622,12 +622,12 @@ def learners_edition(path: Path) -> Notebook:
     the exercises lie in the chapter's companion module, which the edition imports.
     """
     notebook = read_source(path)
-    solutions = [cell for cell in notebook.cells if "solution" in tags(cell)]
+    answers = limits.answers(notebook)
     notebook.cells = [
         cell
         for cell in notebook.cells
         if "solution" not in tags(cell)
-        and not ("hint" in tags(cell) and limits.tells(cell, solutions))
+        and not ("hint" in tags(cell) and limits.tells(cell, answers))
     ]
     return notebook
 

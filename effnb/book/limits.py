@@ -7,14 +7,21 @@ when one passes a limit.
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
+import inspect
 import io
 import re
+import textwrap
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
+
+from effnb.lab.checks import Exercise
 
 FILE_LINES = 900
 WORDS = (1_500, 2_800)
@@ -250,16 +257,21 @@ def _is_private(part: str) -> bool:
 
 def answers_told(source: Notebook) -> Iterator[str]:
     """Answers of exercises that stand outside of their solutions, as sentences."""
-    solutions = [cell for cell in source.cells if "solution" in tags(cell)]
+    known = answers(source)
     for index, cell in enumerate(source.cells):
         if "solution" in tags(cell):
+            if re.search(r"^\s*def ", cell.source, flags=re.M):
+                yield (
+                    f"cell {index} is a solution that defines a function, in place of the reader's "
+                    "own: show it with the exercise's solution()."
+                )
             continue
         if cell.cell_type == "code" and re.search(r"\bExercise\(", cell.source):
             yield (
                 f"cell {index} makes an exercise with its reference: put it into the companion "
                 "module of the chapter."
             )
-        elif tells(cell, solutions):
+        elif tells(cell, known):
             kind = (
                 "a hint"
                 if "hint" in tags(cell)
@@ -270,15 +282,39 @@ def answers_told(source: Notebook) -> Iterator[str]:
             yield f"cell {index} tells an answer: {kind} repeats a line of a solution."
 
 
-def tells(cell: Notebook, solutions: list[Notebook]) -> bool:
-    """Whether a cell outside of the solutions repeats a long enough part of one."""
+def answers(source: Notebook) -> list[str]:
+    """The code of a chapter's answers: its solution cells, and its companion's references."""
+    found = [cell.source for cell in source.cells if "solution" in tags(cell)]
+    for module in _companions(source):
+        for exercise in vars(module).values():
+            if isinstance(exercise, Exercise):
+                with contextlib.suppress(OSError):
+                    found.append(textwrap.dedent(inspect.getsource(exercise.reference)))
+    return found
+
+
+def _companions(source: Notebook) -> Iterator[ModuleType]:
+    """The modules of `effnb.chapters` that a chapter's code imports."""
+    for cell in source.cells:
+        if cell.cell_type != "code":
+            continue
+        for package, names in re.findall(
+            r"^from (effnb\.chapters[\w.]*) import ([\w, ]+)", cell.source, flags=re.M
+        ):
+            for name in re.findall(r"(\w+)(?: as \w+)?", names):
+                with contextlib.suppress(ModuleNotFoundError):
+                    yield importlib.import_module(f"{package}.{name}")
+
+
+def tells(cell: Notebook, answers: list[str]) -> bool:
+    """Whether a cell outside of the solutions repeats a long enough part of an answer's code."""
     shown = [cell.source]
     if cell.cell_type == "markdown":
         shown = re.findall(r"```(?:python)?\n(.*?)```|`([^`]+)`", cell.source, flags=re.S)
         shown = ["".join(parts) for parts in shown]
     told = [run for text in shown for run in [_tokens(text)]]
-    for solution in solutions:
-        for statement in answer_lines(solution.source):
+    for answer in answers:
+        for statement in answer_lines(answer):
             tokens = _tokens(statement)
             for start in range(len(tokens) - TOLD_TOKENS + 1):
                 part = tokens[start : start + TOLD_TOKENS]

@@ -577,7 +577,7 @@ _ = exercises.step.check(hand_on)
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# `e = (w[:, i] - rounded) / u[i, i]` has one entry per row. `e.outer(u[i, i + 1:])` has the shape of the columns after `i`.
+# The error of column `i` is one number per row. Divide it by the diagonal entry of $U$ in that place; each later column then loses its own entry of $U$'s row `i` times that number, which `Tensor.outer` does for all of them at once.
 #
 # </details>
 

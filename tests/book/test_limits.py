@@ -1,10 +1,15 @@
 """The limits of a chapter find what passes them, and an answer that stands where it should not."""
 
+import sys
+from types import ModuleType
+
 import nbformat
 import pytest
+import torch
 
 from effnb.book import build, limits
 from effnb.book.first_cell import first_cell
+from effnb.lab import Exercise, checks
 
 TITLE = "# Rounding\n\n**Fewer bits are enough.**"
 SECTIONS = [names[0] for names in limits.ORDER]
@@ -82,7 +87,7 @@ def test_too_few_words(found):
 
 
 def test_solutions_are_not_counted_as_hidden_and_public_names_are_fine(found):
-    solution = code("def f(x):\n    return x\n\n\n_ = exercise.check(f)", "solution")
+    solution = code("first.solution()\nsecond.solution()\nthird.solution()", "solution")
     public = code(
         "from effnb.inference import pruning\nimport torch\nx = torch.__version__\n"
         "problem._render_traceback_ = x  # a name of Jupyter's protocol"
@@ -116,11 +121,14 @@ def test_words_are_those_of_the_prose():
 
 # ------------------------------------------------------------------------------------- answers
 
-SOLUTION = code(
-    'def scale(w, bits):\n    """The step."""\n'
-    "    return w.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)\n\n\n_ = step.check(scale)",
-    "solution",
-)
+
+def reference(w, bits):
+    """The step."""
+    return w.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+
+
+COMPANION = code("from effnb.chapters import example")
+SOLUTION = code("example.step.solution()", "solution")
 STUB = code(
     'def scale(w, bits):\n    """The step."""\n    raise NotImplementedError\n\n\n'
     "_ = step.check(scale)",
@@ -138,6 +146,23 @@ HINT = markdown(
 )
 
 
+@pytest.fixture
+def companion(monkeypatch):
+    """A chapter's companion module with one exercise."""
+    monkeypatch.setattr(checks, "registry", {})
+    module = ModuleType("effnb.chapters.example")
+    module.step = Exercise(
+        "Step",
+        minutes=1,
+        difficulty="easy",
+        reference=reference,
+        cases=[(torch.ones(2, 2), 4)],
+        wrong={},
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.usefixtures("companion")
 @pytest.mark.parametrize(
     ("cell", "said"),
     [
@@ -148,8 +173,13 @@ HINT = markdown(
     ],
 )
 def test_an_answer_outside_of_the_solution_is_found(found, cell, said):
-    (problem,) = found(chapter(STUB, cell, SOLUTION))
+    (problem,) = found(chapter(COMPANION, STUB, cell, SOLUTION))
     assert said in problem
+
+
+def test_a_solution_that_takes_the_place_of_the_readers_own_is_found(found):
+    (problem,) = found(chapter(STUB, code("def scale(w, bits):\n    return w", "solution")))
+    assert "is a solution that defines a function" in problem
 
 
 def test_hooks_that_ipython_looks_for_are_not_private(found):
@@ -159,12 +189,14 @@ def test_hooks_that_ipython_looks_for_are_not_private(found):
     assert found(chapter(first, code("shown._repr_html_()"))) == []
 
 
+@pytest.mark.usefixtures("companion")
 def test_a_stub_and_a_hint_that_only_hints_are_fine(found):
-    assert found(chapter(STUB, HINT, SOLUTION)) == []
+    assert found(chapter(COMPANION, STUB, HINT, SOLUTION)) == []
 
 
+@pytest.mark.usefixtures("companion")
 def test_the_learners_edition_holds_no_answer(tmp_path, monkeypatch):
-    notebook = chapter(STUB, HINT, TOLD, SOLUTION)
+    notebook = chapter(COMPANION, STUB, HINT, TOLD, SOLUTION)
     monkeypatch.setattr(build, "read_source", lambda path: notebook)
     edition = build.learners_edition(tmp_path / "chapter.py")
     text = "\n".join(cell.source for cell in edition.cells)

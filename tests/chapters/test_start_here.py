@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from effnb.chapters import start_here
 from effnb.inference import quantization
+from effnb.inference.quantization.formats import choose_grid
 from effnb.lab import machine, results
 from effnb.lab.models import ModelUnavailable
 
@@ -100,6 +101,15 @@ def test_the_model_still_answers_what_is_stored(stored, place):
 
 def test_the_exercise_tells_its_wrong_answers_apart():
     start_here.symmetric_step.selftest()
+
+
+def test_the_exercise_is_the_step_that_the_package_takes():
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    theirs = choose_grid(weight, 4, symmetric=True)[0]
+    # The package stores its steps in half precision.
+    torch.testing.assert_close(
+        start_here.step_of_each_row(weight, 4), theirs.float(), atol=1e-3, rtol=1e-3
+    )
 
 
 def test_what_a_machine_means_is_said_for_any_machine(capsys):
