@@ -39,7 +39,8 @@ from effnb.lab import corpora
 HERE = Path(__file__).resolve().parent
 MODELS = HERE / "models"
 CONTEXT = 512
-BATCH = 16
+BATCH = {"mini-300k": 16, "mini-1m": 16, "mini-5m": 8}
+"""Sequences of a step. The largest model sees the fewest tokens, and needs its steps more."""
 PART = 4
 """Sequences whose activations exist at once; on a CPU, small parts stay in its caches."""
 TEXTS = ("novels", "packages", "manuals")
@@ -58,10 +59,10 @@ ANSWER_WEIGHT = 4.0
 """How much the answer of a recall counts beside a token of text. Much more would be noise: the
 gradient of one answer is as long as that of hundreds of tokens of text together."""
 
-SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads; steps of 8,192 tokens
+SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads; steps
     "mini-300k": ((64, 128, 2, 4, 2), 2_500),
     "mini-1m": ((128, 344, 4, 4, 2), 5_000),
-    "mini-5m": ((256, 688, 6, 8, 4), 12_200),
+    "mini-5m": ((256, 688, 6, 8, 4), 24_400),
 }
 MUON_RATE, ADAMW_RATE = 0.02, 4e-3
 
@@ -120,9 +121,9 @@ def stream(tokenizer, texts: list[str], seed: int = 0) -> np.ndarray:
 class Mixture:
     """From a step's number to its batch of ids and labels; a pure function of (seed, step)."""
 
-    def __init__(self, tokenizer, seed: int, device: torch.device, steps: int) -> None:
-        """Tokenise both corpora; the sequence at (step, row) is then fixed by the seed."""
-        self.tokenizer, self.seed, self.device = tokenizer, seed, device
+    def __init__(self, tokenizer, seed: int, device: torch.device, steps: int, batch: int) -> None:
+        """Tokenise the corpora; the sequence at (step, row) is then fixed by the seed."""
+        self.tokenizer, self.seed, self.device, self.batch = tokenizer, seed, device, batch
         self.windows = {
             name: Windows(stream(tokenizer, corpora.documents(name, "train")), CONTEXT, seed)
             for name in TEXTS
@@ -132,7 +133,7 @@ class Mixture:
             for word in corpora.recall_words(tokenizer)
         ]
         # Which source each sequence has, and so which window of it: known for all steps at once.
-        drawn = np.random.default_rng([seed, 1]).random(steps * BATCH)
+        drawn = np.random.default_rng([seed, 1]).random(steps * batch)
         bounds = np.cumsum(list(MIX.values())) / sum(MIX.values())
         self.source = bounds.searchsorted(drawn, side="right")
         self.number = np.zeros_like(self.source)
@@ -143,8 +144,8 @@ class Mixture:
     def __call__(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Parts of the batch: ids, and the weight of each token in the loss; both (4, 512)."""
         ids, weights = [], []
-        for row in range(BATCH):
-            at = step * BATCH + row
+        for row in range(self.batch):
+            at = step * self.batch + row
             name = tuple(MIX)[self.source[at]]
             number = int(self.number[at])
             rng = random.Random(self.seed * 1_000_003 + at)
@@ -235,7 +236,12 @@ def muon_and_adamw(model, settings: TrainingSettings) -> list[torch.optim.Optimi
     mine = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in mine]
     return [
-        Muon(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+        Muon(
+            matrices,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            dtype=torch.bfloat16 if faster_in_bfloat16(matrices[0].device) else None,
+        ),
         torch.optim.AdamW(others, lr=ADAMW_RATE, betas=settings.betas, weight_decay=0.0),
     ]
 
@@ -292,7 +298,7 @@ def main() -> None:
     """Train one model and save it as a Hugging Face folder in bfloat16."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(SHAPES))
-    parser.add_argument("--steps", type=int, help="optimizer steps of 8,192 tokens")
+    parser.add_argument("--steps", type=int, help="optimizer steps of 16 or 8 sequences")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "training")
     parser.add_argument("--log", action="store_true", help="print a line now and then, no bar")
@@ -303,12 +309,13 @@ def main() -> None:
     steps = arguments.steps or SHAPES[arguments.name][1]
     settings = TrainingSettings(
         steps=steps, learning_rate=MUON_RATE, warmup_steps=50, schedule="wsd", decay_fraction=0.25,
-        weight_decay=0.05, betas=(0.9, 0.95), clip_norm=1.0, evaluate_every=100, seed=0,
+        weight_decay=0.05, betas=(0.9, 0.95), clip_norm=1.0, seed=0,
+        evaluate_every=1_600 // BATCH[arguments.name],
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "tokenizer")
     model = build(arguments.name).to(device)
     print(f"{arguments.name}: {model.num_parameters():,} parameters, {steps:,} steps", flush=True)
-    mixture = Mixture(tokenizer, 0, device, steps)
+    mixture = Mixture(tokenizer, 0, device, steps, BATCH[arguments.name])
     assess = evaluator(tokenizer, device)
     began = time.time()
 
@@ -341,7 +348,7 @@ def main() -> None:
         "bfloat16 autocast": faster_in_bfloat16(device),
         "versions": {"effnb": version("effnb"), "torch": torch.__version__},
         "parameters": model.num_parameters(),
-        "tokens": result.steps * BATCH * CONTEXT,
+        "tokens": result.steps * BATCH[arguments.name] * CONTEXT,
         "seconds": round(result.seconds),
         "settings": settings.__dict__,
         "mix": MIX,
