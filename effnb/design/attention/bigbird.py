@@ -2,9 +2,9 @@ r"""BigBird: windows, global tokens and random pairs, all in blocks.
 
 Tokens are cut into blocks of $b$. A block of queries sees three blocks around it, the first and the
 last block (which themselves see everything), and $r$ random ones: a constant number of blocks for
-each, so a cost linear in the length. Random pairs make any two tokens reach each other in few steps;
-global ones make that two. Blocks are gathered and multiplied whole, which suits hardware better
-than single pairs.
+each, so a cost linear in the length. Random pairs make any two tokens reach each other in few
+steps; global ones make that two. Blocks are gathered and multiplied whole, which suits hardware
+better than single pairs.
 
 Random blocks are drawn once for each layer and head, and then fixed.
 

@@ -26,6 +26,16 @@ def check_count(name: str, value: int, *, least: int = 1) -> int:
     return number
 
 
+def check_heads(dim: int, heads: int) -> None:
+    """Refuse a width that heads do not divide.
+
+    Raises:
+        ValueError: The sentence has both numbers.
+    """
+    if check_count("dim", dim) % check_count("heads", heads):
+        raise ValueError(f"dim is {dim}; it must be a multiple of the number of heads, {heads}.")
+
+
 def check_attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, same_length: bool = False
 ) -> None:

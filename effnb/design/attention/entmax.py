@@ -166,7 +166,7 @@ def entmax_attention(
     v: Float[Tensor, "batch heads keys value_dim"],
     *,
     alpha: float | Float[Tensor, "*alphas"] = 1.5,
-    visible: Bool[Tensor, "*#batch #heads queries keys"] | None = None,
+    visible: Bool[Tensor, "*masks queries keys"] | None = None,
     scale: float | None = None,
 ) -> tuple[
     Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries keys"]

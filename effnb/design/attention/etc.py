@@ -13,9 +13,9 @@ structure of a text (sentences, fields, links) enters the model.
 
 Long tokens are computed by blocks of $r$: a block meets itself and its neighbours.
 
-Ainslie, Ontanon, Alberti, Cvicek, Fisher, Pham, Ravula, Sanghai, Wang, Yang, "ETC: Encoding Long and
-Structured Inputs in Transformers", 2020, arXiv 2004.08483. Their pre-training objective is not part
-of this module.
+Ainslie, Ontanon, Alberti, Cvicek, Fisher, Pham, Ravula, Sanghai, Wang, Yang, "ETC: Encoding Long
+and Structured Inputs in Transformers", 2020, arXiv 2004.08483. Their pre-training objective is not
+part of this module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from effnb.design.attention.checks import check_count, check_mask
+from effnb.design.attention.checks import check_count, check_heads, check_mask
 from effnb.kernels.local_attention import local_attention
 
 
@@ -53,8 +53,7 @@ class EtcAttention(nn.Module):
         self, dim: int, heads: int, radius: int, *, clip: int = 8, separate: bool = True
     ) -> None:
         super().__init__()
-        if dim % check_count("heads", heads):
-            raise ValueError(f"dim is {dim}; it must be a multiple of the number of heads, {heads}.")
+        check_heads(dim, heads)
         self.heads, self.radius = heads, check_count("radius", radius)
         self.clip = check_count("clip", clip, least=0)
         self.long = nn.ModuleList(nn.Linear(dim, dim) for _ in range(4))  # q, k, v, o
@@ -130,7 +129,7 @@ class EtcAttention(nn.Module):
         return out[:, :, :count], out[:, :, count:]
 
     def _distance_scores(self, q: Tensor, distances: Tensor) -> Tensor:
-        """$q_i \\cdot a_{l}$ of distances j - i, (..., queries, keys), for q (..., queries, d)."""
+        r"""$q_i \cdot a_{l}$ of distances j - i, (..., queries, keys), for q (..., queries, d)."""
         labels = self.labels[:, : 2 * self.clip + 1]
         each = torch.einsum("bh...d,hld->bh...l", q, labels)
         index = distances.clamp(-self.clip, self.clip) + self.clip
@@ -163,7 +162,9 @@ class EtcAttention(nn.Module):
         n, r = q.shape[2], self.radius
         blocks = -(-n // r)
         extra = blocks * r - n
-        unseen = torch.zeros(1, n, dtype=torch.bool, device=q.device) if padding is None else padding
+        unseen = (
+            torch.zeros(1, n, dtype=torch.bool, device=q.device) if padding is None else padding
+        )
         # Behind the end, and before the beginning, lies padding.
         unseen = nn.functional.pad(unseen, (r, extra + r), value=True).unfold(1, 3 * r, r)
 

@@ -1,8 +1,8 @@
 r"""Grouped-query attention: several query heads share one head of keys and values.
 
-With $G$ key-value heads for $h$ query heads, heads $g h / G, \dots, (g + 1) h / G - 1$ read the keys
-and values of group $g$. $G = h$ is multi-head attention, $G = 1$ multi-query attention. The cache
-shrinks to $G / h$, and with it what decoding reads for every token.
+With $G$ key-value heads for $h$ query heads, heads $g h / G, \dots, (g + 1) h / G - 1$ read the
+keys and values of group $g$. $G = h$ is multi-head attention, $G = 1$ multi-query attention. The
+cache shrinks to $G / h$, and with it what decoding reads for every token.
 
 A trained model is converted by *mean pooling* the projections of keys and values inside each group,
 
@@ -80,8 +80,8 @@ def _attentions(model: nn.Module) -> dict[str, nn.Module]:
     }
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no attention with the layers k_proj and v_proj and grouped "
-            "keys; give a model such as a Llama, Mistral or Qwen."
+            f"{type(model).__name__} has no attention with layers k_proj and v_proj, and grouped "
+            "keys; give a Llama, Mistral or Qwen."
         )
     for name, module in found.items():
         for leaf in ("k_proj", "v_proj"):
@@ -104,9 +104,7 @@ def _attentions(model: nn.Module) -> dict[str, nn.Module]:
 _KNOWN = ("k_", "v_", "q_", "o_")  # k_proj, k_norm and so on; norms of keys are looked at below
 
 
-def grouped_query(
-    model: Model, kv_heads: int, *, pooling: str = "mean", seed: int = 0
-) -> Model:
+def grouped_query(model: Model, kv_heads: int, *, pooling: str = "mean", seed: int = 0) -> Model:
     r"""A model with fewer heads of keys and values, its projections pooled.
 
     Its configuration says so (`num_key_value_heads`), so that it generates, is saved and is loaded
@@ -138,11 +136,15 @@ def grouped_query(
         raise ValueError("the configuration has no num_key_value_heads, one number for all layers.")
     if heads % check_count("kv_heads", kv_heads):
         raise ValueError(
-            f"kv_heads is {kv_heads}; it must divide the present number of key-value heads, {heads}."
+            f"kv_heads is {kv_heads}; it must divide the present number of them, {heads}."
         )
     for name, module in attentions.items():
         norm = getattr(module, "k_norm", None)
-        wide = [p for p in norm.parameters() if p.numel() == module.k_proj.out_features] if norm else []
+        wide = (
+            [p for p in norm.parameters() if p.numel() == module.k_proj.out_features]
+            if norm
+            else []
+        )
         if wide and heads > 1:
             raise ValueError(
                 f"{name}.k_norm normalizes all keys together; pooled heads would be other numbers."
@@ -156,9 +158,7 @@ def grouped_query(
             )
     result = _with_heads(model, new, kv_heads)
     # The same heads, written out for every one of the old groups, must be the same function.
-    repeated = {
-        name: _pooled_back(layer, heads, kv_heads) for name, layer in new.items()
-    }
+    repeated = {name: _pooled_back(layer, heads, kv_heads) for name, layer in new.items()}
     _check_same(result, _with_heads(model, repeated, heads))
     return result
 
@@ -174,12 +174,12 @@ def _pooled(
 
 def _pooled_back(layer: nn.Linear, heads: int, groups: int) -> nn.Linear:
     """Each head of a pooled layer as often as its group had heads, one after another."""
-    weight, bias = (
-        None if x is None
-        else x.detach().unflatten(0, (groups, -1)).repeat_interleave(heads // groups, 0).flatten(0, 1)
-        for x in (layer.weight, layer.bias)
-    )  # fmt: skip
-    return _linear(weight, bias, layer)
+
+    def repeat(rows: Tensor) -> Tensor:
+        by_head = rows.detach().unflatten(0, (groups, -1))
+        return by_head.repeat_interleave(heads // groups, 0).flatten(0, 1)
+
+    return _linear(repeat(layer.weight), None if layer.bias is None else repeat(layer.bias), layer)
 
 
 def _linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from effnb.design.attention.checks import check_attention, check_count, check_mask
+from effnb.design.attention.checks import check_attention, check_count, check_heads, check_mask
 
 SHARING = ("none", "heads", "key-value")
 
@@ -87,8 +87,7 @@ class LinformerAttention(nn.Module):
         self, dim: int, heads: int, length: int, projected: int, *, sharing: str = "heads"
     ) -> None:
         super().__init__()
-        if dim % check_count("heads", heads):
-            raise ValueError(f"dim is {dim}; it must be a multiple of the number of heads, {heads}.")
+        check_heads(dim, heads)
         if sharing not in SHARING:
             raise ValueError(f"sharing is {sharing!r}; it must be one of {', '.join(SHARING)}.")
         if check_count("projected", projected) > check_count("length", length):
@@ -124,9 +123,7 @@ class LinformerAttention(nn.Module):
             p(hidden).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for p in (self.query, self.key, self.value)
         )
-        out = linformer_attention(
-            q, k, v, self.E[..., :time], self.F[..., :time], padding=padding
-        )
+        out = linformer_attention(q, k, v, self.E[..., :time], self.F[..., :time], padding=padding)
         return self.out(out.transpose(1, 2).flatten(2))
 
 

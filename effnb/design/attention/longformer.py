@@ -1,9 +1,9 @@
-r"""Longformer: a sliding window for all tokens, and a few global ones with projections of their own.
+r"""Longformer: a sliding window for all tokens, and a few global ones with own projections.
 
 A token sees the $w / 2$ tokens on either side of it, so that the cost is linear in the length and a
-stack of $N$ layers sees $N w / 2$ tokens either way. Some tokens are global (a class token, those of
-a question): they see all tokens, and all see them. Their queries, and the keys and values that these
-meet, have projections of their own, $Q_g, K_g, V_g$, which start as copies:
+stack of $N$ layers sees $N w / 2$ tokens either way. Some tokens are global (a class token, those
+of a question): they see all tokens, and all see them. Their queries, and the keys and values that
+these meet, have projections of their own, $Q_g, K_g, V_g$, which start as copies:
 
 $$o_i = \begin{cases}
   \operatorname{softmax}(s\,q^g_i \cdot k^g_j)\, v^g_j \text{ over all } j & i \text{ global} \\
@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from effnb.design.attention.checks import check_attention, check_count, check_mask
+from effnb.design.attention.checks import check_attention, check_count, check_heads, check_mask
 from effnb.kernels.local_attention import local_attention
 
 
@@ -62,8 +62,8 @@ def dilated_attention(
         x = nn.functional.pad(x, (0, 0, 0, extra)).unflatten(2, (-1, dilation))
         return x.permute(0, 3, 1, 2, 4).flatten(0, 1)
 
-    filled = torch.arange(time + extra, device=q.device).view(-1, dilation).T >= time
-    padding = filled.repeat(q.shape[0], 1)
+    places = torch.arange(time + extra, device=q.device).view(-1, dilation).T
+    padding = (places >= time).repeat(q.shape[0], 1)
     out = local_attention(
         apart(q), apart(k), apart(v), window=window, causal=causal, padding=padding
     )
@@ -89,8 +89,7 @@ class LongformerAttention(nn.Module):
         self, dim: int, heads: int, window: int, *, causal: bool = False, bias: bool = True
     ) -> None:
         super().__init__()
-        if dim % check_count("heads", heads):
-            raise ValueError(f"dim is {dim}; it must be a multiple of the number of heads, {heads}.")
+        check_heads(dim, heads)
         if check_count("window", window) % 2 and not causal:
             raise ValueError(f"window is {window}; a window with two sides must be even.")
         self.heads, self.window, self.causal = heads, window, causal

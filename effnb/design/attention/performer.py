@@ -7,8 +7,8 @@ $$\phi(x)_j = m^{-1/2} \exp(w_j \cdot x - \lVert x \rVert^2 / 2)$$
 
 have $\mathbb E[\phi(q) \cdot \phi(k)] = \mathrm{SM}$, and attention is that of
 `linear_attention`: no table, $O(T m d)$. Their mean squared error is in closed form, and so is that
-of the *trigonometric* features $e^{\lVert x \rVert^2 / 2} m^{-1/2} [\sin w_j \cdot x, \cos w_j \cdot
-x]$:
+of the *trigonometric* features
+$e^{\lVert x \rVert^2 / 2} m^{-1/2} [\sin w_j \cdot x, \cos w_j \cdot x]$:
 
 $$\frac{\mathrm{SM}^2 (e^{\lVert q + k \rVert^2} - 1)}{m} \quad\text{(positive)}, \qquad
   \frac{e^{\lVert q + k \rVert^2} (1 - e^{-\lVert q - k \rVert^2})^2}{2 m\, \mathrm{SM}^2}
@@ -166,9 +166,7 @@ def performer_attention(
     return out
 
 
-def _stable(
-    x: Tensor, w: Tensor, dims: tuple[int, ...], hidden: Tensor | None = None
-) -> Tensor:
+def _stable(x: Tensor, w: Tensor, dims: tuple[int, ...], hidden: Tensor | None = None) -> Tensor:
     """Positive features, divided by the largest along some dimensions."""
     exponent = x @ w.T - x.square().sum(-1, keepdim=True) / 2
     seen = exponent if hidden is None else exponent.masked_fill(hidden, -torch.inf)

@@ -3,9 +3,9 @@ r"""Reformer: hash queries and keys, so that only tokens that fall into one buck
 Queries and keys are the same vectors, $k = q / \lVert q \rVert$. A random rotation $R$ hashes a
 vector by the direction that it is nearest to, $h(x) = \arg\max [xR; -xR]$: near vectors often share
 a bucket. Tokens are sorted by (bucket, position) and the sorted row is cut into chunks; each chunk
-attends to itself and the one before it, to tokens of the same bucket. A token attends to itself only
-if there is nothing else. Since near tokens may still be torn apart, several rounds of hashes are run
-and their outputs weighted by how much softmax mass each round saw,
+attends to itself and the one before it, to tokens of the same bucket. A token attends to itself
+only if there is nothing else. Since near tokens may still be torn apart, several rounds of hashes
+are run and their outputs weighted by how much softmax mass each round saw,
 
 $$o = \sum_r \exp(z_r - \operatorname{logsumexp}_{r'} z_{r'})\, o_r,$$
 
@@ -183,6 +183,7 @@ def _times_seen(bucket: Tensor, order: Tensor, i: Tensor, j: Tensor, hidden: Ten
     where = order.argsort(-1) // chunk  # the chunk of each position, in each round
     seen = torch.zeros_like(hidden, dtype=torch.int16)
     for other in range(rounds):
+
         def at(x, places, other=other):
             flat = places.flatten(2)
             return x[:, :, other].gather(2, flat).view_as(places)

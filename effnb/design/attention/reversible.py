@@ -5,11 +5,11 @@ The residual stream is split in two, and each half is changed by a function of t
 $$y_1 = x_1 + F(x_2), \quad y_2 = x_2 + G(y_1); \qquad
   x_2 = y_2 - G(y_1), \quad x_1 = y_1 - F(x_2),$$
 
-so the inputs of a layer follow from its outputs. The backward pass of a stack of any depth needs the
-last outputs only: memory is independent of depth, for one more evaluation of $F$ and $G$.
+so the inputs of a layer follow from its outputs. The backward pass of a stack of any depth needs
+the last outputs only: memory is independent of depth, for one more evaluation of $F$ and $G$.
 
-Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", 2020, arXiv 2001.04451, after Gomez,
-Ren, Urtasun, Grosse, 2017, arXiv 1707.04585.
+Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", 2020, arXiv 2001.04451, after
+Gomez, Ren, Urtasun, Grosse, 2017, arXiv 1707.04585.
 """
 
 from __future__ import annotations

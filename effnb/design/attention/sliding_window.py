@@ -45,7 +45,7 @@ def sliding_window_attention(
     padding: Bool[Tensor, "batch keys"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "batch heads queries dim"]:
-    """Causal attention to the first tokens and the latest ones; queries are the last tokens.
+    r"""Causal attention to the first tokens and the latest ones; queries are the last tokens.
 
     Args:
         q: Queries.
@@ -54,7 +54,7 @@ def sliding_window_attention(
         window: w, tokens that a query sees, itself among them.
         sinks: S, the first tokens that are not padding, seen by all.
         padding: True at tokens that are none; their outputs are 0.
-        scale: The factor on scores; $1 / \\sqrt d$ by default.
+        scale: The factor on scores; $1 / \sqrt d$ by default.
 
     Raises:
         ValueError: A window below 1, sinks below 0, shapes that do not fit.
@@ -63,7 +63,9 @@ def sliding_window_attention(
     check_count("sinks", sinks, least=0)
     queries, keys = q.shape[2], k.shape[2]
     if queries > keys:
-        raise ValueError(f"there are {queries} queries and {keys} keys; queries are the last of them.")
+        raise ValueError(
+            f"there are {queries} queries and {keys} keys; queries are the last of them."
+        )
     if padding is None:
         first = (torch.arange(keys, device=q.device) < sinks)[None]
     else:
@@ -183,8 +185,8 @@ def sliding_window(model: Model, window: int, *, sinks: int = 4) -> Model:
     modules = [m for m in model.modules() if _is_attention(m)]
     if config is None or not modules or not getattr(model, "_supports_attention_backend", False):
         raise ValueError(
-            f"the attention of {name} cannot be exchanged; give a Hugging Face decoder of the Llama "
-            "family."
+            f"the attention of {name} cannot be exchanged; give a Hugging Face decoder of the "
+            "Llama family."
         )
     if not all(m.is_causal for m in modules):
         raise ValueError(f"{name} sees later tokens; a causal window is for decoders.")

@@ -79,7 +79,7 @@ def sample_triplets(
     gold: Bool[Tensor, "batch heads queries keys"],
     count: int,
     *,
-    visible: Bool[Tensor, "*#batch #heads queries keys"] | None = None,
+    visible: Bool[Tensor, "*masks queries keys"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "triplets 5"]:
     """Random triplets (batch, head, query, key with a weight, key without).
@@ -117,7 +117,7 @@ def fit_projections(
     steps: int = 200,
     triplets: int = 1024,
     learning_rate: float = 0.02,
-    visible: Bool[Tensor, "*#batch #heads queries keys"] | None = None,
+    visible: Bool[Tensor, "*masks queries keys"] | None = None,
     seed: int = 0,
 ) -> Projections:
     """Learn the projections of one layer's heads from attention that was computed in full.
@@ -343,7 +343,7 @@ def graph_quality(
     predicted: Bool[Tensor, "batch heads queries keys"],
     gold: Bool[Tensor, "batch heads queries keys"],
     *,
-    visible: Bool[Tensor, "*#batch #heads queries keys"] | None = None,
+    visible: Bool[Tensor, "*masks queries keys"] | None = None,
 ) -> GraphQuality:
     r"""Recall $|\hat G \cap G| / |G|$ and sparsity $1 - |\hat G| / T^2$ (of the allowed pairs).
 

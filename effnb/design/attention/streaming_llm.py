@@ -3,8 +3,8 @@ r"""StreamingLLM: a cache that forgets, but keeps the first tokens as attention 
 A model that keeps only a window of its cache breaks as soon as the first tokens leave: softmax must
 put its weight somewhere, and models learn to put what they do not need on the first tokens, the
 *sinks*. Keeping the keys and values of $S$ first tokens (4 are enough) with those of the last $W$
-makes texts of any length readable with a cache of constant size. What lies between is forgotten: the
-context is not extended.
+makes texts of any length readable with a cache of constant size. What lies between is forgotten:
+the context is not extended.
 
 Positions are those *inside the cache*: a key's distance from the newest token is counted in cached
 tokens. Distances among the latest tokens are what they were; only sinks move. After $e$ tokens have
@@ -220,8 +220,8 @@ class StreamingCache:
 def rotary_frequencies(model: nn.Module) -> Float[Tensor, " pairs"]:
     r"""The frequencies $\omega$ by which a model's positions rotate its keys, proven by running it.
 
-    A text of one token attends to itself wherever it is, so all layers see the same hidden states at
-    every position, and their keys must differ by the rotation alone.
+    A text of one token attends to itself wherever it is, so all layers see the same hidden states
+    at every position, and their keys must differ by the rotation alone.
 
     Raises:
         ValueError: When they do not, or when the model has several tables, or one that changes with

@@ -4,15 +4,15 @@ A model that reads segments one by one knows nothing at the beginning of each. T
 the last $M$ inputs of every layer (the *memory* $m$, without gradients) and lets the next segment
 attend to them: with $c = [m; h]$, $q = h W_q$, $k = c W_k$, $v = c W_v$. Absolute positions would
 give the tokens of memory and segment the same codes, so scores know distances
-$\delta = i + M - j$ only, by a sinusoid table $R_\delta$ with a projection $r_\delta = R_\delta W_r$
-of its own:
+$\delta = i + M - j$ only, by a sinusoid table $R_\delta$ with a projection
+$r_\delta = R_\delta W_r$ of its own:
 
 $$A_{ij} = \big[(q_i + u) \cdot k_j + (q_i + v) \cdot r_\delta\big] / \sqrt{d_h}, \qquad
   \delta \ge 0,$$
 
-with two learned vectors $u$, $v$ for each head, shared by all layers. The second product is computed
-for all distances at once and shifted into place (`rel_shift`). A stack of $N$ layers reaches
-$N M$ tokens back, for $O(L (L + M) d)$ operations a segment of length $L$.
+with two learned vectors $u$, $v$ for each head, shared by all layers. The second product is
+computed for all distances at once and shifted into place (`rel_shift`). A stack of $N$ layers
+reaches $N M$ tokens back, for $O(L (L + M) d)$ operations a segment of length $L$.
 
 Memories belong to sequences: row $b$ of a batch must go on where row $b$ of the batch before ended.
 
@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from effnb.design.attention.checks import check_count
+from effnb.design.attention.checks import check_count, check_heads
 
 
 def relative_table(
@@ -70,8 +70,7 @@ class RelativeAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        if dim % check_count("heads", heads):
-            raise ValueError(f"dim is {dim}; it must be a multiple of the number of heads, {heads}.")
+        check_heads(dim, heads)
         self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.q_proj, self.k_proj, self.v_proj, self.r_proj, self.o_proj = (
             nn.Linear(dim, dim, bias=False) for _ in range(5)

@@ -1,6 +1,7 @@
 """FlashAttention: exact, whatever the tiles; linear memory; the paper's counts of accesses."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -202,7 +203,7 @@ def test_accesses_fall_as_one_over_the_size_of_fast_memory():
     found = [fa.memory_accesses(4096, 64, 256 * 2**n) for n in range(8)]
     ratios = [one.tiled / one.asymptotic for one in found]
     assert max(ratios) < 13 and min(ratios) > 11.9
-    assert [a.tiled > b.tiled for a, b in zip(found, found[1:])] == [True] * 7
+    assert all(a.tiled > b.tiled for a, b in pairwise(found))
     usual = fa.memory_accesses(1024, 64, 192 * 1024 // 4)  # 192 KiB of fast memory in float32
     assert usual.tiled < usual.standard / 2
     assert (usual.block_k, usual.block_q) == (192, 64)
