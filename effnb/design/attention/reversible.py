@@ -14,7 +14,7 @@ Gomez, Ren, Urtasun, Grosse, 2017, arXiv 1707.04585.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -95,7 +95,7 @@ class _Reversible(torch.autograd.Function):
         return g1, g2, None, *(sums.get(id(p)) for p in wanted)
 
 
-def _parameters(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+def _parameters(blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
     """All parameters that are trained, each once, also where blocks share them."""
     found = {id(p): p for block in blocks for p in block.parameters() if p.requires_grad}
     return list(found.values())

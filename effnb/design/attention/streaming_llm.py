@@ -18,6 +18,7 @@ arXiv 2309.17453.
 
 from __future__ import annotations
 
+import copy
 from functools import cache, partial
 from typing import Any
 
@@ -227,14 +228,17 @@ def rotary_frequencies(model: nn.Module) -> Float[Tensor, " pairs"]:
         ValueError: When they do not, or when the model has several tables, or one that changes with
             the length of the text; when not all layers attend to everything.
     """
+    if _streams(model):
+        raise ValueError("this model streams already; start from the original.")
     refuse_encoder_decoder(model, "a streaming cache")
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(f"{name} has no Hugging Face configuration; a streaming cache needs one.")
     config = config.get_text_config()
-    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-        raise ValueError(f"some layers of {name} have windows or states of their own.")
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if others or getattr(config, "sliding_window", None):
+        raise ValueError(f"layers of {name} have windows or states of their own.")
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise ValueError(
@@ -285,10 +289,10 @@ def _keys_at(model: nn.Module, position: int) -> list[Tensor]:
 
 
 class _GiveCache:
-    """Before a model runs: if it has no past, give it an empty streaming cache."""
+    """Before a model runs: if it has no past, give it a copy of an empty streaming cache."""
 
-    def __init__(self, window: int, sinks: int) -> None:
-        self.window, self.sinks = window, sinks
+    def __init__(self, empty: StreamingCache) -> None:
+        self.empty = empty
 
     def __call__(self, module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> Any:
         mask = keywords.get("attention_mask")
@@ -299,9 +303,13 @@ class _GiveCache:
             )
         past = keywords.get("past_key_values")
         if past is None or (not isinstance(past, StreamingCache) and not past.get_seq_length()):
-            new = StreamingCache(module, window=self.window, sinks=self.sinks)
+            new = copy.deepcopy(self.empty)
             keywords = {**keywords, "past_key_values": new, "use_cache": True}
         return arguments, keywords
+
+
+def _streams(model: nn.Module) -> bool:
+    return any(isinstance(hook, _GiveCache) for hook in model._forward_pre_hooks.values())
 
 
 def streaming_llm(model: Model, *, window: int, sinks: int = 4) -> Model:
@@ -320,9 +328,7 @@ def streaming_llm(model: Model, *, window: int, sinks: int = 4) -> Model:
         ValueError: As `StreamingCache`; or a model whose cache is another one already. Batches with
             padding are refused when they come.
     """
-    StreamingCache(model, window=window, sinks=sinks)  # says at once what does not fit
-    if any(isinstance(hook, _GiveCache) for hook in model._forward_pre_hooks.values()):
-        raise ValueError("this model streams already; start from the original.")
+    empty = StreamingCache(model, window=window, sinks=sinks)  # says at once what does not fit
     result = share(model)
-    result.register_forward_pre_hook(_GiveCache(window, sinks), with_kwargs=True)
+    result.register_forward_pre_hook(_GiveCache(empty), with_kwargs=True)
     return result

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from architectures import NAMES, make
+from architectures import NAMES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +24,30 @@ def unchanged(model, before):
     assert model.config._attn_implementation != sw.NAME
 
 
+GROUPED = {
+    *("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Phi", "Cohere2"),
+    *("GPT-OSS", "Mixtral", "Qwen3-MoE"),
+}
+STREAMS = {
+    *("Llama", "Qwen2", "Qwen3", "Gemma", "Phi", "Phi3", "GPT-NeoX", "Falcon", "Mixtral"),
+    "Qwen3-MoE",
+}
+WINDOWED = {
+    *("Llama", "Qwen2", "Qwen3", "Gemma", "Phi", "Phi3", "GPT2", "OPT", "GPT-NeoX", "Mixtral"),
+    "Qwen3-MoE",
+}
+"""What each method takes; it refuses the others."""
+
+
+def refusal(call):
+    """What a method says when it refuses, or None."""
+    try:
+        call()
+    except ValueError as problem:
+        return str(problem)
+    return None
+
+
 def mha(tiny_llama, **changes):
     return tiny_llama(num_key_value_heads=4, **changes)
 
@@ -32,8 +56,12 @@ def mha(tiny_llama, **changes):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_tied_heads_give_the_same_logits_bit_for_bit(tiny_llama, ids, groups):
-    """If all heads of a group are equal, nothing is lost: a difference of 0.0."""
+def test_tied_heads_lose_nothing(tiny_llama, ids, groups):
+    """If all heads of a group are equal, the pooled one is that head bit for bit.
+
+    Logits agree to 1e-12 in float64. A difference of 0.0 would depend on the order in which a
+    library adds up products of matrices with fewer rows.
+    """
     model = mha(tiny_llama)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -43,9 +71,17 @@ def test_tied_heads_give_the_same_logits_bit_for_bit(tiny_llama, ids, groups):
         before = state(model)
         found = gq.grouped_query(model, groups)
         assert found.config.num_key_value_heads == groups
-        assert (found(ids).logits - model(ids).logits).abs().max() == 0.0
-    unchanged(model, before)
-    assert model.config.num_key_value_heads == 4
+        for new, old in zip(found.model.layers, model.model.layers):
+            for leaf in ("k_proj", "v_proj"):
+                heads = getattr(old.self_attn, leaf).weight.unflatten(0, (groups, 4 // groups, -1))
+                pooled = getattr(new.self_attn, leaf).weight
+                assert torch.equal(pooled, heads[:, 0].flatten(0, 1))
+        torch.testing.assert_close(found(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+        unchanged(model, before)
+        assert model.config.num_key_value_heads == 4
+        wide = copy.deepcopy(model).double()
+        again = gq.grouped_query(wide, groups)
+        assert (again(ids).logits - wide(ids).logits).abs().max() < 1e-12
 
 
 def test_groups_are_consecutive_heads():
@@ -130,22 +166,23 @@ def test_new_projections_can_be_trained(llama, ids):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_is_grouped_rightly_or_refused(name):
     """Right: heads of a group made equal beforehand give the same logits."""
-    model = make(name)
+    model = build(name)
     before = state(model)
-    try:
-        gq.grouped_query(model, 1)
-    except ValueError as problem:
-        assert str(problem).endswith(".") and len(str(problem)) < 250
-        unchanged(model, before)
+    said = refusal(lambda: gq.grouped_query(model, 1))
+    assert (said is None) == (name in GROUPED), said
+    unchanged(model, before)
+    if said is not None:
+        assert said.endswith((".", ")")) and len(said) < 250
         return
+    old = model.config.get_text_config().num_key_value_heads
     with torch.no_grad():
         for module in model.modules():
             for leaf in ("k_proj", "v_proj"):
                 if isinstance(layer := getattr(module, leaf, None), torch.nn.Linear):
-                    heads = layer.weight.unflatten(0, (2, -1))
-                    heads[:] = heads[:1].clone()
-                    if layer.bias is not None:
-                        layer.bias.unflatten(0, (2, -1))[:] = layer.bias[: len(layer.bias) // 2]
+                    for rows in (layer.weight, layer.bias):
+                        if rows is not None:
+                            heads = rows.unflatten(0, (old, -1))
+                            heads[:] = heads[:1].clone()
         text = torch.arange(3, 15)[None]
         logits = gq.grouped_query(model, 1)(input_ids=text)[0]
         torch.testing.assert_close(logits, model(input_ids=text)[0], atol=1e-5, rtol=1e-4)
@@ -227,9 +264,9 @@ def test_cache_numbers_are_refused(llama, ids):
     with pytest.raises(ValueError, match="bytes_per_number is 0"):
         kc.kv_bytes(1, layers=1, kv_heads=1, head_dim=2, bytes_per_number=0)
     with pytest.raises(ValueError, match="encoder-decoder"):
-        kc.CacheShape.of(make("T5"))
+        kc.CacheShape.of(build("T5"))
     with pytest.raises(ValueError, match="sliding_attention"):
-        kc.CacheShape.of(make("Gemma3"))
+        kc.CacheShape.of(build("Gemma3"))
     with pytest.raises(ValueError, match="chunk is 0"):
         kc.decode_logits(llama, ids, chunk=0)
     full = DynamicCache()
@@ -301,9 +338,9 @@ def test_the_cache_stays_small_and_distant_texts_do_not_matter(llama):
     """A text far beyond the trained positions reads as its sinks and its end do."""
     model = llama.double()
     generator = torch.Generator().manual_seed(3)
-    text = torch.randint(1, 128, (1, 200), generator=generator)
+    text = torch.randint(1, 128, (1, 80), generator=generator)
     other = text.clone()
-    other[:, 4:120] = torch.randint(1, 128, (1, 116), generator=generator)
+    other[:, 4:45] = torch.randint(1, 128, (1, 41), generator=generator)
     logits = []
     for one in (text, other):
         cache = sl.StreamingCache(model, window=8, sinks=4)
@@ -314,7 +351,7 @@ def test_the_cache_stays_small_and_distant_texts_do_not_matter(llama):
         assert kc.stored_cache_bytes(cache) == 3 * 2 * 2 * 12 * 8 * 8
         logits.append(torch.cat(past, 1))
     # Three layers of a window of 8 pass information over at most 3 * 7 tokens.
-    torch.testing.assert_close(logits[0][:, 145:], logits[1][:, 145:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[0][:, 66:], logits[1][:, 66:], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -363,15 +400,16 @@ def test_rotating_keys_is_moving_them():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_streams_rightly_or_is_refused(name):
-    model = make(name)
+    model = build(name)
     before = state(model)
     text = torch.arange(3, 19)[None]
-    try:
-        cache = sl.StreamingCache(model, window=30, sinks=2)
-    except ValueError as problem:
-        assert str(problem).endswith((".", ")")) and len(str(problem)) < 300
-        unchanged(model, before)
+    said = refusal(lambda: sl.StreamingCache(model, window=30, sinks=2))
+    assert (said is None) == (name in STREAMS), said
+    unchanged(model, before)
+    if said is not None:
+        assert said.endswith((".", ")")) and len(said) < 250
         return
+    cache = sl.StreamingCache(model, window=30, sinks=2)
     with torch.no_grad():
         whole = model(input_ids=text).logits
         torch.testing.assert_close(
@@ -500,21 +538,23 @@ def test_gradients_reach_the_window_and_the_sinks_alone(llama, ids):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_has_the_window_it_should_or_is_refused(name):
-    model = make(name).double()
+    model = build(name).double()
     before = state(model)
     text = torch.arange(3, 19)[None].repeat(2, 1)
-    try:
-        found = sw.sliding_window(model, 4, sinks=1)
-    except ValueError as problem:
-        assert str(problem).endswith(".") and len(str(problem)) < 250
-        unchanged(model, before)
+    said = refusal(lambda: sw.sliding_window(model, 4, sinks=1))
+    assert (said is None) == (name in WINDOWED), said
+    unchanged(model, before)
+    if said is not None:
+        assert said.endswith((".", ")")) and len(said) < 250
         return
+    found = sw.sliding_window(model, 4, sinks=1)
     with torch.no_grad():
         expected = with_table(model, text, 4, 1)
-        torch.testing.assert_close(found(text).logits, expected, atol=1e-6, rtol=1e-6)
+        # Norms and rotations are computed in float32 whatever the type, which later layers amplify.
+        torch.testing.assert_close(found(text).logits, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_windows_are_refused(llama, ids):
+def test_windows_are_refused(unchecked, llama, ids):
     with pytest.raises(ValueError, match="window is 0"):
         sw.sliding_window(llama, 0)
     with pytest.raises(TypeError, match="whole number"):
@@ -522,9 +562,9 @@ def test_windows_are_refused(llama, ids):
     with pytest.raises(ValueError, match="has a sliding window already"):
         sw.sliding_window(sw.sliding_window(llama, 4), 4)
     with pytest.raises(ValueError, match="sees later tokens"):
-        sw.sliding_window(make("BERT"), 4)
+        sw.sliding_window(build("BERT"), 4)
     with pytest.raises(ValueError, match="windows of its own"):
-        sw.sliding_window(make("Mistral"), 4)
+        sw.sliding_window(build("Mistral"), 4)
     found = sw.sliding_window(llama, 4)
     table = torch.zeros(4, 1, 24, 24)
     with pytest.raises(ValueError, match="mask of all pairs"):
