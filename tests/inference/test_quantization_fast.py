@@ -32,6 +32,7 @@ from effnb.inference.quantization import (
     rtn,
     save_quantized,
 )
+from effnb.inference.quantization.grid import Grid
 
 EPS = 2.0**-7
 """Distance of two neighbours in bfloat16, relative; rounding changes a number by half of it."""
@@ -163,7 +164,7 @@ def test_codes_go_through_the_kernel_unchanged(kind):
     codes = torch.arange(64 * 96).reshape(64, 96) * 7 % (2 * top + 1) - (top if signed else 0)
     zeros = None if signed else torch.arange(64).reshape(64, 1) * 5 % (2 * top)
     weight = QuantizedTensor.from_codes(
-        codes, torch.ones(64, 1), zeros, bits, "row", symmetric=signed
+        codes, torch.ones(64, 1), zeros, Grid(bits, symmetric=signed)
     )
     laid_out = lay_out(weight, kind)
     expected = (codes if signed else codes - zeros).T.float()
@@ -241,9 +242,7 @@ def test_columns_in_another_order():
         plain.integers(),
         plain.scales.float(),
         plain.zero_points(),
-        4,
-        32,
-        symmetric=False,
+        Grid(4, 32),
         order=order,
     )
     laid_out = PackedTensor.from_quantized(weight)

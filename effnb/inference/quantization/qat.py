@@ -40,10 +40,10 @@ from effnb.core.modules import (
     share,
 )
 from effnb.inference.quantization.activations import QuantizedInputs
-from effnb.inference.quantization.clipping import check_clip
 from effnb.inference.quantization.estimators import FewValues, LearnedGrid, RangeGrid, TokenGrid
-from effnb.inference.quantization.formats import Granularity, check_bits, check_granularity
+from effnb.inference.quantization.grid import Granularity, Grid
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
+from effnb.inference.quantization.stored import check_bits
 
 METHODS = ("ste", "lsq", "bitnet", "binary")
 KEYS_AND_VALUES = ("*k_proj", "*v_proj")
@@ -182,7 +182,7 @@ def prepare_qat(
         if method == "lsq":
             weights: nn.Module = LearnedGrid.of_weight(layer.weight, bits, group_size)
         elif method == "ste":
-            weights = RangeGrid(bits, group_size, symmetric, clip)
+            weights = RangeGrid(Grid(bits, group_size, symmetric, clip))
         else:
             weights = FewValues(method)
         inputs: nn.Module | None = None if activation_bits is None else TokenGrid(activation_bits)
@@ -230,9 +230,7 @@ def _check(
     if method in ("ste", "lsq"):
         if bits is None:
             raise ValueError(f"the method {method!r} needs bits, 2 to 8.")
-        check_bits(bits)
-        check_granularity(group_size)
-        check_clip(clip, 99.9, 2.0)
+        Grid(bits, group_size, clip=clip)  # refuses what does not exist
     elif bits is not None:
         raise ValueError(f"bits is {bits}; the method {method!r} fixes them itself.")
     for given in (activation_bits, kv_bits):
