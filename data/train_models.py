@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
 import platform
 import random
-import shutil
 import time
 from datetime import date
 from functools import cache
@@ -34,7 +34,7 @@ from statistics import median
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from effnb.core.losses import linear_cross_entropy
@@ -306,7 +306,7 @@ def pause(checkpoint: Path, kept: Path) -> None:
         names = [name for name in sorted(file.keys()) if name.startswith("model.")]
         weights = {name: file.get_tensor(name).to(torch.bfloat16) for name in names}
         kept.parent.mkdir(exist_ok=True)
-        save_file(weights, kept, metadata=file.metadata())
+        kept.write_bytes(lzma.compress(save(weights, metadata=file.metadata())))
     print(f"{kept.name} holds {kept.stat().st_size:,} bytes; go on with the same command.")
 
 
@@ -321,13 +321,13 @@ def main() -> None:
     parser.add_argument("--pause", action="store_true", help="only keep what a run has reached")
     arguments = parser.parse_args()
     checkpoint = arguments.work / f"{arguments.name}.safetensors"
-    kept = HERE / "training" / checkpoint.name
+    kept = HERE / "training" / f"{checkpoint.name}.xz"
     if arguments.pause:
         pause(checkpoint, kept)
         return
     if kept.exists() and not checkpoint.exists():
         arguments.work.mkdir(parents=True, exist_ok=True)
-        shutil.copy(kept, checkpoint)
+        checkpoint.write_bytes(lzma.decompress(kept.read_bytes()))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,6 @@
 """The script that trains the bench: recall that can be foreseen, and a pause that loses little."""
 
+import lzma
 import random
 from pathlib import Path
 
@@ -70,15 +71,17 @@ def test_a_paused_run_goes_on_from_its_weights(script, tmp_path, capsys):
             raise KeyboardInterrupt
         return batches(step)
 
-    full, kept = tmp_path / "full.safetensors", tmp_path / "training" / "kept.safetensors"
+    full, kept = tmp_path / "full.safetensors", tmp_path / "training" / "kept.safetensors.xz"
     options = dict(loss=loss, checkpoint_seconds=0)
     with pytest.raises(KeyboardInterrupt):
         train(model, cut, settings, checkpoint=full, **options)
     script.pause(full, kept)
     assert f"{kept.stat().st_size:,} bytes" in capsys.readouterr().out
     assert kept.stat().st_size < full.stat().st_size / 3
+    unpacked = tmp_path / "unpacked.safetensors"
+    unpacked.write_bytes(lzma.decompress(kept.read_bytes()))
     again = torch.nn.Linear(64, 64)
-    result = train(again, batches, settings, checkpoint=kept, **options)
+    result = train(again, batches, settings, checkpoint=unpacked, **options)
     whole = torch.nn.Linear(64, 64)
     expected = train(whole, batches, settings, checkpoint=full, **options)
     assert result.steps == 8 and result.losses[:4] == expected.losses[:4]
