@@ -98,7 +98,7 @@ class Windows:
     """Windows of a token stream, each once per epoch, in an order fixed by the seed."""
 
     def __init__(self, stream: np.ndarray, length: int, seed: int) -> None:
-        """Cut `stream` into windows of `length` tokens, anew in each epoch."""
+        """Cut `stream` into windows of `length` tokens, with other starts in each epoch."""
         self.stream, self.length, self.seed = stream, length, seed
         self.count = len(stream) // length - 1
         self._epoch, self._starts = -1, None

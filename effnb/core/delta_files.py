@@ -25,7 +25,7 @@ from effnb.core.modules import Model
 
 
 def save_delta(model: nn.Module, name: str, path: str | os.PathLike) -> int:
-    """Write a delta to a file of its own (safetensors); returns the file's size in bytes.
+    """Write a delta to a separate file (safetensors); returns the file's size in bytes.
 
     Raises:
         ValueError: When no delta of that name is attached.

@@ -70,7 +70,7 @@ class Delta(nn.Module):
 
         None is the default, and always right. A delta that has a faster way for both together
         answers here; the result must be that of `forward` on `base(inputs)`, up to rounding. It is
-        asked only where the module has one input, this delta is the only active one, and nobody
+        asked only where the module has one input, this delta is the only active one, and nothing
         would miss the calls that are saved (`WithDeltas`).
         """
         return None

@@ -1,4 +1,4 @@
-"""How good and how dear a model is: quality on fixed data, and cost measured here."""
+"""Model quality on fixed data, and cost measured on this machine."""
 
 from effnb.evaluation.cost import (
     Cost,

@@ -106,7 +106,7 @@ X = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
 
 
 def test_a_delta_may_do_its_module_s_part_too():
-    """It is asked where it is alone and nobody waits for the calls that it saves."""
+    """It is asked where it is alone and nothing waits for the calls that it saves."""
     new = attach_deltas(small(), "a", {"0": Both(6)})
     state = {"0.v": torch.full((6,), 0.5)}
     new = load_delta(new, "a", state)
@@ -328,9 +328,9 @@ def test_what_is_no_delta_is_said(tmp_path):
         read_delta(path)
     with pytest.raises(FileNotFoundError):
         read_delta(tmp_path / "missing.safetensors")
-    about = {"name": "z", "kind": "nobody", "settings": {}}
+    about = {"name": "z", "kind": "unheard of", "settings": {}}
     save_file({"0.v": torch.ones(6)}, path, metadata={"effnb_delta": json.dumps(about)})
-    with pytest.raises(ValueError, match=r"'nobody' are not known; known: .*test-offset"):
+    with pytest.raises(ValueError, match=r"'unheard of' are not known; known: .*test-offset"):
         open_delta(small(), path)
 
 

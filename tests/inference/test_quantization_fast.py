@@ -182,7 +182,7 @@ def test_codes_go_through_the_kernel_unchanged(kind):
     choice=st.sampled_from(FORMATS),
 )
 def test_any_shape(rows, columns, count, choice):
-    """Rows and columns that are no whole panels or groups are filled up, and nobody sees it."""
+    """Rows and columns that are no whole panels or groups are filled up, which changes nothing."""
     bits, group_size, symmetric, kind = choice
     weight = quantize(
         randn(rows, columns, seed=rows), bits, group_size=group_size, symmetric=symmetric

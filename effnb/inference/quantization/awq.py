@@ -117,13 +117,13 @@ def awq_scales(
     symmetric: bool = False,
     grid: int = 20,
 ) -> ScaleSearch:
-    """Search scales for one layer by the error of its own output.
+    """Search scales for one layer by the error of its output.
 
     Args:
         weight: The weight (out, in).
         inputs: What the layer reads, (tokens, in).
         bits: 2 to 8.
-        group_size: What shares one scale: "row", or so many inputs of a row.
+        group_size: What shares one scale: "row", or a number of inputs of a row.
         symmetric: Whether the grids are centred on 0.
         grid: How many exponents to try.
 
@@ -162,7 +162,7 @@ def awq_clip(
         weight: The weight (out, in).
         hessian: $H = \frac2N X X^\top$ of the layer's inputs.
         bits: 2 to 8.
-        group_size: What shares one scale: "row", or so many inputs of a row.
+        group_size: What shares one scale: "row", or a number of inputs of a row.
         symmetric: Whether the grids are centred on 0.
 
     Returns:
@@ -231,7 +231,7 @@ def awq(
         model: A transformer whose blocks `effnb.core.modules.find_blocks` finds; it is not changed.
         calibration: Token ids (sequences, time), or batches; see `core.calibration.batches_of`.
         bits: 2 to 8.
-        group_size: What shares one scale: "row", or so many inputs of a row.
+        group_size: What shares one scale: "row", or a number of inputs of a row.
         symmetric: Whether the grids are centred on 0; AWQ's are not.
         grid: How many exponents to try.
         clip: Whether to narrow ranges too.

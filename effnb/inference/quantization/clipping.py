@@ -101,7 +101,7 @@ def round_to_grid(
 def percentile_range(
     values: Num[Tensor, "*shape size"], percentile: float, symmetric: bool
 ) -> Float[Tensor, "*shape ends"]:
-    """The ends of the range that holds so many per cent of the numbers along the last axis.
+    """The ends of the range that holds a given percentage of the numbers along the last axis.
 
     Symmetric: that percentile of the magnitudes, once. Affine: two ends, each of which leaves out
     half of the rest. Between two numbers the percentile is interpolated linearly.

@@ -128,7 +128,7 @@ def _half(step: Tensor) -> Tensor:
 
 
 class RangeGrid(nn.Module):
-    """Weights on the grid that their own range gives, found anew at every step."""
+    """Weights on the grid that their own range gives, found again at every step."""
 
     def __init__(self, grid: Grid) -> None:
         """Take the kind of grid."""

@@ -1,6 +1,6 @@
 r"""Uniform number formats: scales, zero points, and storage that is as small as it says.
 
-A uniform quantiser of $b$ bits replaces each number $x$ by a code $q$, a small integer, and reads
+A uniform quantizer of $b$ bits replaces each number $x$ by a code $q$, a small integer, and reads
 it back as a point of an even grid:
 
 $$q = \operatorname{clamp}(\operatorname{round}(x / s) + z,\ q_{min},\ q_{max}), \qquad
@@ -77,7 +77,7 @@ def scales_shape(shape: tuple[int, int], group_size: Granularity) -> tuple[int, 
 
 
 def order_dtype(columns: int) -> torch.dtype:
-    """The smallest integer type that can number so many columns."""
+    """The smallest integer type that can number this many columns."""
     return torch.int16 if columns <= 2**15 else torch.int32
 
 
@@ -250,7 +250,7 @@ def quantize(
     Args:
         weight: The matrix (rows, columns), in any floating-point type.
         bits: 2 to 8.
-        group_size: What shares one scale: "tensor", "row", or so many consecutive columns.
+        group_size: What shares one scale: "tensor", "row", or a number of consecutive columns.
         symmetric: Whether the grid is centred on 0 and has no zero point.
         clip: What the grid covers: everything ("minmax"), a share of the numbers ("percentile"),
             or the range of least error ("mse"); see `clipping`.
@@ -296,7 +296,7 @@ def fake_quantize(
     Args:
         x: Any shape. "row" is the last axis: for activations (batch, time, features), a token.
         bits: 2 to 8.
-        group_size: What shares one scale: "tensor", "row", or so many neighbours on the last axis.
+        group_size: What shares one scale: "tensor", "row", or a number of last-axis neighbours.
         symmetric: Whether the grid is centred on 0 and has no zero point.
         clip: What the grid covers: "minmax", "percentile" or "mse".
         percentile: For "percentile": the share in per cent.

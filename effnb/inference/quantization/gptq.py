@@ -115,9 +115,9 @@ def gptq_weight(
         weight: The weight; computed in float32, or in float64 if it is.
         hessian: $H = \frac2N X X^\top$, (in, in). Its scale does not matter.
         bits: 2 to 8.
-        group_size: What shares one scale: "tensor", "row", or so many inputs of a row. The grid of
-            a tensor or row is that of the original weight. The grid of a group is chosen when its
-            first column is reached, from the weights as they are then.
+        group_size: What shares one scale: "tensor", "row", or a number of inputs of a row. The grid
+            of a tensor or row is that of the original weight. The grid of a group is chosen when
+            its first column is reached, from the weights as they are then.
         symmetric: Whether the grids are centred on 0 and have no zero points.
         act_order: Round the inputs with the largest diagonal entries of $H$ first. Groups are then
             made of inputs that are neighbours in this order, which is stored with the weight.
@@ -226,7 +226,7 @@ def _blocks(columns: int, block_size: int, group_size: int | None) -> Iterator[t
     """First and last column of each block, such that every group can see its current weights.
 
     All columns of a group must have got the updates of all columns before it when its grid is
-    chosen. So either whole groups lie within a block, or a group begins with a block of its own.
+    chosen. So either whole groups lie within a block, or a group begins with a new block.
     """
     if group_size is None:
         spans = [(0, columns)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from effnb.inference.quantization.stored import check_bits
 
 Granularity = int | str
-"""What shares one scale: "tensor", "row", or so many neighbouring inputs of a row."""
+"""What shares one scale: "tensor", "row", or a number of neighbouring inputs of a row."""
 
 CLIPS = ("minmax", "percentile", "mse")
 
@@ -21,7 +21,7 @@ class Grid:
 
     Attributes:
         bits: $b$, 2 to 8.
-        group_size: What shares one scale: "tensor", "row", or so many neighbours on the last axis.
+        group_size: What shares one scale: "tensor", "row", or a number of last-axis neighbours.
         symmetric: Whether the grid is centred on 0 and has no zero point.
         clip: What the grid covers: everything ("minmax"), a share of the numbers ("percentile"),
             or the range of least error ("mse"); see `clipping`.

@@ -1,10 +1,10 @@
 r"""Quantization-aware training: let the weights learn to live on their grid.
 
-During training every layer computes with rounded weights, while the optimiser moves the unrounded
+During training every layer computes with rounded weights, while the optimizer moves the unrounded
 ones behind them. The gradient passes straight through the rounding (see `estimators`). Where the
 grid comes from is the method:
 
-- *ste*: from the range of the weights, found anew at every step;
+- *ste*: from the range of the weights, found again at every step;
 - *lsq*: its step is a parameter and learns with the weights. Esser et al., "Learned Step Size
   Quantization", 2019, arXiv 1902.08153;
 - *bitnet*: weights of -1, 0 and 1 times one number per matrix, inputs of eight bits. Ma et al.,
@@ -54,7 +54,7 @@ class FakeQuantLinear(nn.Module):
     r"""Trains as it will run: $y = Q_o(Q_x(\mathrm{norm}(x))\, Q_w(W)^\top + b)$.
 
     Attributes:
-        weight: The weight behind the rounded one; this is what the optimiser moves.
+        weight: The weight behind the rounded one; this is what the optimizer moves.
         weights: $Q_w$, a `RangeGrid`, `LearnedGrid` or `FewValues`.
         inputs: $Q_x$, a `TokenGrid`, a `LearnedGrid`, or None.
         outputs: $Q_o$, for layers that fill the key-value cache, or None.
@@ -155,7 +155,7 @@ def prepare_qat(
         layers: Name patterns of the layers to quantize.
 
     Returns:
-        A new model with weights of its own, all of which require gradients.
+        A new model with its own weights, all of which require gradients.
 
     Raises:
         ValueError: An argument out of range, no fitting layer, missing calibration data, or a model

@@ -83,7 +83,7 @@ def rtn(
     Args:
         model: Any module with `nn.Linear` layers; it is not changed.
         bits: 2 to 8.
-        group_size: What shares one scale: "tensor", "row", or so many inputs of a row.
+        group_size: What shares one scale: "tensor", "row", or a number of inputs of a row.
         symmetric: Whether the grids are centred on 0 and have no zero points.
         clip: What a grid covers: all its weights ("minmax"), a share of them ("percentile"), or the
             range of least error ("mse").

@@ -125,7 +125,7 @@ class Claim:
 
     Attributes:
         id: Stable name, such as "S-I3"; its first letter names the source.
-        claim: The claim as a sentence; what stands in [brackets] is from papers that the source
+        claim: The claim as a sentence; text in [brackets] is from papers that the source
             cites.
         chapters: Where it is tested: paths below `notebooks/`.
         source: The article that makes the claim.

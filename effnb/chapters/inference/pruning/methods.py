@@ -30,7 +30,7 @@ from effnb.lab.tables import Table, table
 
 Method = Callable[..., nn.Module]
 OUTLIERS = 16
-"""Every so many channels, one is enlarged."""
+"""One channel in this many is enlarged."""
 TWO_OF_FOUR = ("magnitude", "SparseGPT")
 """The methods that the panel also has with the pattern 2:4."""
 
