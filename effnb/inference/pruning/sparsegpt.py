@@ -173,9 +173,10 @@ def sparsegpt_columns(
                 codes[i], result[i] = _round(result[i], scale, zero, grid)
             if not compensate:
                 continue
+            # e = (w_i - ŵ_i) / U_ii, and every column behind moves: w_j ← w_j - U_ij e for j > i.
             e = torch.sub(w[i], result[i], out=errors[i - start]).div_(steps[i])
             block[i - start + 1 :].addr_(upper[i, i + 1 : stop], e, alpha=-1)
-        if compensate:
+        if compensate:  # the same move of the columns behind the block, for all its columns at once
             w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
             error += errors.square().sum()
     if not compensate:  # tr(D H D^T) with H = U^-1 U^-T
@@ -204,7 +205,7 @@ def _choose(
 ) -> Bool[Tensor, "some out"]:
     r"""Keep the largest $w^2 / U_{ii}^2$ of some columns, `start` the first, given as rows."""
     stop = start + len(columns)
-    score = (columns / diagonal[start:stop].unsqueeze(1)).square().T
+    score = (columns / diagonal[start:stop].unsqueeze(1)).square().T  # w^2 / U_ii^2
     if pattern.scope == "group":
         return keep_largest(score.contiguous(), pattern.group - pattern.keep).T
     n = 1 if pattern.scope == "row" else len(score)

@@ -89,6 +89,7 @@ def search_scales(
     """
     best, losses = None, []
     for step in range(grid):
+        # s = m^r / sqrt(max(m^r) min(m^r)), with r = step / n.
         scales = magnitude.float().pow(step / grid).clamp(min=1e-4)
         scales = scales / (scales.max() * scales.min()).sqrt()
         losses.append(loss(scales))
@@ -337,6 +338,7 @@ def _own_loss(
     """The mean squared error of the layers' own outputs, as a function of the scales."""
 
     def loss(scales: Tensor) -> float:
+        # The mean of |(Q(W diag(s)) diag(s)^-1 - W) x|^2 over the inputs x.
         errors = [
             output_error(rounding(weight.float() * scales) / scales - weight.float(), hessian)
             for weight in weights

@@ -199,13 +199,16 @@ def gptq_columns(
             if dynamic and i % size == 0:
                 grids.append(choose(w[i : i + size].T))
             scale, zero = grids[places[i] // size]
+            # The code of every row, q = clamp(round(w_i / s) + z), and its value, ŵ_i = s (q - z).
             code = torch.div(w[i], scale, out=codes[i]).round_()
             if zero is not None:
                 code.add_(zero)
             code.clamp_(grid.low, grid.high)
             rounded = code * scale if zero is None else (code - zero).mul_(scale)
+            # e = (w_i - ŵ_i) / U_ii, and every column behind moves: w_j ← w_j - U_ij e for j > i.
             e = torch.sub(w[i], rounded, out=errors[i - start]).div_(diagonal[i])
             block[i - start + 1 :].addr_(upper[i, i + 1 : stop], e, alpha=-1)
+        # The same move, for all columns of the block at once, of the columns behind the block.
         w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         error += float(errors.square().sum())
 
