@@ -216,11 +216,6 @@ def ledger() -> dict[str, Claim]:
     return claims_from(read_manifest(data_folder() / "claims.json", REMEDY))
 
 
-def claims_of(chapter: str) -> list[Claim]:
-    """The claims that a chapter tests, such as those of "05_inference/3_quantization"."""
-    return [claim for claim in ledger().values() if chapter in claim.chapters]
-
-
 def changed_registrations(content: Mapping[str, Any]) -> list[str]:
     """Claims whose parts are not those that their registration's date and digest tell of."""
     return [
