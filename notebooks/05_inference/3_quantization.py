@@ -298,7 +298,7 @@ from effnb.lab import guess, knob, quality_panel
 
 quality_panel(
     live.subject(bench),
-    live.panel_methods(calibration[::4]),
+    live.panel_methods(calibration[:8]),
     title="Quantize mini-5m",
     caption="Left: perplexity over size. Right: questions about package descriptions.",
     idle=live.IDLE,
