@@ -368,11 +368,17 @@ def test_bytes_are_those_of_the_tensors(llama):
 
 
 def test_operations_of_the_kernels_are_counted(tiny_llama, ids):
-    """As many as with ordinary layers, by the kernel and by reading back."""
+    """As many as with ordinary layers, by the kernel and by reading back.
+
+    Eight bits as two matrices of four, which some machines multiply faster, take twice as many.
+    """
     llama = tiny_llama(0, hidden_size=64, intermediate_size=128, num_key_value_heads=4)
     quick = fast(llama, 4)
     for part in (ids[:1, :3], ids):
-        assert flops(partial(quick, part)) == flops(partial(llama, part))
+        head, tokens = quick.lm_head.quantized, part.numel()
+        twice = head.kind == "two int4" and head.rows_limit > tokens
+        more = 2 * tokens * 64 * 128 if twice else 0
+        assert flops(partial(quick, part)) == flops(partial(llama, part)) + more
     for kind, times in {"int8": 1, "two int4": 2}.items():
         layer = PackedLinear(lay_out(weight_of(8, "row", True, 64, 64), kind))
         counted = flops(partial(layer, randn(3, 64)))
