@@ -61,6 +61,8 @@ class LMConfig:
         heads: int,
         kv_heads: int,
         vocabulary: int = 4096,
+        *,
+        own_heads: int | None = None,
         **settings: Any,
     ) -> LMConfig:
         """The model of this kind with about the parameters of a Llama of the given shape.
@@ -75,6 +77,7 @@ class LMConfig:
             heads: Its attention heads.
             kv_heads: Heads of its keys and values.
             vocabulary: Its tokens.
+            own_heads: Heads of the twin where they are not to be as many as the Llama's.
             **settings: Other fields of this configuration.
 
         Raises:
@@ -82,7 +85,7 @@ class LMConfig:
         """
         wanted = llama_parameters(hidden, feed_forward, layers, heads, kv_heads, vocabulary)
         if "heads" in {field.name for field in fields(cls)}:
-            settings = {"heads": heads} | settings
+            settings["heads"] = heads if own_heads is None else own_heads
 
         def sized(width: int) -> LMConfig:
             return cls(
@@ -125,7 +128,7 @@ class ModelState:
     """All that a model keeps of the tokens that it has read.
 
     Attributes:
-        config: Configuration of the model that it belongs to.
+        config: Configuration of the model that it belongs to; another one is refused by it.
         position: Tokens read, padding on the left included.
         layers: Tensors of each block.
     """

@@ -47,7 +47,7 @@ def gla(
     log_gate: Float[Tensor, "batch heads time dim_k"],
     *,
     form: str = "chunkwise",
-    chunk_size: int = 32,
+    chunk_size: int = 16,
     initial_state: Float[Tensor, "batch heads dim_k dim_v"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads time dim_v"], Float[Tensor, "batch heads dim_k dim_v"]]:
     r"""Gated linear attention of all heads, in the form that is asked for.
@@ -132,7 +132,7 @@ class GLAConfig(LMConfig):
 
     heads: int = 4
     gate_rank: int = 16
-    chunk_size: int = 32
+    chunk_size: int = 16
     norm_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:

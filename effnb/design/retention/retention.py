@@ -185,10 +185,10 @@ def _plain(q, k, v, gamma, form, chunk_size, state):
 def row_sums(
     gamma: Float[Tensor, " heads"], tokens: int, seen: int = 0
 ) -> Float[Tensor, "heads time"]:
-    r"""$\rho_n = \sum_{j \le n} \gamma^j = (1 - \gamma^{n+1}) / (1 - \gamma)$ from token `seen` on."""
+    r"""$\rho_n = \sum_{j=0}^{n} \gamma^j$ in closed form, from token `seen` on."""
     n = torch.arange(seen + 1, seen + tokens + 1, device=gamma.device, dtype=gamma.dtype)
     gamma = gamma[:, None]
-    # expm1, because 1 - γ^n loses all digits where γ is close to 1
+    # (1 − γⁿ⁺¹) / (1 − γ), by expm1 because 1 − γⁿ loses all digits where γ is close to 1
     sums = -torch.expm1(n * gamma.log()) / (1 - gamma)
     return torch.where(gamma == 1, n, sums)
 

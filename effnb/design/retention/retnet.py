@@ -162,11 +162,11 @@ class MultiScaleRetention(nn.Module):
         self, out: Float[Tensor, "batch heads time dim"]
     ) -> Float[Tensor, "batch heads time dim"]:
         """Each head's output of each token normalized by itself, without gains."""
+        size, epsilon = out.shape[-1:], self.config.norm_epsilon
         if self.config.head_norm == "group":
-            return nn.functional.layer_norm(out, out.shape[-1:], eps=self.config.norm_epsilon)
+            return nn.functional.layer_norm(out, size, eps=epsilon)
         if self.config.head_norm == "rms":
-            scale = out.float().square().mean(-1, keepdim=True) + self.config.norm_epsilon
-            return out * scale.rsqrt().to(out.dtype)
+            return nn.functional.rms_norm(out, size, eps=epsilon)
         return out
 
 
