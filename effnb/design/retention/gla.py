@@ -256,7 +256,7 @@ class GLABlock(nn.Module):
 
 
 class GLALM(RecurrentLM):
-    """Gated linear attention (arXiv 2312.06635) as a language model, its state of constant size.
+    """Gated linear attention as a language model, with a state of constant size.
 
     Args:
         config: A `GLAConfig`.

@@ -186,7 +186,7 @@ class HyenaBlock(nn.Module):
 
 
 class HyenaLM(RecurrentLM):
-    """Hyena (arXiv 2302.10866) as a language model; its state grows with the text.
+    """Hyena as a language model; its state grows with the text.
 
     Args:
         config: A `HyenaConfig`.

@@ -207,7 +207,7 @@ def feed_forward(hidden: int, neurons: int) -> nn.Sequential:
 
 
 class RetNetLM(RecurrentLM):
-    """RetNet (arXiv 2307.08621) as a language model, with a state of constant size.
+    """RetNet as a language model, with a state of constant size.
 
     Args:
         config: A `RetNetConfig`.

@@ -193,7 +193,7 @@ class RWKVBlock(nn.Module):
 
 
 class RWKVLM(RecurrentLM):
-    """RWKV-4 (arXiv 2305.13048) as a language model, with a state of constant size.
+    """RWKV-4 as a language model, with a state of constant size.
 
     Args:
         config: An `RWKVConfig`.
