@@ -27,6 +27,11 @@ CHAPTERS = {
 """Packages and modules whose chapter has another name than they."""
 NAMES = {
     "effnb.design.context.rope.rope_frequencies": "RoPE",
+    "effnb.design.retention.gla.GLALM": "Gated linear attention (GLA)",
+    "effnb.design.retention.hyena.HyenaLM": "Hyena",
+    "effnb.design.retention.retention.retention": "Retention",
+    "effnb.design.retention.retnet.RetNetLM": "RetNet",
+    "effnb.design.retention.rwkv.RWKVLM": "RWKV-4",
     "effnb.hardware.codesign.gshard.moe_layer": "GShard",
     "effnb.inference.low_rank.losparse.losparse": "LoSparse",
     "effnb.inference.low_rank.losparse.low_rank_plus_sparse": "Low rank plus sparse",
