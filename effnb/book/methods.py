@@ -26,6 +26,7 @@ CHAPTERS = {
 }
 """Packages and modules whose chapter has another name than they."""
 NAMES = {
+    "effnb.design.context.rope.rope_frequencies": "RoPE",
     "effnb.hardware.codesign.gshard.moe_layer": "GShard",
     "effnb.inference.low_rank.losparse.losparse": "LoSparse",
     "effnb.inference.low_rank.losparse.low_rank_plus_sparse": "Low rank plus sparse",
