@@ -147,7 +147,7 @@ class ContextLosses:
 
 def context_losses(
     model: nn.Module,
-    sequences: Int[Tensor, "sequences time"],
+    sequences: Int[Tensor, "*sequences time"],
     contexts: Sequence[int],
     *,
     targets: int = 32,
@@ -367,13 +367,12 @@ def _hidden(model: nn.Module, ids: Tensor) -> Tensor | None:
         want = model(input_ids=probe, use_cache=False).logits
         found = head(base(input_ids=probe, use_cache=False)[0])
         tolerance = 1e-4 if want.dtype in (torch.float32, torch.float64) else 1e-2
-        if found.shape != want.shape or not torch.allclose(
+        same = found.shape == want.shape and torch.allclose(
             found, want, rtol=tolerance, atol=tolerance * float(want.abs().max())
-        ):
-            return None
-        return base(input_ids=ids, use_cache=False)[0]
+        )
     except (TypeError, AttributeError, RuntimeError):
         return None
+    return base(input_ids=ids, use_cache=False)[0] if same else None
 
 
 def _parts(items: list, size: int) -> list[list]:

@@ -23,7 +23,7 @@ $$a_{mn} = \big(R_{(m-n)\,\theta(s(m+1))}\; q_m\big)^\top k_n .$$
 That is what generation from the first token on computes with such a cache, it does not depend on
 tokens that come later or on other texts of the batch, and one pass over a text gives the same as
 any number of cached steps. The price: each query beyond $L$ turns all keys for itself, so a pass
-over a long text costs as many turns as scores.
+over a long text costs as many turns as scores, and all scores of a layer exist at once.
 
 The rotary module of the model gets a table of zeros and so turns nothing; an attention function,
 registered in transformers under the name `NAME`, does. Any cache serves, since what reaches it is

@@ -6,6 +6,7 @@ is, which every comparison needs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -64,4 +65,5 @@ def extend(model: Model, method: str, factor: float = 1.0, **options: Any) -> Mo
 
 def _options(function: Callable[..., Any]) -> set[str]:
     """The keyword-only parameters of a method."""
-    return set(getattr(function, "__kwdefaults__", None) or {})
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -27,7 +27,7 @@ class ContextTuned:
     """A model after training on longer texts.
 
     Attributes:
-        model: The trained model, with weights of its own.
+        model: The trained model; it shares no weights with the given one.
         training: Losses of all steps, evaluations and seconds.
         steps: Optimizer steps.
         tokens: Tokens read in all steps together.
@@ -46,7 +46,7 @@ class ContextTuned:
 
 def fine_tune(
     model: nn.Module,
-    sequences: Int[Tensor, "sequences time"],
+    sequences: Int[Tensor, "*sequences time"],
     settings: TrainingSettings,
     *,
     batch_size: int = 1,

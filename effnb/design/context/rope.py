@@ -122,7 +122,8 @@ def convert_projection(
         to: The layout wanted; `weight` is for the other one.
 
     Raises:
-        ValueError: Rows that do not consist of so many heads, an odd head, an unknown layout.
+        ValueError: Rows that do not divide into this number of heads, an odd head, an unknown
+            layout.
     """
     if heads < 1 or len(weight) % heads:
         raise ValueError(f"{len(weight)} rows do not consist of {heads} heads of equal size.")
