@@ -52,8 +52,9 @@ from effnb.design.context.rotary_table import RotaryTable, rotary_table, with_ta
 
 NAME = "effnb_dynamic_ntk"
 """The attention function's name in transformers."""
-BLOCK = 2**22
-"""Numbers of turned keys that exist at once, for queries beyond the trained length."""
+BLOCK = 2**18
+"""Numbers of turned keys that exist at once, for queries beyond the trained length: what fits into
+a processor's cache. On other devices 64 times as many."""
 
 
 def dynamic_scale(
@@ -157,7 +158,8 @@ def dynamic_scores(
     groups, keys = key.shape[1], key.shape[2]
     q = query.view(batch, groups, heads // groups, count, dim)
     found = []
-    step = max(1, BLOCK // (batch * groups * keys * dim))
+    room = BLOCK if query.device.type == "cpu" else 64 * BLOCK
+    step = max(1, room // (batch * groups * keys * dim))
     for start in range(0, count, step):
         rows = slice(start, start + step)
         theta = dynamic_ntk_frequencies(inv_freq, positions[:, rows] + 1, trained_length)

@@ -178,8 +178,8 @@ def _check_module(name: str, module: nn.Module) -> None:
     said = parameters.get("rope_type", "default")
     if kind != "default" or said != "default":
         raise ValueError(
-            f"the rotary positions of this model are scaled already (rope_type {said!r}); start "
-            "from a model whose rope_type is 'default'."
+            f"the rotary positions of this model are of rope_type {said!r}, scaled already or of "
+            "another kind; start from a model whose rope_type is 'default'."
         )
 
 
@@ -210,6 +210,9 @@ def with_table(
             rotation are kept.
         attention_factor: Factor on cosines and sines, and so on queries and keys alike.
         length: What `max_position_embeddings` becomes, in tokens; as it was when None.
+
+    Raises:
+        ValueError: A model whose configuration can say neither `parameters` nor a fixed table.
     """
     result = share(model)
     new = inv_freq.detach().float()
@@ -220,12 +223,25 @@ def with_table(
         module.attention_scaling = attention_factor
         module.register_forward_pre_hook(KeepsFloat32(new))
     config = module.config  # one for all, and the copy's own: `share` copies all but tensors
-    kept = {k: v for k, v in config.rope_parameters.items() if k == "partial_rotary_factor"}
-    config.rope_parameters = {"rope_theta": table.base} | kept | parameters
     if length is not None:
         config.max_position_embeddings = length
     if hasattr(config, "original_max_position_embeddings"):  # Phi-3 keeps it there
         config.original_max_position_embeddings = table.trained_length
+    if getattr(config, "head_dim", table.head_dim) is None:
+        config.head_dim = table.head_dim  # Mixtral leaves it open, with which a load would fail
+    kept = {k: v for k, v in config.rope_parameters.items() if k == "partial_rotary_factor"}
+    common = {"rope_theta": table.base} | kept
+    config.rope_parameters = common | parameters
+    try:
+        config.validate_rope()
+    except ValueError:  # Phi-3 knows no other type than LongRoPE
+        if not new.all():
+            raise ValueError(
+                f"the configuration of {type(model).__name__} has no rope_type "
+                f"{parameters['rope_type']!r}, so it could not be saved; choose a fixed table."
+            ) from None
+        factor = parameters.get("factor", 1.0)
+        config.rope_parameters = common | as_longrope(table, new, factor, attention_factor)
     return result
 
 

@@ -141,9 +141,17 @@ def test_a_factor_of_1_is_the_model_itself(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_saved_and_loaded(method, dtype, tmp_path):
-    model = zoo.make("qwen3").to(dtype)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("qwen3", torch.float32),
+        ("llama", torch.float64),
+        ("qwen3", torch.bfloat16),
+        ("mixtral", torch.float32),  # its configuration leaves the size of heads open
+    ],
+)
+def test_saved_and_loaded(method, name, dtype, tmp_path):
+    model = zoo.make(name).to(dtype)
     found, ids = extended(model, method), zoo.words(2, 37)
     found.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
@@ -301,7 +309,7 @@ def test_gradients_reach_the_weights_and_nothing_looks_ahead(method):
         ("bert", "has no table of rotary frequencies"),
         ("gemma3", "has a rotary table for each type of layer"),
         ("modernbert", "has a rotary table for each type of layer"),
-        ("gpt-oss", "scaled already (rope_type 'yarn')"),
+        ("gpt-oss", "of rope_type 'yarn', scaled already"),
     ],
 )
 @pytest.mark.parametrize("method", ["none", *METHODS])
@@ -325,6 +333,31 @@ def test_layers_without_positions_are_no_place_for_dynamic_ntk():
         extend(model, "dynamic_ntk")
     found, ids = yarn(model, 4.0), zoo.words(1, 20)
     torch.testing.assert_close(in_steps(found, ids, [7, 1, 12]), logits(found, ids))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_configuration_that_knows_longrope_only(method, tmp_path):
+    """Phi-3's: every fixed table is written as that; nothing else could be saved."""
+    torch.manual_seed(0)
+    model = hf.Phi3ForCausalLM(hf.Phi3Config(**zoo._DECODER, pad_token_id=0)).eval()
+    if method == "dynamic_ntk":
+        with pytest.raises(ValueError, match="has no rope_type 'dynamic'"):
+            extended(model, method)
+        return
+    found, ids = extended(model, method), zoo.words(2, 37)
+    assert found.config.original_max_position_embeddings == TRAINED
+    found.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, ids), logits(found, ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(in_steps(found, ids, [9, 28]), logits(found, ids), rtol=0, atol=1e-5)
+
+
+def test_vision_beside_text_is_refused():
+    text = zoo._DECODER | dict(rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 2]))
+    vision = dict(depth=1, embed_dim=16, num_heads=2, hidden_size=32)
+    config = hf.Qwen2VLConfig(text_config=text, vision_config=vision)
+    with pytest.raises(ValueError, match="rope_type 'axial'"):
+        yarn(hf.Qwen2VLForConditionalGeneration(config), 2.0)
 
 
 def test_positions_of_several_axes():
