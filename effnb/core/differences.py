@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from effnb.core.checks import check_loaded
 from effnb.core.deltas import (
     Delta,
     WithDeltas,
@@ -26,7 +27,7 @@ from effnb.core.deltas import (
     modules_by_name,
     refuse_rounded_inputs,
 )
-from effnb.core.modules import Model
+from effnb.core.modules import LayerChoice, Layers, Model
 
 Chosen = dict[str, dict[str, nn.Parameter]]
 """From a module's dotted name to those of its own parameters that a method may change."""
@@ -200,6 +201,44 @@ def own_parameters(model: nn.Module, fits: Callable[[str, str, nn.Parameter], bo
         }
         if own:
             found[path] = own
+    return found
+
+
+def fitting_parameters(
+    model: nn.Module,
+    layers: LayerChoice = "*",
+    fits: Callable[[str, str, nn.Parameter], bool] = lambda *_: True,
+    what: str = "parameters",
+) -> Chosen:
+    """The parameters of the modules whose names fit, by those modules.
+
+    A tensor that is held in a second place that does not fit, such as an embedding tied to the
+    output head, is left out with it.
+
+    Args:
+        model: Any model.
+        layers: Name patterns of the modules; output heads are left out by default.
+        fits: What else must hold, as in `own_parameters`.
+        what: How a refusal calls them.
+
+    Raises:
+        ValueError: When nothing fits; the sentence names some modules that have such parameters.
+    """
+    check_loaded(model)
+    wanted = Layers.of(layers).on(model)
+    every = own_parameters(model, fits)
+    others = own_parameters(model, lambda path, leaf, p: not wanted.fit(path))
+    outside = {id(p) for own in others.values() for p in own.values()}
+    inside = {
+        path: {leaf: p for leaf, p in own.items() if id(p) not in outside}
+        for path, own in every.items()
+    }
+    found = {path: own for path, own in inside.items() if own}
+    if not found:
+        raise ValueError(
+            f"no module with {what} fits the pattern {', '.join(wanted.include)}; the model has "
+            f"{what} in {', '.join(list(every)[:3]) or 'none'}{', …' if len(every) > 3 else ''}."
+        )
     return found
 
 

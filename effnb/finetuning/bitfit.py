@@ -21,9 +21,10 @@ from effnb.core.differences import (
     Chosen,
     Difference,
     attach_differences,
+    fitting_parameters,
     own_parameters,
 )
-from effnb.core.modules import LayerChoice, Layers, Model, chooses_layers
+from effnb.core.modules import LayerChoice, Model, chooses_layers
 
 __all__ = ["BitFit", "attach", "biases", "merge"]
 
@@ -60,21 +61,7 @@ def biases(model: nn.Module, layers: LayerChoice = "*") -> Chosen:
             "and T5, so that BitFit has nothing to train; tune it with LoRA, or take a model with "
             "biases such as BERT."
         )
-    wanted = Layers.of(layers).on(model)
-    heads = {
-        id(p) for path, own in every.items() if not wanted.fit(path) for p in own.values()
-    }  # a head's bias may be held in a second place, too
-    found = {
-        path: {leaf: p for leaf, p in own.items() if id(p) not in heads}
-        for path, own in every.items()
-    }
-    found = {path: own for path, own in found.items() if own}
-    if not found:
-        raise ValueError(
-            f"no bias fits the pattern {', '.join(wanted.include)}; the model has biases in "
-            f"{', '.join(list(every)[:3])}{', …' if len(every) > 3 else ''}."
-        )
-    return found
+    return fitting_parameters(model, layers, lambda path, leaf, p: is_bias(leaf), "biases")
 
 
 @chooses_layers
@@ -98,5 +85,4 @@ def attach(model: Model, name: str = "default", *, layers: LayerChoice = "*") ->
             name is taken.
     """
     check_name(model, name)
-    chosen = biases(model, layers)
-    return attach_differences(model, name, chosen, BitFit)
+    return attach_differences(model, name, biases(model, layers), BitFit)

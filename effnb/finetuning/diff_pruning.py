@@ -32,12 +32,12 @@ from effnb.core.deltas import Delta, check_name, exchange_deltas, hosts, merge
 from effnb.core.differences import (
     SparseDifference,
     attach_differences,
+    fitting_parameters,
     own_parameter,
-    own_parameters,
     with_differences,
     zeros_for,
 )
-from effnb.core.modules import LayerChoice, Layers, Model, chooses_layers
+from effnb.core.modules import LayerChoice, Model, chooses_layers
 
 __all__ = [
     "DiffPruning",
@@ -249,14 +249,7 @@ def attach(
     """
     check_gates(alpha, gamma, zeta, beta)
     check_name(model, name)
-    wanted = Layers.of(layers).on(model)
-    chosen = own_parameters(model, lambda path, leaf, p: wanted.fit(path))
-    if not chosen:
-        known = list(own_parameters(model, lambda *_: True))
-        raise ValueError(
-            f"no module with parameters fits the pattern {', '.join(wanted.include)}; the model "
-            f"has {', '.join(known[:3]) or 'none at all'}{', …' if len(known) > 3 else ''}."
-        )
+    chosen = fitting_parameters(model, layers)
     numbers = {"alpha": alpha, "structured": structured, "gamma": gamma, "zeta": zeta, "beta": beta}
     return attach_differences(
         model, name, chosen, lambda base, leaves: DiffPruning(base, leaves, **numbers)
