@@ -153,9 +153,14 @@ class WithDeltas(nn.Module):
         self.base, self.deltas = base, nn.ModuleDict()
         self.active: tuple[str, ...] = ()
 
-    def forward(self, inputs: Any, *rest: Any, **keywords: Any) -> Any:
-        """Run the module, then its active deltas; or both at once."""
-        if len(self.active) == 1 and not (rest or keywords):
+    def forward(self, *given: Any, **keywords: Any) -> Any:
+        """Run the module, then its active deltas; or both at once.
+
+        What the deltas see as inputs is the first argument, however it is passed.
+        """
+        inputs = given[0] if given else next(iter(keywords.values()), None)
+        alone = len(given) == 1 and not keywords
+        if len(self.active) == 1 and alone:
             delta = self.deltas[self.active[0]]
             if not (_watched(self.base) or _watched(delta)):
                 output = delta.with_base(inputs, self.base)
@@ -163,11 +168,11 @@ class WithDeltas(nn.Module):
                     return output
         changed = self.changed()
         if changed:
-            output = functional_call(self.base, changed, (inputs, *rest), keywords)
-        elif torch.is_grad_enabled() and _packed(self.base) and not (rest or keywords):
+            output = functional_call(self.base, changed, given, keywords)
+        elif torch.is_grad_enabled() and _packed(self.base) and alone:
             output = _ReadAgain.apply(inputs, self.base)
         else:
-            output = self.base(inputs, *rest, **keywords)
+            output = self.base(*given, **keywords)
         for name in self.active:
             output = self.deltas[name](inputs, output, self.base)
         return output
@@ -194,7 +199,7 @@ class WithDeltas(nn.Module):
                 raise
             if base._parameters.get(name) is not None:
                 return self.changed().get(name, base._parameters[name])
-            if name in vars(base) and not name.startswith("_"):
+            if name in vars(base):
                 return vars(base)[name]
             raise
 

@@ -179,7 +179,7 @@ def black_box(
                 calls += 1
                 if not math.isfinite(values[-1]):
                     raise ValueError(
-                        f"the loss of candidate {calls} is {values[-1]}; it must be a finite number."
+                        f"the loss of candidate {calls} is {values[-1]}, not a finite number."
                     )
                 if values[-1] < best:
                     best, best_z = values[-1], z.clone()
