@@ -190,18 +190,17 @@ class WithDeltas(nn.Module):
         return {leaf: added(self.base.get_parameter(leaf), total) for leaf, total in sums.items()}
 
     def __getattr__(self, name: str) -> Any:
-        """Sizes, settings and parameters of the module, for code that reads them off it."""
+        """What the module has and a host has not, for code that reads it off the module."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or name.startswith("__"):
+            # A layer stored in few bits is asked itself for what makes it one.
+            if base is None or name.startswith("__") or hasattr(type(base), "dequantized"):
                 raise
             if base._parameters.get(name) is not None:
                 return self.changed().get(name, base._parameters[name])
-            if name in vars(base):
-                return vars(base)[name]
-            raise
+            return getattr(base, name)
 
     @property
     def weight(self) -> Tensor:

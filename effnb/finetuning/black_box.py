@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ from effnb.core.checks import check_finite
 __all__ = ["BlackBoxResult", "Strategy", "black_box", "cma_es", "random_projection"]
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """An optimizer that asks for losses: `cma.CMAEvolutionStrategy` is one."""
 

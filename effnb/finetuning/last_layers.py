@@ -41,7 +41,8 @@ def last_layers(model: nn.Module, count: int) -> Chosen:
         raise TypeError(f"count is {count!r}; it must be a whole number.")
     if not 1 <= count <= len(blocks):
         raise ValueError(f"count is {count}; the model has {len(blocks)} blocks, so 1 to that.")
-    shared = in_several_blocks(model)
+    places = [f"{path}.{i}" for i, one in enumerate(blocks) if list(blocks).count(one) > 1]
+    shared = places + in_several_blocks(model)
     if shared:
         raise ValueError(
             f"{shared[0]} is used by several blocks, so that training the last ones would change "

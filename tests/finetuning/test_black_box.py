@@ -29,7 +29,7 @@ class Evolution:
 
     def tell(self, candidates, losses):
         self.told.append(list(losses))
-        best = np.argsort(losses)[: self.population // 4]
+        best = np.argsort(losses)[: max(1, self.population // 4)]
         self.mean = np.mean([candidates[i] for i in best], axis=0)
         self.sigma *= 0.97
 
@@ -51,12 +51,12 @@ def test_it_finds_the_minimum_in_the_subspace():
     assert found.calls == 1200 and len(found.losses) == 60
     assert list(found.losses) == sorted(found.losses, reverse=True)
     assert found.losses[-1] == found.loss
-    again = search(lambda p: (p - goal).square().sum())
-    assert again.losses == found.losses
-    assert search(lambda p: (p - goal).square().sum(), seed=1).losses != found.losses
+    again = search(lambda p: (p - goal).square().sum(), budget=60)
+    assert again.losses == found.losses[:3]
+    assert search(lambda p: (p - goal).square().sum(), budget=60, seed=1).losses != again.losses
 
 
-@examples(max_examples=20)
+@examples(max_examples=10)
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(2, 7), st.integers(1, 4))
 def test_shapes_and_budget(tokens, dim, population, generations):
     calls = []
