@@ -104,7 +104,7 @@ class _Gated(nn.Module):
 class DiffPruning(Delta):
     r"""The gated difference $z \odot w$ of one module's parameters.
 
-    In training mode the gates are drawn anew in each forward pass; in evaluation mode they are
+    In training mode the gates are drawn in each forward pass; in evaluation mode they are
     those without noise.
     """
 

@@ -8,7 +8,7 @@ $$W' = m \odot \frac{W + s\, B A}{\lVert W + s\, B A \rVert_r}, \qquad
   A \in \mathbb{R}^{r \times in},\ B \in \mathbb{R}^{out \times r},\ m \in \mathbb{R}^{out}.$$
 
 $B$ starts at 0 and $m$ at $\lVert W \rVert_r$, so that training starts from the model as it was. No
-gradient goes through the norm, which is the paper's own saving of memory.
+gradient goes through the norm, which saves memory, as in the paper.
 
 Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen, "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024,
 arXiv 2402.09353.
