@@ -8,6 +8,8 @@ from zoo import make
 
 from effnb.core.delta_files import attach_state, open_delta, save_delta
 from effnb.core.deltas import delta_parameters, delta_state_dict, load_delta, set_trainable
+from effnb.core.differences import own_parameters
+from effnb.core.modules import Layers
 from effnb.finetuning import bitfit
 
 SMALL = dict(
@@ -32,9 +34,12 @@ def test_bert_base_has_exactly_the_paper_s_parameters():
     """102,912 of 109,482,240; query and intermediate biases are 46,080."""
     with torch.device("meta"):
         model = BertModel(BertConfig())
-    every = {n: p for n, p in model.named_parameters() if n.endswith("bias")}
+    found = own_parameters(model, lambda path, leaf, p: bitfit.is_bias(leaf))
+    sizes = {path: sum(p.numel() for p in own.values()) for path, own in found.items()}
     assert sum(p.numel() for p in model.parameters()) == 109_482_240
-    assert sum(p.numel() for p in every.values()) == 102_912
+    assert sum(sizes.values()) == 102_912
+    smaller = Layers(["*.query", "*.intermediate.dense"])
+    assert sum(n for path, n in sizes.items() if smaller.fit(path)) == 46_080
 
 
 @pytest.mark.parametrize("kind", [BertModel, BertForSequenceClassification, BertForMaskedLM])
