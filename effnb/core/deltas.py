@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.nn.modules import module as hooks
 
 from effnb.core.checks import check_loaded
@@ -50,10 +51,13 @@ class Delta(nn.Module):
         kind: Name of the method, written into files.
         additive: Whether it adds something to the output that depends on the input alone. Only
             such deltas can be merged while others are attached.
+        reads_weight: Whether what it does follows from the frozen weight of its module. Nothing
+            else can be merged into that weight while such a delta is active.
     """
 
     kind: ClassVar[str] = ""
     additive: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Remember which class reads the files of this kind."""
@@ -64,6 +68,14 @@ class Delta(nn.Module):
     def forward(self, inputs: Any, output: Any, base: nn.Module) -> Any:
         """The new output of a module, from its inputs, its output so far and the module itself."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it does to an output.")
+
+    def differences(self, base: nn.Module) -> dict[str, Tensor]:
+        r"""What it adds to the module's own parameters, by their names, before the module runs.
+
+        Nothing is the default. $\theta' = \theta + \sum_i \Delta\theta_i$: each delta finds its
+        difference from the frozen parameters, and those of several active deltas are summed.
+        """
+        return {}
 
     def with_base(self, inputs: Any, base: nn.Module) -> Any:
         """The output of the module and this delta computed at once, or None: first one, then this.
@@ -98,6 +110,31 @@ class Delta(nn.Module):
         """
         raise NotImplementedError(f"{cls.__name__} cannot be read from a file.")
 
+    @classmethod
+    def rebuild_all(
+        cls,
+        modules: Mapping[str, nn.Module],
+        settings: dict[str, Any],
+        layers: Mapping[str, dict[str, Tensor]],
+    ) -> dict[str, Delta]:
+        """Make the deltas of all modules: one for each that has tensors, unless overridden.
+
+        Args:
+            modules: Every module of the model by name, without the deltas that it carries.
+            settings: What `settings` gave.
+            layers: From names of modules to their tensors in the file.
+
+        Raises:
+            ValueError: When the tensors do not fit; the sentence names the module.
+        """
+        found = {}
+        for path, tensors in layers.items():
+            try:
+                found[path] = cls.rebuild(modules[path], settings, tensors)
+            except ValueError as problem:
+                raise ValueError(f"{path}: {problem}") from None
+        return found
+
 
 class WithDeltas(nn.Module):
     """A module with deltas on it, applied one after the other in the order of `active`.
@@ -116,31 +153,64 @@ class WithDeltas(nn.Module):
         self.base, self.deltas = base, nn.ModuleDict()
         self.active: tuple[str, ...] = ()
 
-    def forward(self, inputs: Any, *rest: Any, **keywords: Any) -> Any:
-        """Run the module, then its active deltas; or both at once."""
-        if len(self.active) == 1 and not (rest or keywords):
+    def forward(self, *given: Any, **keywords: Any) -> Any:
+        """Run the module, then its active deltas; or both at once.
+
+        What the deltas see as inputs is the first argument, however it is passed.
+        """
+        inputs = given[0] if given else next(iter(keywords.values()), None)
+        alone = len(given) == 1 and not keywords
+        if len(self.active) == 1 and alone:
             delta = self.deltas[self.active[0]]
             if not (_watched(self.base) or _watched(delta)):
                 output = delta.with_base(inputs, self.base)
                 if output is not None:
                     return output
-        if torch.is_grad_enabled() and _packed(self.base) and not (rest or keywords):
+        changed = self.changed()
+        if changed:
+            output = functional_call(self.base, changed, given, keywords)
+        elif torch.is_grad_enabled() and _packed(self.base) and alone:
             output = _ReadAgain.apply(inputs, self.base)
         else:
-            output = self.base(inputs, *rest, **keywords)
+            output = self.base(*given, **keywords)
         for name in self.active:
             output = self.deltas[name](inputs, output, self.base)
         return output
 
+    def changed(self) -> dict[str, Tensor]:
+        """The parameters of the module that its active deltas change, as they are with them.
+
+        Sums are taken in the type of the differences and rounded once to that of the parameter.
+        """
+        sums: dict[str, Tensor] = {}
+        for name in self.active:
+            for leaf, difference in self.deltas[name].differences(self.base).items():
+                sums[leaf] = sums[leaf] + difference if leaf in sums else difference
+        # $\theta' = \theta + \sum_i \Delta\theta_i$
+        return {leaf: added(self.base.get_parameter(leaf), total) for leaf, total in sums.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        """What the module has and a host has not, for code that reads it off the module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            # A layer stored in few bits is asked itself for what makes it one.
+            if base is None or name.startswith("__") or hasattr(type(base), "dequantized"):
+                raise
+            if base._parameters.get(name) is not None:
+                return self.changed().get(name, base._parameters[name])
+            return getattr(base, name)
+
     @property
     def weight(self) -> Tensor:
-        """The frozen weight, for code that looks at its type or device."""
-        return self.base.weight
+        """The weight that the module computes with, for code that reads it without a call."""
+        return self.changed().get("weight", self.base.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        """The frozen bias."""
-        return self.base.bias
+        """The bias that the module computes with."""
+        return self.changed().get("bias", self.base.bias)
 
     @property
     def in_features(self) -> int:
@@ -151,6 +221,12 @@ class WithDeltas(nn.Module):
     def out_features(self) -> int:
         """Outputs of a linear layer."""
         return self.base.out_features
+
+
+def added(parameter: Tensor, difference: Tensor) -> Tensor:
+    """A parameter plus a difference, summed in the wider of their types and rounded once."""
+    wide = torch.promote_types(parameter.dtype, difference.dtype)
+    return (parameter.to(wide) + difference.to(wide)).to(parameter.dtype)
 
 
 def _watched(module: nn.Module) -> bool:
@@ -208,13 +284,35 @@ def refuse_rounded_inputs(model: nn.Module) -> None:
 # --- finding --------------------------------------------------------------------------------------
 
 
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by the names that they had before the first delta; hosts stand for their bases.
+
+    Deltas themselves are left out. A module used in several places has the name of the first.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, path: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found[path] = module
+        inner = module.base if isinstance(module, WithDeltas) else module
+        seen.add(id(inner))
+        for name, child in inner.named_children():
+            visit(child, f"{path}.{name}" if path else name)
+
+    visit(model, "")
+    return found
+
+
 def hosts(model: nn.Module, name: str | None = None) -> dict[str, WithDeltas]:
     """The modules that carry deltas, by dotted name; those of one delta if `name` is given.
 
     Raises:
         ValueError: When no delta of that name is attached.
     """
-    every = {path: m for path, m in model.named_modules() if isinstance(m, WithDeltas)}
+    every = {p: m for p, m in modules_by_name(model).items() if isinstance(m, WithDeltas)}
     if name is None:
         return every
     found = {path: host for path, host in every.items() if name in host.deltas}
@@ -243,11 +341,9 @@ def linear_layers(model: nn.Module, layers: LayerChoice = "*") -> dict[str, nn.M
     wanted = Layers.of(layers).on(model)
     inside: set[int] = set()
     everything: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, WithDeltas):  # its base goes by the host's name
-            inside |= {id(m) for m in module.modules() if m is not module}
-        elif isinstance(module, nn.MultiheadAttention):
-            inside.add(id(module.out_proj))
+    for path, module in modules_by_name(model).items():
+        if isinstance(getattr(module, "base", module), nn.MultiheadAttention):
+            inside.add(id(getattr(module, "base", module).out_proj))
         sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         if path and id(module) not in inside and all(isinstance(n, int) for n in sizes):
             everything[path] = module
@@ -387,13 +483,14 @@ def attach_deltas(model: Model, name: str, deltas: Mapping[str, Delta]) -> Model
     check_name(model, name)
     if not deltas:
         raise ValueError(f"the delta {name!r} has no layer to sit on.")
-    known = dict(model.named_modules())
+    known = modules_by_name(model)
     unknown = [path for path in deltas if path not in known or path == ""]
     if unknown:
         raise ValueError(f"the model has no module named {unknown[0]!r} to attach a delta to.")
     result = freeze(model)
+    places = modules_by_name(result)
     for path, delta in deltas.items():
-        host = result.get_submodule(path)
+        host = places[path]
         if not isinstance(host, WithDeltas):
             host = WithDeltas(host).train(host.training)
             exchange(result, {host.base: host})  # wherever the layer is used
@@ -425,7 +522,26 @@ def detach(model: Model, name: str) -> Model:
     Raises:
         ValueError: When no delta of that name is attached.
     """
-    return _without(model, name, {path: host.base for path, host in hosts(model, name).items()})
+    return _without(model, name, lambda path, host: host.base)
+
+
+def exchange_deltas(model: Model, name: str, deltas: Mapping[str, Delta]) -> Model:
+    """The model with a delta in another form: its place in the order, and who is active, stay.
+
+    Args:
+        model: A model with the delta; it is not changed.
+        name: The delta.
+        deltas: What sits in its place, for each module that carries it.
+
+    Raises:
+        ValueError: When the name is unknown, or the modules are not those that carry it.
+    """
+    if hosts(model, name).keys() != deltas.keys():
+        raise ValueError(f"the modules given are not those that carry the delta {name!r}.")
+    result = _forked(model)
+    for path, host in hosts(result, name).items():
+        host.deltas[name] = deltas[path].train(host.training)
+    return result
 
 
 def merge(model: Model, name: str, *, dequantize: bool = False) -> Model:
@@ -442,32 +558,47 @@ def merge(model: Model, name: str, *, dequantize: bool = False) -> Model:
 
     Raises:
         ValueError: When the name is unknown, the delta is not active, is of a kind that cannot be
-            merged, comes after one that is not additive, or sits on a quantized layer.
+            merged, comes after one that is not additive, shares its module with one whose effect
+            follows from the frozen weight, or sits on a quantized layer.
     """
-    new: dict[str, nn.Module] = {}
     for path, host in hosts(model, name).items():
-        if name not in host.active:
-            raise ValueError(f"the delta {name!r} is not active: activate it first, or detach it.")
-        before = [n for n in host.active[: host.active.index(name)] if not host.deltas[n].additive]
-        if before:
-            raise ValueError(
-                f"the delta {name!r} cannot be merged under {before[0]!r}, which acts on the "
-                "output that it would change; merge or detach that one first."
-            )
+        _check_merge(path, host, name, dequantize)
+    dtype = _dtype(model)
+
+    def merged(path: str, host: WithDeltas) -> nn.Module:
         base = host.base
         if not isinstance(base, nn.Linear) and hasattr(base, "dequantized"):
-            if not dequantize:
-                raise ValueError(
-                    f"{path} is stored quantized, and rounding it again after the merge would make "
-                    "a new error; keep the delta attached, or pass dequantize=True for a layer of "
-                    "full size."
-                )
-            base = base.dequantized(_dtype(model))
+            base = base.dequantized(dtype)
         try:
-            new[path] = host.deltas[name].merged(base)
+            return host.deltas[name].merged(base)
         except ValueError as problem:
             raise ValueError(f"{path}: {problem}") from None
-    return _without(model, name, new)
+
+    return _without(model, name, merged)
+
+
+def _check_merge(path: str, host: WithDeltas, name: str, dequantize: bool) -> None:
+    """Refuse a merge that would change what the module computes."""
+    if name not in host.active:
+        raise ValueError(f"the delta {name!r} is not active: activate it first, or detach it.")
+    before = [n for n in host.active[: host.active.index(name)] if not host.deltas[n].additive]
+    if before:
+        raise ValueError(
+            f"the delta {name!r} cannot be merged under {before[0]!r}, which acts on the "
+            "output that it would change; merge or detach that one first."
+        )
+    others = [n for n in host.active if n != name and host.deltas[n].reads_weight]
+    if others:
+        raise ValueError(
+            f"the delta {name!r} cannot be merged beside {others[0]!r}, whose effect follows from "
+            "the weight that the merge would change; merge that one first, or deactivate it."
+        )
+    base = host.base
+    if not isinstance(base, nn.Linear) and hasattr(base, "dequantized") and not dequantize:
+        raise ValueError(
+            f"{path} is stored quantized, and rounding it again after the merge would make a new "
+            "error; keep the delta attached, or pass dequantize=True for a layer of full size."
+        )
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -477,13 +608,12 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return kinds[0] if kinds else torch.float32
 
 
-def _without(model: Model, name: str, bases: Mapping[str, nn.Module]) -> Model:
-    """The model without a delta, and with these modules in place of those under it."""
+def _without(model: Model, name: str, base_of: Callable[[str, WithDeltas], nn.Module]) -> Model:
+    """The model without a delta, and with what the function says in place of modules under it."""
     last = attached(model) == (name,)
     result = _forked(model)
-    for path, host in hosts(result, name).items():
-        if bases[path] is not hosts(model)[path].base:
-            host.base = bases[path]
+    for path, host in reversed(hosts(result, name).items()):  # what lies inside another comes first
+        host.base = base_of(path, host)
         del host.deltas[name]
         host.active = tuple(n for n in host.active if n != name)
         if not host.deltas:
