@@ -87,7 +87,7 @@ def attach_state(
         while path and path not in modules:  # a delta may have modules inside
             path, _, more = path.rpartition(".")
             leaf = f"{more}.{leaf}"
-        if not path:
+        if not (path or KINDS[kind].in_place):  # only such a delta may sit on the whole model
             raise ValueError(f"the state has {key}, but the model has no such module.")
         layers.setdefault(path, {})[leaf] = tensor
     deltas = {}
