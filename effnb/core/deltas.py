@@ -534,8 +534,8 @@ def merge(model: Model, name: str, *, dequantize: bool = False) -> Model:
         readers = [n for n in host.active if n != name and host.deltas[n].reads_base]
         if readers:
             raise ValueError(
-                f"the delta {name!r} cannot be merged beside {readers[0]!r}, which reads the weight "
-                "that would change; merge or detach that one first."
+                f"the delta {name!r} cannot be merged beside {readers[0]!r}, which reads the "
+                "weight that would change; merge or detach that one first."
             )
         base = host.base
         if not isinstance(base, nn.Linear) and hasattr(base, "dequantized"):

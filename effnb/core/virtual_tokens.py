@@ -348,8 +348,8 @@ def check_length(reader: Reader, tokens: int, virtual: int, what: str) -> None:
     """
     if reader.limit is not None and tokens + virtual > reader.limit:
         raise ValueError(
-            f"a text of {tokens} tokens and {what} of {virtual} are longer than the model's context "
-            f"of {reader.limit} tokens."
+            f"a text of {tokens} tokens and {what} of {virtual} are longer than the model's "
+            f"context of {reader.limit} tokens."
         )
 
 

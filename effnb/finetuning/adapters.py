@@ -15,8 +15,8 @@ was; $W_d$ starts at random, so that $W_u$ has a gradient. With $h$ the output o
   block that ends in a norm (BERT), $y = r + h + B(r + h)$ in one that does not (Llama);
 - parallel: $h \leftarrow h + s\,B(x)$, beside the feed-forward, attention or both.
 
-The nonlinearity $\varphi$ keeps an adapter from being merged: it costs its latency for good. Houlsby
-et al. train the norms too: `set_trainable(model, name, also="*Norm*")` does.
+The nonlinearity $\varphi$ keeps an adapter from being merged: it costs its latency for good.
+Houlsby et al. train the norms too: `set_trainable(model, name, also="*Norm*")` does.
 
 Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo, Attariyan, Gelly,
 "Parameter-Efficient Transfer Learning for NLP", 2019, arXiv 1902.00751. Pfeiffer, Kamath, Rücklé,
@@ -107,8 +107,8 @@ class Bottleneck(Delta):
     def merged(self, base: nn.Module) -> nn.Module:
         """Refuse."""
         raise ValueError(
-            "an adapter has a nonlinearity inside, so that no weight computes what it adds; keep it "
-            "attached."
+            "an adapter has a nonlinearity inside, so that no weight computes what it adds; keep "
+            "it attached."
         )
 
     def settings(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class IA3(Delta):
 
     @property
     def additive(self) -> bool:
-        """Rescaled inputs add $W ((l - 1) \\odot x)$; rescaled outputs act on deltas before them."""
+        r"""Rescaled inputs add $W ((l - 1) \odot x)$; rescaled outputs act on earlier deltas."""
         return self.side == "input"
 
     @property

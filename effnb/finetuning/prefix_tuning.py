@@ -6,7 +6,8 @@ $$K' = [P_k; K], \qquad V' = [P_v; V], \qquad P_k, P_v \in \mathbb{R}^{l \times 
 
 split into heads, $2 L l d$ numbers for $L$ layers. A head's output is then a mixture,
 
-$$\text{Attn}(q, K', V') = (1 - \lambda)\, \text{Attn}(q, K, V) + \lambda\, \text{Attn}(q, P_k, P_v),$$
+$$\text{Attn}(q, K', V') = (1 - \lambda)\, \text{Attn}(q, K, V)
+  + \lambda\, \text{Attn}(q, P_k, P_v),$$
 
 with $\lambda$ the part of the softmax's weight that the prefix takes (He et al.). Trained directly,
 $P$ is unstable; so it is computed from a smaller table while it trains,
