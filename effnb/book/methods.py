@@ -21,7 +21,11 @@ REPOSITORY = NOTEBOOKS.parent
 BEGIN = "<!-- methods: written by `make notebooks`, do not edit -->"
 END = "<!-- end of methods -->"
 CHAPTERS = {
+    "effnb.finetuning.adapters": "04_finetuning/1_delta_tuning",
+    "effnb.finetuning.ia3": "04_finetuning/1_delta_tuning",
     "effnb.finetuning.lora": "04_finetuning/1_delta_tuning",
+    "effnb.finetuning.prefix_tuning": "04_finetuning/1_delta_tuning",
+    "effnb.finetuning.prompt_tuning": "04_finetuning/1_delta_tuning",
     "effnb.evaluation": "07_evaluation/1_evaluation",
 }
 """Packages and modules whose chapter has another name than they."""

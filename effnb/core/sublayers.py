@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from effnb.core.checks import check_loaded
 from effnb.core.context import PROBE
 from effnb.core.deltas import attached, linear_layers, set_active
-from effnb.core.modules import Layers, find_blocks, refuse_encoder_decoder, share
+from effnb.core.modules import Layers, find_stacks, refuse_encoder_decoder, share
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ def find_sublayers(model: nn.Module, *needed: str) -> list[Sublayers]:
     check_loaded(model)
     refuse_encoder_decoder(model, "what reads a block's parts by running it")
     quiet = share(set_active(model) if attached(model) else model).eval()
-    name, blocks = find_blocks(quiet)
+    stacks = find_stacks(quiet)
+    if len(stacks) > 1:
+        raise ValueError(f"the model has several stacks of blocks: {', '.join(stacks)}.")
+    ((name, blocks),) = stacks.items()
     layers = linear_layers(quiet, Layers(f"{name}.*", exclude=()))
     tried: dict[tuple, Sublayers] = {}
     result = []
@@ -86,7 +89,8 @@ def find_sublayers(model: nn.Module, *needed: str) -> list[Sublayers]:
             if missing:
                 raise ValueError(
                     f"no layer of {path} could be told to be its {missing[0].replace('_', ' ')}; "
-                    f"its linear layers are {', '.join(key for key in own) or 'none'}."
+                    f"its linear layers are {', '.join(own) or 'none'} (one matrix for several "
+                    "parts, or experts, are not understood)."
                 )
             tried[alike] = found
         result.append(_moved(tried[alike], path))

@@ -175,9 +175,11 @@ class Given:
         self.layers = layers
         self.length = layers[0][0].shape[2]
 
-    def join(self, keys: Heads, values: Heads, layer: int, store: Callable) -> KeysValues:
+    def join(
+        self, keys: Heads, values: Heads, layer: int, store: Callable, behind: int
+    ) -> KeysValues:
         """Put them before what is stored."""
-        return _before(self.layers[layer], store(keys, values))
+        return _before(self.layers[layer], store(keys, values), behind)
 
     def extra(self, first: bool) -> int:
         """How many of the keys that the next pass brings are not for the cache."""
@@ -203,12 +205,14 @@ class Computed:
         self.length = length
         self.layers: dict[int, KeysValues] = {}
 
-    def join(self, keys: Heads, values: Heads, layer: int, store: Callable) -> KeysValues:
+    def join(
+        self, keys: Heads, values: Heads, layer: int, store: Callable, behind: int
+    ) -> KeysValues:
         """Take off what belongs to the virtual tokens, and put it before what is stored."""
         if layer not in self.layers:
             self.layers[layer] = (keys[:1, :, : self.length], values[:1, :, : self.length])
             keys, values = keys[:, :, self.length :], values[:, :, self.length :]
-        return _before(self.layers[layer], store(keys, values))
+        return _before(self.layers[layer], store(keys, values), behind)
 
     def extra(self, first: bool) -> int:
         """How many of the keys that the next pass brings are not for the cache."""
@@ -219,10 +223,10 @@ class Computed:
         return 0 if first else self.length
 
 
-def _before(virtual: KeysValues, kept: KeysValues) -> KeysValues:
-    r"""$K' = [P_k; K]$ and $V' = [P_v; V]$."""
+def _before(virtual: KeysValues, kept: KeysValues, behind: int) -> KeysValues:
+    r"""$K' = [P_k; K]$ and $V' = [P_v; V]$, behind the first `behind` of what is kept."""
     return tuple(
-        torch.cat([p.to(k).expand(len(k), -1, -1, -1), k], 2)
+        torch.cat([k[:, :, :behind], p.to(k).expand(len(k), -1, -1, -1), k[:, :, behind:]], 2)
         for p, k in zip(virtual, kept, strict=True)
     )
 
@@ -235,7 +239,9 @@ class _Watch:
     def __init__(self, seen: list[KeysValues]) -> None:
         self.seen = seen
 
-    def join(self, keys: Heads, values: Heads, layer: int, store: Callable) -> KeysValues:
+    def join(
+        self, keys: Heads, values: Heads, layer: int, store: Callable, behind: int
+    ) -> KeysValues:
         if layer != len(self.seen):
             raise ValueError("layers read the cache out of order, or not all of them do.")
         self.seen.append((keys, values))
@@ -264,7 +270,17 @@ class _VirtualCache:
                 return keys, values
             return self.inner.update(keys, values, layer_idx, *rest, **more)
 
-        return self.tokens.join(keys, values, layer_idx, store)
+        # A prompt is read behind a prefix, and causal masks go by that order.
+        behind = self._given() if isinstance(self.tokens, Computed) else 0
+        return self.tokens.join(keys, values, layer_idx, store, behind)
+
+    def _given(self) -> int:
+        """Positions that prefixes take in the caches under this one."""
+        inner, found = self.inner, 0
+        while isinstance(inner, _VirtualCache):
+            found += inner.tokens.length if isinstance(inner.tokens, Given) else 0
+            inner = inner.inner
+        return found
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Positions before those that the next pass brings."""

@@ -7,7 +7,7 @@ table's spread. (Numbers of spread 1 in front of embeddings of spread 0.02 drown
 
 A prompt is the first thing the model reads, so no weight can take it up. The text's positions begin
 behind it; outside, masks, positions, caches and the length of what comes out are those of the text,
-and labels need no padding. Where a model pools its first token (BERT), that is the text's first.
+and labels need no padding. The text's first token is not foreseen from the prompt. Where a model pools its first token (BERT), that is the text's first.
 
 Lester, Al-Rfou, Constant, "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021, arXiv
 2104.08691.
@@ -218,12 +218,9 @@ def start_values(
         ids = torch.randint(len(table), (length,), generator=generator)
     else:
         ids = torch.as_tensor(start).flatten().cpu()
-        if not len(ids) or ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= len(
-            table
-        ):  # fmt: skip
-            raise ValueError(
-                f"a prompt starts from ids between 0 and {len(table) - 1}, one or more."
-            )
+        inside = len(ids) and not ids.is_floating_point() and int(ids.min()) >= 0
+        if not inside or int(ids.max()) >= len(table):
+            raise ValueError(f"a prompt starts from ids, one or more, of 0 to {len(table) - 1}.")
         ids = ids.repeat(-(-length // len(ids)))[:length]
     return table[ids.to(table.device)]
 

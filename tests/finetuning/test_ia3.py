@@ -75,7 +75,7 @@ def test_what_is_found_and_counted(llama, ids, kind, tmp_path):
     state = delta_state_dict(new, "default")
     total = sum(t.numel() for t in state.values())
     assert total == (3 * (16 + 16 + 48) if kind == "llama" else 768)
-    ends = {k.split(".", 3)[3] if kind == "llama" else k.split(".", 3)[3] for k in state}
+    ends = {key.split(".", 3)[3] for key in state}
     assert ends == (
         {"self_attn.k_proj.output", "self_attn.v_proj.output", "mlp.down_proj.input"}
         if kind == "llama"
@@ -109,7 +109,7 @@ def test_parts_and_patterns(llama):
             num_layers=2,
             num_heads=4,
             decoder_start_token_id=0,
-        )  # fmt: skip
+        )
     ).eval()
     new = ia3.attach(t5, outputs=["*.k", "*.v"], inputs="*.wo")
     # L_enc (2 d + d_ff) + L_dec (4 d + d_ff)
@@ -221,7 +221,7 @@ def test_bad_input_is_one_sentence(llama, tiny_llama, tmp_path):
     save_delta(once, "default", tmp_path / "a")
     with pytest.raises(ValueError, match=r"down_proj\.input has shape \(48,\), not \(40,\)"):
         open_delta(tiny_llama(intermediate_size=40), tmp_path / "a")
-    with pytest.raises(ValueError, match=r"layers\.2\.\S+, but the model has no such module"):
+    with pytest.raises(ValueError, match=r"model\.layers: .*; found 2\.mlp\.down_proj"):
         open_delta(tiny_llama(num_hidden_layers=2), tmp_path / "a")
     with pytest.raises(ValueError, match="one vector, input or output"):
         attach_state(llama, "x", "ia3", {}, {"model.layers.0.mlp.up_proj.A": torch.ones(3)})

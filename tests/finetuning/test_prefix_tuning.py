@@ -237,7 +237,7 @@ def test_on_a_bare_backbone_and_beside_lora(llama, ids):
         # Zero keys take their share of the softmax and bring nothing.
         assert not torch.equal(changed(ids)[0], inner(ids)[0])
         both = lora.attach(prefix_tuning.attach(llama, "p", length=3), "l", rank=2)
-        assert set(k.split(".")[1] for k in delta_state_dict(both, "l")) == {"layers"}
+        assert {k.split(".")[1] for k in delta_state_dict(both, "l")} == {"layers"}
         close(both(ids).logits, set_active(both, "p")(ids).logits)
 
 

@@ -92,7 +92,7 @@ def test_a_pooled_encoder_pools_the_text_s_first_token(ids):
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=64,
-        )  # fmt: skip
+        )
     ).eval()
     new = prompt_tuning.attach(model, length=3)
     words = ids % 96
