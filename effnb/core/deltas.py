@@ -219,6 +219,11 @@ def _host(model: nn.Module, path: str, delta: Delta) -> WithDeltas | InPlace:
         host = WithDeltas(module).train(module.training)
         exchange(model, {module: host})  # wherever the layer is used
         return host
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise ValueError(  # they run all that they hold, the deltas too
+            f"{path or 'the model'} is a {type(module).__name__}, a plain list of modules, which "
+            f"cannot carry a delta of kind {delta.kind!r}."
+        )
     module.__class__ = _hosting(type(module))
     module.deltas, module.active = nn.ModuleDict(), ()
     return module

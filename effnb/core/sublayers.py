@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from effnb.core.checks import check_loaded
 from effnb.core.context import PROBE
-from effnb.core.deltas import attached, linear_layers, set_active
+from effnb.core.deltas import Delta, attached, linear_layers, set_active
 from effnb.core.modules import Layers, find_stacks, refuse_encoder_decoder, share
 
 
@@ -129,6 +129,10 @@ def _try(model: nn.Module, path: str, block: nn.Module, own: dict[str, nn.Module
         return Sublayers(path, 0)
     width = whole.shape[-1]
     ran = [key for key in order if key in own]
+    inside = [*own.values(), *(m for m in block.modules() if isinstance(m, Delta))]
+    known = {id(p) for m in inside for p in m.parameters()}
+    if any(p.ndim > 1 and id(p) not in known for p in block.parameters()):
+        return Sublayers(path, width)  # experts in one tensor
     if sorted(ran) != sorted(own) or any(read[key].shape[-2] != PROBE for key in ran):
         return Sublayers(path, width)  # experts, or layers that only another input reaches
     if not ran or own[ran[-1]].out_features != width:

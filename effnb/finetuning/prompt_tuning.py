@@ -7,7 +7,8 @@ table's spread. (Numbers of spread 1 in front of embeddings of spread 0.02 drown
 
 A prompt is the first thing the model reads, so no weight can take it up. The text's positions begin
 behind it; outside, masks, positions, caches and the length of what comes out are those of the text,
-and labels need no padding. The text's first token is not foreseen from the prompt. Where a model pools its first token (BERT), that is the text's first.
+and labels need no padding (the text's first token is not predicted from the prompt). Where a model
+pools its first token (BERT), that is the text's first.
 
 Lester, Al-Rfou, Constant, "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021, arXiv
 2104.08691.

@@ -385,9 +385,20 @@ class Twice(Delta):
         return cls()
 
 
-@pytest.mark.parametrize("path", ["", "2"])
+class Wrapped(nn.Module):
+    """The small model as a module with a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("path", ["", "inner.2"])
 def test_a_delta_in_place_leaves_every_name_as_it_was(tmp_path, path):
-    model = small()
+    model = Wrapped()
     new = attach_deltas(model, "t", {path: Twice()})
     host = new.get_submodule(path)
     assert type(host) is not type(model.get_submodule(path))
@@ -397,11 +408,12 @@ def test_a_delta_in_place_leaves_every_name_as_it_was(tmp_path, path):
     ]
     key = f"{path}.w" if path else "w"
     assert list(delta_parameters(new, "t")) == list(delta_state_dict(new, "t")) == [key]
-    assert list(hosts(new, "t")) == [path] and type(model) is nn.Sequential
+    assert list(hosts(new, "t")) == [path] and type(model) is Wrapped
     both = attach_deltas(load_delta(new, "t", {key: torch.full((1,), 3.0)}), "u", {path: Twice()})
 
     def expected(factor):
-        return model(factor * X) if not path else model[2](factor * torch.tanh(model[0](X)))
+        inner = model.inner
+        return inner(factor * X) if not path else inner[2](factor * torch.tanh(inner[0](X)))
 
     torch.testing.assert_close(both(X), expected(6.0))
     torch.testing.assert_close(set_active(both, "t")(X), expected(3.0))
@@ -413,7 +425,7 @@ def test_a_delta_in_place_leaves_every_name_as_it_was(tmp_path, path):
     assert [n for n, _ in back.named_modules()] == [n for n, _ in model.named_modules()]
     assert all(p.requires_grad for p in back.parameters())
     save_delta(both, "t", tmp_path / "t")
-    torch.testing.assert_close(open_delta(small(), tmp_path / "t")(X), expected(3.0))
+    torch.testing.assert_close(open_delta(Wrapped(), tmp_path / "t")(X), expected(3.0))
     with pytest.raises(ValueError, match="'test-twice' cannot be merged"):
         merge(new, "t")
     new.get_submodule(path).deltas["t"].w.data.fill_(9)  # a copy's tensors are its own
@@ -427,7 +439,7 @@ def test_what_cannot_sit_together_is_refused():
         attach_deltas(with_offset(small()), "t", {"0": Twice()})
     with pytest.raises(ValueError, match="0 cannot carry a delta of kind 'test-offset'"):
         with_offset(attach_deltas(small(), "t", {"0": Twice()}))
-    own = small()
+    own = Wrapped()
     own.forward = lambda x: x
     with pytest.raises(ValueError, match="the model cannot carry"):
         attach_deltas(own, "t", {"": Twice()})
@@ -435,7 +447,9 @@ def test_what_cannot_sit_together_is_refused():
         attach_state(small(), "t", "test-twice", {}, {"9.w": torch.ones(1)})
     assert Twice().around.__func__ is not Delta.around
     with pytest.raises(NotImplementedError, match="does not say how it runs"):
-        Delta().around(None, None)
+        Delta().around(print, own)
+    with pytest.raises(ValueError, match="the model is a Sequential, a plain list of modules"):
+        attach_deltas(small(), "t", {"": Twice()})
 
 
 def test_merging_what_acts_on_others_or_reads_the_weight():
@@ -463,8 +477,8 @@ def test_merging_what_acts_on_others_or_reads_the_weight():
 def test_tensors_inside_a_delta_are_no_layers():
     delta = Twice()
     delta.inner = nn.Linear(5, 5)
-    new = attach_deltas(small(), "t", {"": delta})
-    assert set(linear_layers(new)) == {"0", "2"}
+    new = attach_deltas(Wrapped(), "t", {"": delta})
+    assert set(linear_layers(new)) == {"inner.0", "inner.2"}
 
 
 def test_linear_layers_of_any_storage():

@@ -40,8 +40,16 @@ def test_experts_are_not_understood(name):
 
 def test_what_does_not_run_on_ids_is_said():
     blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2))
-    model = nn.ModuleDict({"blocks": blocks})
-    with pytest.raises(ValueError, match="ModuleDict does not run on input_ids alone"):
-        find_sublayers(model, "keys")
+
+    class Numbers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = blocks
+
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ValueError, match="Numbers does not run on input_ids alone"):
+        find_sublayers(Numbers(), "keys")
     with pytest.raises(ValueError, match="no linear layer fits|no list of equal blocks"):
         find_sublayers(nn.Sequential(nn.ReLU()))
