@@ -23,15 +23,19 @@ END = "<!-- end of methods -->"
 CHAPTERS = {
     **dict.fromkeys(
         (
+            "effnb.finetuning.adapters",
             "effnb.finetuning.bitfit",
             "effnb.finetuning.black_box",
             "effnb.finetuning.diff_pruning",
             "effnb.finetuning.dora",
+            "effnb.finetuning.ia3",
             "effnb.finetuning.intrinsic_dimension",
             "effnb.finetuning.intrinsic_prompt",
             "effnb.finetuning.last_layers",
             "effnb.finetuning.learned_masks",
             "effnb.finetuning.lora",
+            "effnb.finetuning.prefix_tuning",
+            "effnb.finetuning.prompt_tuning",
             "effnb.finetuning.selective_modules",
         ),
         "04_finetuning/1_delta_tuning",

@@ -91,7 +91,8 @@ def attach_state(
         while path and path not in modules:  # a delta may have modules inside
             path, _, more = path.rpartition(".")
             leaf = f"{more}.{leaf}"
-        if not path:
+        # Only a delta that is in place may sit on the whole model; its tensors' names have no dots.
+        if not path and (not KINDS[kind].in_place or "." in key):
             raise ValueError(f"the state has {key}, but the model has no such module.")
         layers.setdefault(path, {})[leaf] = tensor
     try:

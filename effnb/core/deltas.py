@@ -20,6 +20,7 @@ Three rules make models with deltas safe to share and to train:
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -50,14 +51,18 @@ class Delta(nn.Module):
     Attributes:
         kind: Name of the method, written into files.
         additive: Whether it adds something to the output that depends on the input alone. Only
-            such deltas can be merged while others are attached.
-        reads_weight: Whether what it does follows from the frozen weight of its module. Nothing
-            else can be merged into that weight while such a delta is active.
+            such deltas can be merged while others come before them.
+        reads_base: Whether what it does follows from the frozen weights under it. No other delta of
+            the same module can be merged into them while it is active.
+        in_place: Whether it changes more than an output: it then runs the module itself, in
+            `around`, and `forward` is never called. It may sit on a whole block or model, whose
+            parts keep their names.
     """
 
     kind: ClassVar[str] = ""
     additive: ClassVar[bool] = False
-    reads_weight: ClassVar[bool] = False
+    reads_base: ClassVar[bool] = False
+    in_place: ClassVar[bool] = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Remember which class reads the files of this kind."""
@@ -76,6 +81,15 @@ class Delta(nn.Module):
         difference from the frozen parameters, and those of several active deltas are summed.
         """
         return {}
+
+    def around(
+        self, run: Callable[..., Any], base: nn.Module, *arguments: Any, **keywords: Any
+    ) -> Any:
+        """The output of a module that `run` runs, with the deltas before this one.
+
+        Only deltas that are `in_place` have it; `base` is the module, for its settings.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it runs a module.")
 
     def with_base(self, inputs: Any, base: nn.Module) -> Any:
         """The output of the module and this delta computed at once, or None: first one, then this.
@@ -229,6 +243,64 @@ def added(parameter: Tensor, difference: Tensor) -> Tensor:
     return (parameter.to(wide) + difference.to(wide)).to(parameter.dtype)
 
 
+class InPlace:
+    """What a module's class inherits from while the module carries deltas that are `in_place`.
+
+    The module is no wrapper around another: it stays where it is, with its own attributes and the
+    same names of its parts, and is of a subclass of its class.
+
+    Attributes:
+        plain: The class without deltas.
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    deltas: nn.ModuleDict
+    active: tuple[str, ...]
+
+    @property
+    def base(self) -> nn.Module:
+        """The module under the deltas: itself."""
+        return self
+
+
+@functools.cache
+def _hosting(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module's class that applies deltas, later ones around earlier ones."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        run = functools.partial(kind.forward, self)
+        for name in self.active:
+            run = functools.partial(self.deltas[name].around, run, self)
+        return run(*arguments, **keywords)
+
+    about = {"plain": kind, "forward": forward, "__module__": kind.__module__}
+    return type(kind.__name__, (InPlace, kind), about | {"__doc__": kind.__doc__})
+
+
+def _host(model: nn.Module, module: nn.Module, path: str, delta: Delta) -> WithDeltas | InPlace:
+    """What carries a delta in place of a model's module, made where there is nothing yet."""
+    if isinstance(module, InPlace if delta.in_place else WithDeltas):
+        return module
+    if isinstance(module, InPlace | WithDeltas) or "forward" in vars(module):
+        raise ValueError(
+            f"{path or 'the model'} cannot carry a delta of kind {delta.kind!r}: it has deltas of "
+            "another sort, or a `forward` of its own."
+        )
+    if not delta.in_place:
+        host = WithDeltas(module).train(module.training)
+        exchange(model, {module: host})  # wherever the layer is used
+        return host
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise ValueError(  # they run all that they hold, the deltas too
+            f"{path or 'the model'} is a {type(module).__name__}, a plain list of modules, which "
+            f"cannot carry a delta of kind {delta.kind!r}."
+        )
+    module.__class__ = _hosting(type(module))
+    module.deltas, module.active = nn.ModuleDict(), ()
+    return module
+
+
 def _watched(module: nn.Module) -> bool:
     """Whether calling a module does more than its class's `forward`."""
     kinds = ("forward_pre", "forward", "backward_pre", "backward")
@@ -300,19 +372,24 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
         inner = module.base if isinstance(module, WithDeltas) else module
         seen.add(id(inner))
         for name, child in inner.named_children():
-            visit(child, f"{path}.{name}" if path else name)
+            if not (isinstance(inner, InPlace) and child is inner.deltas):
+                visit(child, f"{path}.{name}" if path else name)
 
     visit(model, "")
     return found
 
 
-def hosts(model: nn.Module, name: str | None = None) -> dict[str, WithDeltas]:
+def hosts(model: nn.Module, name: str | None = None) -> dict[str, WithDeltas | InPlace]:
     """The modules that carry deltas, by dotted name; those of one delta if `name` is given.
 
     Raises:
         ValueError: When no delta of that name is attached.
     """
-    every = {p: m for p, m in modules_by_name(model).items() if isinstance(m, WithDeltas)}
+    every = {
+        path: module
+        for path, module in modules_by_name(model).items()
+        if isinstance(module, WithDeltas | InPlace)
+    }
     if name is None:
         return every
     found = {path: host for path, host in every.items() if name in host.deltas}
@@ -323,7 +400,7 @@ def hosts(model: nn.Module, name: str | None = None) -> dict[str, WithDeltas]:
 
 
 def attached(model: nn.Module) -> tuple[str, ...]:
-    """Names of the deltas on a model, in the order in which they were attached."""
+    """Names of the deltas on a model; those of one module in the order in which they came."""
     return tuple(dict.fromkeys(n for host in hosts(model).values() for n in host.deltas))
 
 
@@ -484,16 +561,13 @@ def attach_deltas(model: Model, name: str, deltas: Mapping[str, Delta]) -> Model
     if not deltas:
         raise ValueError(f"the delta {name!r} has no layer to sit on.")
     known = modules_by_name(model)
-    unknown = [path for path in deltas if path not in known or path == ""]
+    unknown = [p for p, delta in deltas.items() if p not in known or not (p or delta.in_place)]
     if unknown:
         raise ValueError(f"the model has no module named {unknown[0]!r} to attach a delta to.")
     result = freeze(model)
     places = modules_by_name(result)
     for path, delta in deltas.items():
-        host = places[path]
-        if not isinstance(host, WithDeltas):
-            host = WithDeltas(host).train(host.training)
-            exchange(result, {host.base: host})  # wherever the layer is used
+        host = _host(result, places[path], path, delta)
         host.deltas[name] = delta.train(host.training)
         host.active = (*host.active, name)
     return result
@@ -558,14 +632,14 @@ def merge(model: Model, name: str, *, dequantize: bool = False) -> Model:
 
     Raises:
         ValueError: When the name is unknown, the delta is not active, is of a kind that cannot be
-            merged, comes after one that is not additive, shares its module with one whose effect
-            follows from the frozen weight, or sits on a quantized layer.
+            merged, comes after one that is not additive or is not itself, would change a weight
+            that another one reads, or sits on a quantized layer.
     """
     for path, host in hosts(model, name).items():
         _check_merge(path, host, name, dequantize)
     dtype = _dtype(model)
 
-    def merged(path: str, host: WithDeltas) -> nn.Module:
+    def merged(path: str, host: WithDeltas | InPlace) -> nn.Module:
         base = host.base
         if not isinstance(base, nn.Linear) and hasattr(base, "dequantized"):
             base = base.dequantized(dtype)
@@ -577,21 +651,27 @@ def merge(model: Model, name: str, *, dequantize: bool = False) -> Model:
     return _without(model, name, merged)
 
 
-def _check_merge(path: str, host: WithDeltas, name: str, dequantize: bool) -> None:
+def _check_merge(path: str, host: WithDeltas | InPlace, name: str, dequantize: bool) -> None:
     """Refuse a merge that would change what the module computes."""
     if name not in host.active:
         raise ValueError(f"the delta {name!r} is not active: activate it first, or detach it.")
-    before = [n for n in host.active[: host.active.index(name)] if not host.deltas[n].additive]
+    earlier = host.active[: host.active.index(name)]
+    before = [n for n in earlier if not host.deltas[n].additive]
     if before:
         raise ValueError(
             f"the delta {name!r} cannot be merged under {before[0]!r}, which acts on the "
             "output that it would change; merge or detach that one first."
         )
-    others = [n for n in host.active if n != name and host.deltas[n].reads_weight]
-    if others:
+    if earlier and not host.deltas[name].additive:
         raise ValueError(
-            f"the delta {name!r} cannot be merged beside {others[0]!r}, whose effect follows from "
-            "the weight that the merge would change; merge that one first, or deactivate it."
+            f"the delta {name!r} cannot be merged under {earlier[0]!r}, whose output it acts "
+            "on as well; merge or detach that one first."
+        )
+    readers = [n for n in host.active if n != name and host.deltas[n].reads_base]
+    if readers:
+        raise ValueError(
+            f"the delta {name!r} cannot be merged beside {readers[0]!r}, which reads the weight "
+            "that would change; merge that one first, or deactivate it."
         )
     base = host.base
     if not isinstance(base, nn.Linear) and hasattr(base, "dequantized") and not dequantize:
@@ -616,12 +696,22 @@ def _without(model: Model, name: str, base_of: Callable[[str, WithDeltas], nn.Mo
         host.base = base_of(path, host)
         del host.deltas[name]
         host.active = tuple(n for n in host.active if n != name)
-        if not host.deltas:
+        if host.deltas:
+            continue
+        if isinstance(host, InPlace):
+            host.__class__ = host.plain
+            del host.deltas, host.active
+        else:
             exchange(result, {host: host.base})  # wherever the layer is used
     return settle_tying(restore(thaw(result) if last else result))
 
 
 # --- the tensors of a delta -----------------------------------------------------------------------
+
+
+def key_of(path: str, leaf: str) -> str:
+    """The name of a delta's tensor: the module's, a dot, its own; the latter for a whole model."""
+    return f"{path}.{leaf}" if path else leaf
 
 
 def delta_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -631,7 +721,7 @@ def delta_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
         ValueError: When no delta of that name is attached.
     """
     return {
-        f"{path}.{key}": parameter
+        key_of(path, key): parameter
         for path, host in hosts(model, name).items()
         for key, parameter in host.deltas[name].named_parameters()
     }
@@ -644,7 +734,7 @@ def delta_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
         ValueError: When no delta of that name is attached.
     """
     return {
-        f"{path}.{key}": tensor.detach().clone()
+        key_of(path, key): tensor.detach().clone()
         for path, host in hosts(model, name).items()
         for key, tensor in host.deltas[name].state_dict().items()
     }
@@ -671,7 +761,7 @@ def load_delta(model: Model, name: str, state: Mapping[str, Tensor]) -> Model:
     for path, host in hosts(result, name).items():
         delta = host.deltas[name]
         given = {
-            key: state[f"{path}.{key}"].to(old, copy=True)
+            key: state[key_of(path, key)].to(old, copy=True)
             for key, old in delta.state_dict().items()
         }
         delta.load_state_dict(given, assign=True)  # others may share the old tensors' memory

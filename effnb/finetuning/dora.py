@@ -55,7 +55,7 @@ class DoRA(LoRA):
 
     kind = "dora"
     additive = True
-    reads_weight = True
+    reads_base = True
     m: Float[Tensor, " out"]
 
     def __init__(self, base: nn.Module, **settings: Any) -> None:

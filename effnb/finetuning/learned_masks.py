@@ -61,7 +61,7 @@ def threshold(scores: Float[Tensor, "*shape"], tau: float) -> Float[Tensor, "*sh
 class _Mask(Delta):
     """What a mask of a linear layer's weight does, however it is held."""
 
-    reads_weight = True
+    reads_base = True
     additive = True
 
     def mask(self, weight: Tensor) -> Tensor:
