@@ -102,7 +102,7 @@ def test_several_are_summed_swapped_and_merged_first(llama, ids):
     torch.testing.assert_close(
         two.model.layers[0].mlp.up_proj(x), layer(x) + sum(change), atol=1e-4, rtol=1e-4
     )
-    with pytest.raises(ValueError, match="'one' cannot be merged beside 'two', whose effect"):
+    with pytest.raises(ValueError, match="'one' cannot be merged beside 'two', which reads"):
         merge(two, "one")
 
 

@@ -102,7 +102,7 @@ def test_beside_other_deltas(llama, ids):
     torch.manual_seed(4)
     state = {k: torch.randn_like(t) * 0.1 for k, t in lora.delta_state_dict(both, "l").items()}
     both = lora.load_delta(both, "l", state)
-    with pytest.raises(ValueError, match="'l' cannot be merged beside 'm', whose effect follows"):
+    with pytest.raises(ValueError, match="'l' cannot be merged beside 'm', which reads"):
         merge(both, "l")
     with torch.no_grad():
         one = merge(merge(both, "m"), "l")
