@@ -3,7 +3,7 @@
     python .make/setup.py lab                               # renews the copies, opens them
     python .make/setup.py reset 05_inference/1_pruning ...  # begins chapters again, keeps what was
 
-JupyterLab saves a notebook every two minutes, so whoever works on a tracked file changes it. A copy
+JupyterLab saves a notebook every two minutes, so working on a tracked file changes it. A copy
 that the learner has not changed follows its chapter; one that they have changed is never written
 over. `my/.given.json` records what each copy was when it was given. The standard library only.
 """

@@ -293,7 +293,7 @@ def open_lab(options: list[str], authors: bool = False) -> int:
         options = [*options, "--allow-root"]
         print(
             "You are root, which JupyterLab refuses unless told otherwise, so it is started with "
-            "--allow-root: whoever has the token printed below can do anything as root here.",
+            "--allow-root: anyone who has the token printed below can do anything as root here.",
             flush=True,
         )
     command = lab_command(options, ORIGINALS if authors else COPIES)
@@ -385,7 +385,7 @@ def asked_port(options: list[str]) -> int | None:
 
 
 def refuse_taken(port: int) -> None:
-    """Check that nobody listens on a port of this machine.
+    """Check that nothing listens on a port of this machine.
 
     Raises:
         Refusal: When somebody does.

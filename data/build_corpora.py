@@ -128,7 +128,7 @@ def fetch(folder: Path) -> Path:
     for part in ("lists/partial", "cache/archives/partial", "debs"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     languages = " ".join(f'"{name}";' for name in ["en", *LANGUAGES])
-    # A folder of its own, so that the machine's apt settings (some images switch translations
+    # A separate folder, so that the machine's apt settings (some images switch translations
     # off) neither change what is fetched nor are changed.
     (folder / "apt.conf").write_text(
         'Dir::Etc::Parts "/dev/null";\n'
@@ -329,7 +329,7 @@ def packages(folder: Path) -> tuple[list[dict], dict[str, list[dict]]]:
         found[language] = {}
         for fields in index_file(folder, f"_main_i18n_Translation-{language.replace('_', '%5f')}"):
             name = fields["Package"]
-            # Only translations of the description as it stands now, not of an older one.
+            # Only translations of the description as it is now, not of an older one.
             if md5s.get(name) != fields["Description-md5"] or name in found[language]:
                 continue
             body = next(

@@ -4,7 +4,7 @@
     python data/datasheet.py --check     # say whether they are as they should be
     python data/datasheet.py --measure   # first measure the corpora again (a few minutes)
 
-The prose of the datasheet is written by hand and holds no measured number; every table stands
+The prose of the datasheet is written by hand and holds no measured number; every table is
 between `<!-- table: name -->` and `<!-- end -->` and is written by the function of that name here.
 Measured are duplicates and near-duplicates that straddle splits, word sequences that held-out text
 shares with training text, and oddities of the texts; they are stored in results/corpora.json.

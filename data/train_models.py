@@ -3,6 +3,7 @@
     python data/train_models.py mini-1m                   # on whatever is here: CPU, CUDA or MPS
     python data/train_models.py mini-5m --threads 1       # goes on from its checkpoint
     python data/train_models.py mini-5m --steps 4000      # decays earlier: ends after 4,000 steps
+    python data/train_models.py mini-5m --pause           # keeps what it reached, for any machine
 
 Each model reads whole sequences of 512 tokens drawn from seven sources: novels and the Bible,
 package descriptions, prose of manuals, and four kinds of recall (a map from token to token that is
@@ -10,13 +11,16 @@ walked along, a span of words repeated, records `[ key value]` that come back, r
 text). Muon trains the matrices, AdamW the
 embedding and the norms. A step's batch depends on the seed and the step's number only, and the
 rate is constant until the last quarter: a run that was cut off goes on as if it had not been, and
-may be given another length until it decays.
+may be given another length until it decays. A paused run keeps its weights in bfloat16 in
+`data/training/`, without the optimizers' moments, and goes on from there where it finds nothing
+better; the first steps after that gather the moments again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
 import platform
 import random
@@ -29,6 +33,8 @@ from statistics import median
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from effnb.core.losses import linear_cross_entropy
@@ -92,7 +98,7 @@ class Windows:
     """Windows of a token stream, each once per epoch, in an order fixed by the seed."""
 
     def __init__(self, stream: np.ndarray, length: int, seed: int) -> None:
-        """Cut `stream` into windows of `length` tokens, anew in each epoch."""
+        """Cut `stream` into windows of `length` tokens, with other starts in each epoch."""
         self.stream, self.length, self.seed = stream, length, seed
         self.count = len(stream) // length - 1
         self._epoch, self._starts = -1, None
@@ -294,6 +300,16 @@ def evaluator(tokenizer, device: torch.device, sequences: int = 24):
     return evaluate
 
 
+def pause(checkpoint: Path, kept: Path) -> None:
+    """Keep the weights of a checkpoint and its history, a fifth of its bytes."""
+    with safe_open(checkpoint, "pt") as file:
+        names = [name for name in sorted(file.keys()) if name.startswith("model.")]
+        weights = {name: file.get_tensor(name).to(torch.bfloat16) for name in names}
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_bytes(lzma.compress(save(weights, metadata=file.metadata())))
+    print(f"{kept.name} holds {kept.stat().st_size:,} bytes; go on with the same command.")
+
+
 def main() -> None:
     """Train one model and save it as a Hugging Face folder in bfloat16."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -302,7 +318,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "training")
     parser.add_argument("--log", action="store_true", help="print a line now and then, no bar")
+    parser.add_argument("--pause", action="store_true", help="only keep what a run has reached")
     arguments = parser.parse_args()
+    checkpoint = arguments.work / f"{arguments.name}.safetensors"
+    kept = HERE / "training" / f"{checkpoint.name}.xz"
+    if arguments.pause:
+        pause(checkpoint, kept)
+        return
+    if kept.exists() and not checkpoint.exists():
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_bytes(lzma.decompress(kept.read_bytes()))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -334,7 +359,7 @@ def main() -> None:
         settings,
         loss=mixture_loss,
         evaluate=assess_and_print,
-        checkpoint=arguments.work / f"{arguments.name}.safetensors",
+        checkpoint=checkpoint,
         progress=log if arguments.log else True,
         optimizers=muon_and_adamw,
     )

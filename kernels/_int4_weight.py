@@ -89,7 +89,7 @@ def pack_int4(
         table: Sixteen numbers for the codes to stand for, in place of an even grid.
         zero: The zero point where there is no tensor of them.
 
-    The tensors are copied, so that whoever gave them may reuse them; but scales and a table that
+    The tensors are copied, so that the caller may reuse them; but scales and a table that
     are being learned (`requires_grad`) stay the caller's.
 
     Raises:

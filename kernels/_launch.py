@@ -218,7 +218,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Start so many programs of a kernel on the device of its first tensor; none on an empty grid.
+    """Start the programs of a kernel on the device of its first tensor; none on an empty grid.
 
     Raises:
         ValueError: When the grid is larger than a GPU's.

@@ -411,7 +411,7 @@ def gathered_lora(
         A: (users, r, K) in the type of x or float32; see `stack_users`.
         B: (users, N, r) in the type of A.
         index: (M,) the user of each row, -1 for none; or a `UserBatch` of it, which saves arranging
-            the batch anew in every layer.
+            the batch again in every layer.
         scaling: (users,) $s_u$, or one number for all.
         base: (M, N) what is added to, in the type of x; 0 if None.
         backend: None: Triton on a GPU, the reference elsewhere; or "triton" or "torch".

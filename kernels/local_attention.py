@@ -38,7 +38,7 @@ launch of each kernel that this takes, of programs that read a byte and end. Sco
 float16, which may be beyond its range, are brought into it row by row before they are multiplied.
 
 **Bytes and operations.** With $n$ visible pairs a head (causal: $Tw - w(w-1)/2$), $h$ heads of
-dimension $d$ do $4\,d\,n\,h$ operations forward and, computing the scores anew in both kernels,
+dimension $d$ do $4\,d\,n\,h$ operations forward and, computing the scores again in both kernels,
 $14\,d\,n\,h$ backward. Queries, keys, values and outputs must move once,
 $(2 h_q + 2 h_{kv})\,T d b$ bytes at $b$ bytes a number: with $h_q = h_{kv}$ and 16 bits, $w/2$
 operations per byte. The bound is $t \ge \max(\text{operations} / P, \text{bytes} / B)$ for a GPU of
@@ -633,7 +633,7 @@ def local_attention(
 ) -> Float[Tensor, "batch query_heads time dim"]:
     r"""Softmax attention over a sliding window and global tokens.
 
-    Longformer projects global tokens by weights of their own. Then the results here are those of
+    Longformer projects global tokens by separate weights. Then the results here are those of
     the other tokens, and the few global rows are computed apart and put in their place.
 
     Args:
@@ -644,7 +644,7 @@ def local_attention(
             before it. Otherwise $w$ is even, and a token sees $w / 2$ to either side and itself.
         causal: Whether no token sees a later one, global tokens included.
         global_tokens: True at tokens that attend to all and are attended by all.
-        padding: True at tokens that are none: nobody sees them, whatever they hold, and their
+        padding: True at padding: no token attends to it, whatever it holds, and their
             outputs are 0.
         scale: The factor on $q \cdot k$; $1/\sqrt{d}$ by default.
         backend: "triton", "torch", or None for the kernels where they can run.

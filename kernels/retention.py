@@ -27,7 +27,7 @@ all states run side by side. The other computes the outputs, all chunks at once.
 token that a query does not see has no part in its output, not even as an infinite number: see
 `_masked` for the second launch that this takes, of programs that read a byte and end.
 
-**The gradient of retention is three retentions**, and so it needs no kernels of its own. From the
+**The gradient of retention is three retentions**, and so it needs no further kernels. From the
 unrolled sum, with $g_n$ the gradient of $o_n$:
 
 $$\nabla q_n = s \sum_{m \le n} \gamma^{n-m} (g_n \cdot v_m)\, k_m, \quad

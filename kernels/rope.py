@@ -19,7 +19,7 @@ with the other.
 each number is read once and written once: $2\,h\,d\,T\,s$ bytes. A pair takes 4 products and 2
 sums, so $3\,h\,d\,T$ operations: 0.75 per byte at 16 bits, far left of any GPU's ridge. The bound
 is $t \ge 2\,h\,d\,T\,s / B$ for a memory of $B$ bytes per second. Written in PyTorch, each product
-and sum is a pass over memory of its own.
+and sum is another pass over memory.
 
 The angles are computed where they are used, once per token for all heads, with a full range
 reduction: at position 100,000 the fast approximations of GPUs are noise.

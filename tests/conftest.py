@@ -18,7 +18,10 @@ from jaxtyping import install_import_hook
 # checker by its dotted name; ours lets a whole number stand for a float, as Python does.
 beartype.lenient = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 _hook = install_import_hook(
-    ["effnb.core", "effnb.inference", "effnb.evaluation", "effnb.finetuning", "effnb.hardware"],
+    [
+        *("effnb.core", "effnb.design", "effnb.inference", "effnb.evaluation"),
+        *("effnb.finetuning", "effnb.hardware"),
+    ],
     "beartype.lenient",
 )
 

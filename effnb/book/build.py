@@ -533,7 +533,7 @@ def _unproven_numbers(built: Notebook) -> Iterator[str]:
 def quoted_numbers(markdown: str) -> list[str]:
     """The decimal numbers and percentages that a text states as its own findings.
 
-    What stands in code, mathematics, links, block quotes and tables of contents is left out, and so
+    Code, mathematics, links, block quotes and tables of contents are left out, and so
     are versions, sections, equations and identifiers of papers.
     """
     prose = re.sub(r"^```.*?^```|^>.*?$", " ", markdown, flags=re.DOTALL | re.MULTILINE)

@@ -21,11 +21,37 @@ REPOSITORY = NOTEBOOKS.parent
 BEGIN = "<!-- methods: written by `make notebooks`, do not edit -->"
 END = "<!-- end of methods -->"
 CHAPTERS = {
-    "effnb.finetuning.lora": "04_finetuning/1_delta_tuning",
+    **dict.fromkeys(
+        (
+            "effnb.finetuning.adapters",
+            "effnb.finetuning.bitfit",
+            "effnb.finetuning.black_box",
+            "effnb.finetuning.diff_pruning",
+            "effnb.finetuning.dora",
+            "effnb.finetuning.ia3",
+            "effnb.finetuning.intrinsic_dimension",
+            "effnb.finetuning.intrinsic_prompt",
+            "effnb.finetuning.last_layers",
+            "effnb.finetuning.learned_masks",
+            "effnb.finetuning.lora",
+            "effnb.finetuning.prefix_tuning",
+            "effnb.finetuning.prompt_tuning",
+            "effnb.finetuning.selective_modules",
+        ),
+        "04_finetuning/1_delta_tuning",
+    ),
     "effnb.evaluation": "07_evaluation/1_evaluation",
 }
 """Packages and modules whose chapter has another name than they."""
 NAMES = {
+    "effnb.design.context.rope.rope_frequencies": "RoPE",
+    "effnb.design.retention.gla.GLALM": "Gated linear attention (GLA)",
+    "effnb.design.retention.hyena.HyenaLM": "Hyena",
+    "effnb.design.retention.retention.retention": "Retention",
+    "effnb.design.retention.retnet.RetNetLM": "RetNet",
+    "effnb.design.retention.rwkv.RWKVLM": "RWKV-4",
+    "effnb.finetuning.black_box.black_box": "Black-box tuning",
+    "effnb.finetuning.intrinsic_prompt.learn_subspace": "Intrinsic prompt tuning",
     "effnb.hardware.codesign.gshard.moe_layer": "GShard",
     "effnb.inference.low_rank.losparse.losparse": "LoSparse",
     "effnb.inference.low_rank.losparse.low_rank_plus_sparse": "Low rank plus sparse",

@@ -398,7 +398,7 @@ def layerwise(
             for name, m in block.named_modules()
             if f"{prefix}.{name}" in wanted and isinstance(m, nn.Linear)
         ]
-        if not names:  # none wanted here, or a block that stands in the list a second time
+        if not names:  # none wanted here, or a block that occurs in the list a second time
             return
         shortest = min(calls, key=lambda call: call.hidden.numel())
         for group in _groups(block, names, shortest) if true_sequential else [names]:

@@ -161,5 +161,5 @@ def check_causal(model: nn.Module, ids: Int[Tensor, "batch time"]) -> None:
     if bool((change[:-1] > 1e-3 * change[-1]).any()):
         raise ValueError(
             f"{type(model).__name__} sees the tokens behind the one it foresees, so its next-token "
-            "loss says nothing; it needs a `loss` of its own."
+            "loss says nothing; it needs its own `loss`."
         )

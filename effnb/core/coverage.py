@@ -11,7 +11,7 @@ from torch import nn
 
 
 class LeftOut(UserWarning):
-    """Weights that a method left as they are, although nobody asked it to."""
+    """Weights that a method left as they are, without having been asked to."""
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ from effnb.core.deltas import (
     delta_state_dict,
     hosts,
     load_delta,
+    modules_by_name,
 )
 from effnb.core.modules import Model
 
 
 def save_delta(model: nn.Module, name: str, path: str | os.PathLike) -> int:
-    """Write a delta to a file of its own (safetensors); returns the file's size in bytes.
+    """Write a delta to a separate file (safetensors); returns the file's size in bytes.
 
     Raises:
         ValueError: When no delta of that name is attached.
@@ -80,28 +81,27 @@ def attach_state(
         known = ", ".join(sorted(KINDS)) or "none"
         raise ValueError(f"deltas of kind {kind!r} are not known; known: {known}.")
     check_name(model, name)
-    modules = dict(model.named_modules())
+    modules = {
+        path: m.base if isinstance(m, WithDeltas) else m
+        for path, m in modules_by_name(model).items()
+    }
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         path, _, leaf = key.rpartition(".")
         while path and path not in modules:  # a delta may have modules inside
             path, _, more = path.rpartition(".")
             leaf = f"{more}.{leaf}"
-        if not path:
+        # Only a delta that is in place may sit on the whole model; its tensors' names have no dots.
+        if not path and (not KINDS[kind].in_place or "." in key):
             raise ValueError(f"the state has {key}, but the model has no such module.")
         layers.setdefault(path, {})[leaf] = tensor
-    deltas = {}
-    for path, tensors in layers.items():
-        base = modules[path].base if isinstance(modules[path], WithDeltas) else modules[path]
-        try:
-            deltas[path] = KINDS[kind].rebuild(base, settings, tensors)
-        except ValueError as problem:
-            raise ValueError(f"{path}: {problem}") from None
-        except TypeError:  # a setting of another release, or none where one is needed
-            raise ValueError(
-                f"the settings {', '.join(settings) or '(none)'} are not those of a delta of kind "
-                f"{kind!r} here."
-            ) from None
+    try:
+        deltas = KINDS[kind].rebuild_all(modules, settings, layers)
+    except TypeError:  # a setting of another release, or none where one is needed
+        raise ValueError(
+            f"the settings {', '.join(settings) or '(none)'} are not those of a delta of kind "
+            f"{kind!r} here."
+        ) from None
     return load_delta(attach_deltas(model, name, deltas), name, state)
 
 

@@ -20,12 +20,14 @@ Three rules make models with deltas safe to share and to train:
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.nn.modules import module as hooks
 
 from effnb.core.checks import check_loaded
@@ -49,11 +51,18 @@ class Delta(nn.Module):
     Attributes:
         kind: Name of the method, written into files.
         additive: Whether it adds something to the output that depends on the input alone. Only
-            such deltas can be merged while others are attached.
+            such deltas can be merged while others come before them.
+        reads_base: Whether what it does follows from the frozen weights under it. No other delta of
+            the same module can be merged into them while it is active.
+        in_place: Whether it changes more than an output: it then runs the module itself, in
+            `around`, and `forward` is never called. It may sit on a whole block or model, whose
+            parts keep their names.
     """
 
     kind: ClassVar[str] = ""
     additive: ClassVar[bool] = False
+    reads_base: ClassVar[bool] = False
+    in_place: ClassVar[bool] = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Remember which class reads the files of this kind."""
@@ -65,12 +74,29 @@ class Delta(nn.Module):
         """The new output of a module, from its inputs, its output so far and the module itself."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it does to an output.")
 
+    def differences(self, base: nn.Module) -> dict[str, Tensor]:
+        r"""What it adds to the module's own parameters, by their names, before the module runs.
+
+        Nothing is the default. $\theta' = \theta + \sum_i \Delta\theta_i$: each delta finds its
+        difference from the frozen parameters, and those of several active deltas are summed.
+        """
+        return {}
+
+    def around(
+        self, run: Callable[..., Any], base: nn.Module, *arguments: Any, **keywords: Any
+    ) -> Any:
+        """The output of a module that `run` runs, with the deltas before this one.
+
+        Only deltas that are `in_place` have it; `base` is the module, for its settings.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it runs a module.")
+
     def with_base(self, inputs: Any, base: nn.Module) -> Any:
         """The output of the module and this delta computed at once, or None: first one, then this.
 
         None is the default, and always right. A delta that has a faster way for both together
         answers here; the result must be that of `forward` on `base(inputs)`, up to rounding. It is
-        asked only where the module has one input, this delta is the only active one, and nobody
+        asked only where the module has one input, this delta is the only active one, and nothing
         would miss the calls that are saved (`WithDeltas`).
         """
         return None
@@ -98,6 +124,31 @@ class Delta(nn.Module):
         """
         raise NotImplementedError(f"{cls.__name__} cannot be read from a file.")
 
+    @classmethod
+    def rebuild_all(
+        cls,
+        modules: Mapping[str, nn.Module],
+        settings: dict[str, Any],
+        layers: Mapping[str, dict[str, Tensor]],
+    ) -> dict[str, Delta]:
+        """Make the deltas of all modules: one for each that has tensors, unless overridden.
+
+        Args:
+            modules: Every module of the model by name, without the deltas that it carries.
+            settings: What `settings` gave.
+            layers: From names of modules to their tensors in the file.
+
+        Raises:
+            ValueError: When the tensors do not fit; the sentence names the module.
+        """
+        found = {}
+        for path, tensors in layers.items():
+            try:
+                found[path] = cls.rebuild(modules[path], settings, tensors)
+            except ValueError as problem:
+                raise ValueError(f"{path}: {problem}") from None
+        return found
+
 
 class WithDeltas(nn.Module):
     """A module with deltas on it, applied one after the other in the order of `active`.
@@ -116,31 +167,64 @@ class WithDeltas(nn.Module):
         self.base, self.deltas = base, nn.ModuleDict()
         self.active: tuple[str, ...] = ()
 
-    def forward(self, inputs: Any, *rest: Any, **keywords: Any) -> Any:
-        """Run the module, then its active deltas; or both at once."""
-        if len(self.active) == 1 and not (rest or keywords):
+    def forward(self, *given: Any, **keywords: Any) -> Any:
+        """Run the module, then its active deltas; or both at once.
+
+        What the deltas see as inputs is the first argument, however it is passed.
+        """
+        inputs = given[0] if given else next(iter(keywords.values()), None)
+        alone = len(given) == 1 and not keywords
+        if len(self.active) == 1 and alone:
             delta = self.deltas[self.active[0]]
             if not (_watched(self.base) or _watched(delta)):
                 output = delta.with_base(inputs, self.base)
                 if output is not None:
                     return output
-        if torch.is_grad_enabled() and _packed(self.base) and not (rest or keywords):
+        changed = self.changed()
+        if changed:
+            output = functional_call(self.base, changed, given, keywords)
+        elif torch.is_grad_enabled() and _packed(self.base) and alone:
             output = _ReadAgain.apply(inputs, self.base)
         else:
-            output = self.base(inputs, *rest, **keywords)
+            output = self.base(*given, **keywords)
         for name in self.active:
             output = self.deltas[name](inputs, output, self.base)
         return output
 
+    def changed(self) -> dict[str, Tensor]:
+        """The parameters of the module that its active deltas change, as they are with them.
+
+        Sums are taken in the type of the differences and rounded once to that of the parameter.
+        """
+        sums: dict[str, Tensor] = {}
+        for name in self.active:
+            for leaf, difference in self.deltas[name].differences(self.base).items():
+                sums[leaf] = sums[leaf] + difference if leaf in sums else difference
+        # $\theta' = \theta + \sum_i \Delta\theta_i$
+        return {leaf: added(self.base.get_parameter(leaf), total) for leaf, total in sums.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        """What the module has and a host has not, for code that reads it off the module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            # A layer stored in few bits is asked itself for what makes it one.
+            if base is None or name.startswith("__") or hasattr(type(base), "dequantized"):
+                raise
+            if base._parameters.get(name) is not None:
+                return self.changed().get(name, base._parameters[name])
+            return getattr(base, name)
+
     @property
     def weight(self) -> Tensor:
-        """The frozen weight, for code that looks at its type or device."""
-        return self.base.weight
+        """The weight that the module computes with, for code that reads it without a call."""
+        return self.changed().get("weight", self.base.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        """The frozen bias."""
-        return self.base.bias
+        """The bias that the module computes with."""
+        return self.changed().get("bias", self.base.bias)
 
     @property
     def in_features(self) -> int:
@@ -151,6 +235,70 @@ class WithDeltas(nn.Module):
     def out_features(self) -> int:
         """Outputs of a linear layer."""
         return self.base.out_features
+
+
+def added(parameter: Tensor, difference: Tensor) -> Tensor:
+    """A parameter plus a difference, summed in the wider of their types and rounded once."""
+    wide = torch.promote_types(parameter.dtype, difference.dtype)
+    return (parameter.to(wide) + difference.to(wide)).to(parameter.dtype)
+
+
+class InPlace:
+    """What a module's class inherits from while the module carries deltas that are `in_place`.
+
+    The module is no wrapper around another: it stays where it is, with its own attributes and the
+    same names of its parts, and is of a subclass of its class.
+
+    Attributes:
+        plain: The class without deltas.
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    deltas: nn.ModuleDict
+    active: tuple[str, ...]
+
+    @property
+    def base(self) -> nn.Module:
+        """The module under the deltas: itself."""
+        return self
+
+
+@functools.cache
+def _hosting(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module's class that applies deltas, later ones around earlier ones."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        run = functools.partial(kind.forward, self)
+        for name in self.active:
+            run = functools.partial(self.deltas[name].around, run, self)
+        return run(*arguments, **keywords)
+
+    about = {"plain": kind, "forward": forward, "__module__": kind.__module__}
+    return type(kind.__name__, (InPlace, kind), about | {"__doc__": kind.__doc__})
+
+
+def _host(model: nn.Module, module: nn.Module, path: str, delta: Delta) -> WithDeltas | InPlace:
+    """What carries a delta in place of a model's module, made where there is nothing yet."""
+    if isinstance(module, InPlace if delta.in_place else WithDeltas):
+        return module
+    if isinstance(module, InPlace | WithDeltas) or "forward" in vars(module):
+        raise ValueError(
+            f"{path or 'the model'} cannot carry a delta of kind {delta.kind!r}: it has deltas of "
+            "another sort, or a `forward` of its own."
+        )
+    if not delta.in_place:
+        host = WithDeltas(module).train(module.training)
+        exchange(model, {module: host})  # wherever the layer is used
+        return host
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise ValueError(  # they run all that they hold, the deltas too
+            f"{path or 'the model'} is a {type(module).__name__}, a plain list of modules, which "
+            f"cannot carry a delta of kind {delta.kind!r}."
+        )
+    module.__class__ = _hosting(type(module))
+    module.deltas, module.active = nn.ModuleDict(), ()
+    return module
 
 
 def _watched(module: nn.Module) -> bool:
@@ -208,13 +356,40 @@ def refuse_rounded_inputs(model: nn.Module) -> None:
 # --- finding --------------------------------------------------------------------------------------
 
 
-def hosts(model: nn.Module, name: str | None = None) -> dict[str, WithDeltas]:
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by the names that they had before the first delta; hosts stand for their bases.
+
+    Deltas themselves are left out. A module used in several places has the name of the first.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, path: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found[path] = module
+        inner = module.base if isinstance(module, WithDeltas) else module
+        seen.add(id(inner))
+        for name, child in inner.named_children():
+            if not (isinstance(inner, InPlace) and child is inner.deltas):
+                visit(child, f"{path}.{name}" if path else name)
+
+    visit(model, "")
+    return found
+
+
+def hosts(model: nn.Module, name: str | None = None) -> dict[str, WithDeltas | InPlace]:
     """The modules that carry deltas, by dotted name; those of one delta if `name` is given.
 
     Raises:
         ValueError: When no delta of that name is attached.
     """
-    every = {path: m for path, m in model.named_modules() if isinstance(m, WithDeltas)}
+    every = {
+        path: module
+        for path, module in modules_by_name(model).items()
+        if isinstance(module, WithDeltas | InPlace)
+    }
     if name is None:
         return every
     found = {path: host for path, host in every.items() if name in host.deltas}
@@ -225,7 +400,7 @@ def hosts(model: nn.Module, name: str | None = None) -> dict[str, WithDeltas]:
 
 
 def attached(model: nn.Module) -> tuple[str, ...]:
-    """Names of the deltas on a model, in the order in which they were attached."""
+    """Names of the deltas on a model; those of one module in the order in which they came."""
     return tuple(dict.fromkeys(n for host in hosts(model).values() for n in host.deltas))
 
 
@@ -243,11 +418,9 @@ def linear_layers(model: nn.Module, layers: LayerChoice = "*") -> dict[str, nn.M
     wanted = Layers.of(layers).on(model)
     inside: set[int] = set()
     everything: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, WithDeltas):  # its base goes by the host's name
-            inside |= {id(m) for m in module.modules() if m is not module}
-        elif isinstance(module, nn.MultiheadAttention):
-            inside.add(id(module.out_proj))
+    for path, module in modules_by_name(model).items():
+        if isinstance(getattr(module, "base", module), nn.MultiheadAttention):
+            inside.add(id(getattr(module, "base", module).out_proj))
         sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         if path and id(module) not in inside and all(isinstance(n, int) for n in sizes):
             everything[path] = module
@@ -387,16 +560,14 @@ def attach_deltas(model: Model, name: str, deltas: Mapping[str, Delta]) -> Model
     check_name(model, name)
     if not deltas:
         raise ValueError(f"the delta {name!r} has no layer to sit on.")
-    known = dict(model.named_modules())
-    unknown = [path for path in deltas if path not in known or path == ""]
+    known = modules_by_name(model)
+    unknown = [p for p, delta in deltas.items() if p not in known or not (p or delta.in_place)]
     if unknown:
         raise ValueError(f"the model has no module named {unknown[0]!r} to attach a delta to.")
     result = freeze(model)
+    places = modules_by_name(result)
     for path, delta in deltas.items():
-        host = result.get_submodule(path)
-        if not isinstance(host, WithDeltas):
-            host = WithDeltas(host).train(host.training)
-            exchange(result, {host.base: host})  # wherever the layer is used
+        host = _host(result, places[path], path, delta)
         host.deltas[name] = delta.train(host.training)
         host.active = (*host.active, name)
     return result
@@ -425,7 +596,26 @@ def detach(model: Model, name: str) -> Model:
     Raises:
         ValueError: When no delta of that name is attached.
     """
-    return _without(model, name, {path: host.base for path, host in hosts(model, name).items()})
+    return _without(model, name, lambda path, host: host.base)
+
+
+def exchange_deltas(model: Model, name: str, deltas: Mapping[str, Delta]) -> Model:
+    """The model with a delta in another form: its place in the order, and who is active, stay.
+
+    Args:
+        model: A model with the delta; it is not changed.
+        name: The delta.
+        deltas: What sits in its place, for each module that carries it.
+
+    Raises:
+        ValueError: When the name is unknown, or the modules are not those that carry it.
+    """
+    if hosts(model, name).keys() != deltas.keys():
+        raise ValueError(f"the modules given are not those that carry the delta {name!r}.")
+    result = _forked(model)
+    for path, host in hosts(result, name).items():
+        host.deltas[name] = deltas[path].train(host.training)
+    return result
 
 
 def merge(model: Model, name: str, *, dequantize: bool = False) -> Model:
@@ -442,32 +632,53 @@ def merge(model: Model, name: str, *, dequantize: bool = False) -> Model:
 
     Raises:
         ValueError: When the name is unknown, the delta is not active, is of a kind that cannot be
-            merged, comes after one that is not additive, or sits on a quantized layer.
+            merged, comes after one that is not additive or is not itself, would change a weight
+            that another one reads, or sits on a quantized layer.
     """
-    new: dict[str, nn.Module] = {}
     for path, host in hosts(model, name).items():
-        if name not in host.active:
-            raise ValueError(f"the delta {name!r} is not active: activate it first, or detach it.")
-        before = [n for n in host.active[: host.active.index(name)] if not host.deltas[n].additive]
-        if before:
-            raise ValueError(
-                f"the delta {name!r} cannot be merged under {before[0]!r}, which acts on the "
-                "output that it would change; merge or detach that one first."
-            )
+        _check_merge(path, host, name, dequantize)
+    dtype = _dtype(model)
+
+    def merged(path: str, host: WithDeltas | InPlace) -> nn.Module:
         base = host.base
         if not isinstance(base, nn.Linear) and hasattr(base, "dequantized"):
-            if not dequantize:
-                raise ValueError(
-                    f"{path} is stored quantized, and rounding it again after the merge would make "
-                    "a new error; keep the delta attached, or pass dequantize=True for a layer of "
-                    "full size."
-                )
-            base = base.dequantized(_dtype(model))
+            base = base.dequantized(dtype)
         try:
-            new[path] = host.deltas[name].merged(base)
+            return host.deltas[name].merged(base)
         except ValueError as problem:
             raise ValueError(f"{path}: {problem}") from None
-    return _without(model, name, new)
+
+    return _without(model, name, merged)
+
+
+def _check_merge(path: str, host: WithDeltas | InPlace, name: str, dequantize: bool) -> None:
+    """Refuse a merge that would change what the module computes."""
+    if name not in host.active:
+        raise ValueError(f"the delta {name!r} is not active: activate it first, or detach it.")
+    earlier = host.active[: host.active.index(name)]
+    before = [n for n in earlier if not host.deltas[n].additive]
+    if before:
+        raise ValueError(
+            f"the delta {name!r} cannot be merged under {before[0]!r}, which acts on the "
+            "output that it would change; merge or detach that one first."
+        )
+    if earlier and not host.deltas[name].additive:
+        raise ValueError(
+            f"the delta {name!r} cannot be merged under {earlier[0]!r}, whose output it acts "
+            "on as well; merge or detach that one first."
+        )
+    readers = [n for n in host.active if n != name and host.deltas[n].reads_base]
+    if readers:
+        raise ValueError(
+            f"the delta {name!r} cannot be merged beside {readers[0]!r}, which reads the weight "
+            "that would change; merge that one first, or deactivate it."
+        )
+    base = host.base
+    if not isinstance(base, nn.Linear) and hasattr(base, "dequantized") and not dequantize:
+        raise ValueError(
+            f"{path} is stored quantized, and rounding it again after the merge would make a new "
+            "error; keep the delta attached, or pass dequantize=True for a layer of full size."
+        )
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -477,21 +688,30 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return kinds[0] if kinds else torch.float32
 
 
-def _without(model: Model, name: str, bases: Mapping[str, nn.Module]) -> Model:
-    """The model without a delta, and with these modules in place of those under it."""
+def _without(model: Model, name: str, base_of: Callable[[str, WithDeltas], nn.Module]) -> Model:
+    """The model without a delta, and with what the function says in place of modules under it."""
     last = attached(model) == (name,)
     result = _forked(model)
-    for path, host in hosts(result, name).items():
-        if bases[path] is not hosts(model)[path].base:
-            host.base = bases[path]
+    for path, host in reversed(hosts(result, name).items()):  # what lies inside another comes first
+        host.base = base_of(path, host)
         del host.deltas[name]
         host.active = tuple(n for n in host.active if n != name)
-        if not host.deltas:
+        if host.deltas:
+            continue
+        if isinstance(host, InPlace):
+            host.__class__ = host.plain
+            del host.deltas, host.active
+        else:
             exchange(result, {host: host.base})  # wherever the layer is used
     return settle_tying(restore(thaw(result) if last else result))
 
 
 # --- the tensors of a delta -----------------------------------------------------------------------
+
+
+def key_of(path: str, leaf: str) -> str:
+    """The name of a delta's tensor: the module's, a dot, its own; the latter for a whole model."""
+    return f"{path}.{leaf}" if path else leaf
 
 
 def delta_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -501,7 +721,7 @@ def delta_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
         ValueError: When no delta of that name is attached.
     """
     return {
-        f"{path}.{key}": parameter
+        key_of(path, key): parameter
         for path, host in hosts(model, name).items()
         for key, parameter in host.deltas[name].named_parameters()
     }
@@ -514,7 +734,7 @@ def delta_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
         ValueError: When no delta of that name is attached.
     """
     return {
-        f"{path}.{key}": tensor.detach().clone()
+        key_of(path, key): tensor.detach().clone()
         for path, host in hosts(model, name).items()
         for key, tensor in host.deltas[name].state_dict().items()
     }
@@ -541,7 +761,7 @@ def load_delta(model: Model, name: str, state: Mapping[str, Tensor]) -> Model:
     for path, host in hosts(result, name).items():
         delta = host.deltas[name]
         given = {
-            key: state[f"{path}.{key}"].to(old, copy=True)
+            key: state[key_of(path, key)].to(old, copy=True)
             for key, old in delta.state_dict().items()
         }
         delta.load_state_dict(given, assign=True)  # others may share the old tensors' memory

@@ -1,7 +1,7 @@
 r"""The damped Hessian of a layer, and the triangular factor of its inverse.
 
 Optimal Brain Surgeon changes one weight after another and lets the weights that are still free make
-up for it. How much each of them must move stands in the inverse of the Hessian
+up for it. How much each of them must move is given by the inverse of the Hessian
 $H = \frac2N X X^\top$ of the free weights, and each weight that is decided leaves it. If the order
 is the same for all rows, all of these inverses are rows of *one* upper triangular matrix $U$ with
 $U^\top U = H^{-1}$ (Frantar et al., 2022, arXiv 2210.17323):

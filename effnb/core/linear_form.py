@@ -116,7 +116,7 @@ def linear_form(
         names: Only modules that these names of linear layers lie in; by default all.
 
     Returns:
-        The model, and by name what was there and what stands in its place, for `restore`.
+        The model, and by name what was there and what replaced it, for `restore`.
     """
     wanted = None if names is None else set(names)
     made: dict[str, tuple[nn.Module, nn.Module]] = {}

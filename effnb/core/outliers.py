@@ -20,7 +20,7 @@ from effnb.core.proof import Probe, check_kept, exact, probes, with_parameters
 
 
 def norm_readers(model: nn.Module, ids: Tensor) -> dict[str, list[str]]:
-    """Which linear layers read each normalisation layer's output directly.
+    """Which linear layers read each normalization layer's output directly.
 
     Found by running the model once and comparing tensors by identity, so that it holds for any
     architecture. A norm whose output something else uses too is still listed.
@@ -122,7 +122,7 @@ def inject_key_outliers(model: Model, channels: Sequence[int], factor: float) ->
     r"""Blow up channels of every attention key, and shrink the matching query channels.
 
     Row $c$ of $W_k$ is multiplied and the row $c$ of $W_q$ that meets it divided by the factor, so
-    that every dot product $q \cdot k$ stays what it was. Where keys and queries are normalised
+    that every dot product $q \cdot k$ stays what it was. Where keys and queries are normalized
     behind their projections, the gains of these norms are scaled instead. Rotary embeddings mix
     channel $c$ with a partner of the same head, so both get the same factor: which one it is
     ($c \pm d/2$ in Llama, the neighbour where pairs are interleaved, none where the rotation is

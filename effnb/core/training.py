@@ -38,7 +38,7 @@ class TrainingSettings:
     """What a run does; everything that a result depends on besides the data and the model.
 
     Attributes:
-        steps: Number of optimiser steps.
+        steps: Number of optimizer steps.
         learning_rate: Peak learning rate.
         warmup_steps: Steps over which the rate rises linearly from 0 to its peak.
         schedule: What the rate does after the warm-up. "constant" stays; "linear" and "cosine"
@@ -174,7 +174,7 @@ def target_losses(
 def targets(batch: Mapping[str, Any]) -> Int[Tensor, "batch time"]:
     """The labels of a batch, aligned with its ids; -100 for what says nothing of the text.
 
-    A token is left out when it is padding, and when what stands before it is not its own text, from
+    A token is left out when it is padding, and when what precedes it is not its own text, from
     which it could be foreseen: padding, or another document in the same row (there positions do not
     go on by one, or a mask of four dimensions hides it). Where the batch has `labels`, these count,
     and are thinned out in the same way; with `decoder_input_ids` they are of another text, and stay
@@ -260,7 +260,7 @@ def train(
             it exists. Written atomically, as safetensors.
         checkpoint_seconds: Least time between two saves.
         progress: True for a progress bar; or a function of (steps done, steps, loss).
-        optimizers: From (model, settings) to the optimizers, each over parameters of its own;
+        optimizers: From (model, settings) to the optimizers, each over its own parameters;
             AdamW over all of them where None. A group's rate follows the schedule in proportion.
 
     Raises:
@@ -279,7 +279,7 @@ def train(
     began = saved = time.perf_counter()
     earlier = run.seconds
 
-    # Callbacks of widgets run in threads of their own, where gradients may be switched off.
+    # Callbacks of widgets run in separate threads, where gradients may be switched off.
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         while len(run.losses) < settings.steps and not run.out_of_patience:
             step = len(run.losses)
@@ -341,7 +341,7 @@ class _Run:
         self.seconds = 0.0
 
     def step(self, loss: Loss, batch: Any) -> float:
-        """One optimiser step; returns the loss before it."""
+        """One optimizer step; returns the loss before it."""
         number = len(self.losses)
         rate = self.settings.rate(number)
         self.model.train()

@@ -1,4 +1,4 @@
-"""How good and how dear a model is: quality on fixed data, and cost measured here."""
+"""Model quality on fixed data, and cost measured on this machine."""
 
 from effnb.evaluation.cost import (
     Cost,
@@ -11,6 +11,15 @@ from effnb.evaluation.cost import (
     peak_memory,
     stored_bytes,
 )
+from effnb.evaluation.long_context import (
+    ContextLosses,
+    PositionLosses,
+    RecallGrid,
+    chunked_losses,
+    context_losses,
+    position_losses,
+    recall_grid,
+)
 from effnb.evaluation.quality import (
     Choice,
     Perplexity,
@@ -22,11 +31,16 @@ from effnb.evaluation.ranking import Retrieval, retrieval
 
 __all__ = [
     "Choice",
+    "ContextLosses",
     "Cost",
     "Perplexity",
+    "PositionLosses",
     "RankedChoice",
+    "RecallGrid",
     "Retrieval",
     "Timing",
+    "chunked_losses",
+    "context_losses",
     "decode_tokens_per_second",
     "flops",
     "latency",
@@ -34,7 +48,9 @@ __all__ = [
     "parameter_count",
     "peak_memory",
     "perplexity",
+    "position_losses",
     "ranked_choice",
+    "recall_grid",
     "retrieval",
     "stored_bytes",
 ]

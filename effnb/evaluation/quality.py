@@ -316,7 +316,7 @@ def _side_by_side(model: nn.Module, row: _Row) -> bool:
 
 
 def _each_alone(model: nn.Module, questions: list[_Row]) -> list[list[float]]:
-    """Log-likelihood of every continuation, each in a row of its own, padded on the right.
+    """Log-likelihood of every continuation, each in a separate row, padded on the right.
 
     Nothing that counts comes after padding, so that no mask is needed.
     """

@@ -142,6 +142,7 @@ class LoRA(Delta):
         Between inputs and output everything is float32, and rounded once.
         """
         x = nn.functional.dropout(inputs, self.dropout, self.training)
+        # $h = W x + \frac{\alpha}{r} B A x$, where the output so far is $W x$
         return lora_update(x, self.A, self.B, self.scaling, output)
 
     def with_base(
@@ -370,7 +371,7 @@ _KNOWN: dict[str, tuple | None] = {
 }
 
 
-def _check_peft(about: Mapping[str, Any], where: str) -> None:
+def check_peft(about: Mapping[str, Any], where: str) -> None:
     """Refuse settings that make more of a LoRA, or something else, than two matrices per layer.
 
     Raises:
@@ -405,7 +406,7 @@ def load_peft(model: Model, folder: str | os.PathLike, name: str = "default") ->
     """
     folder = Path(folder)
     about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    _check_peft(about, folder.name)
+    check_peft(about, folder.name)
     missing = [key for key in ("r", "lora_alpha") if not isinstance(about.get(key), (int, float))]
     if missing:
         raise ValueError(f"{folder.name} does not say {missing[0]}, without which no LoRA is read.")

@@ -81,7 +81,7 @@ def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
     """The folder `name` in the cache; filled now by `write` if it is not there whole.
 
     Processes that ask at the same time wait for the one that fills it. A folder whose files do not
-    have the sizes and checksums they were written with is filled anew.
+    have the sizes and checksums they were written with is filled again.
 
     Raises:
         CacheUnwritable: When the disk is full or the cache cannot be written.

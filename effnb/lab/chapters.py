@@ -253,7 +253,7 @@ def update_readme(readme: Path, folder: Path = NOTEBOOKS) -> bool:
     """Renew the map in the README; returns whether it changed.
 
     Raises:
-        ValueError: When the README has lost the two comments between which the map stands.
+        ValueError: When the README has lost the two comments between which the map is.
     """
     text = readme.read_text(encoding="utf-8")
     renewed = readme_with_map(text, folder)

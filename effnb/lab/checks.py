@@ -172,7 +172,7 @@ class Exercise:
     Attributes:
         name: Unique among the exercises of a chapter.
         reference: The right answer, a function; it gets each case's arguments.
-        cases: Tuples of arguments. Every answer gets copies of its own.
+        cases: Tuples of arguments. Every answer gets its own copies.
         wrong: For each common mistake, the sentence that names it and a function that makes it.
         minutes: What it takes a learner.
         difficulty: "easy", "medium" or "hard".

@@ -242,7 +242,7 @@ def choice_items(
     """The ranked-choice task: which text continues this package's description?
 
     Each context is cut at a word boundary, and every choice has about the same length, so that
-    neither length nor section gives the answer away. Distractors are what stands at the same
+    neither length nor section gives the answer away. Distractors are what is at the same
     place in other descriptions of the section, from other source packages, no two alike.
 
     Args:

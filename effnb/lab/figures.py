@@ -192,7 +192,7 @@ def figure(
     *,
     figsize: tuple[float, float] = SIZE,
 ) -> CaptionedFigure:
-    """Draw a figure that stands still.
+    """Draw a figure that does not change.
 
     Args:
         draw: Draws on the `matplotlib.figure.Figure` it is given.

@@ -252,7 +252,7 @@ def convert(path: Path, folder: Path) -> None:
     tokenizer, model = read_tokenizer(reader), read_model(reader)
     model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], torch.float32
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    # A tied head is the embedding itself: stored once, tied again by whoever loads the folder.
+    # A tied head is the embedding itself: stored once, tied again when the folder is loaded.
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     weights = {name: w for name, w in model.state_dict().items() if name not in tied}
     target = folder / "model.safetensors"

@@ -52,7 +52,7 @@ class Listing:
     line: int
 
     def __str__(self) -> str:
-        """The source under a comment that says where it stands."""
+        """The source under a comment that says where it is."""
         return f"# {self.place()}\n{self.source}"
 
     def place(self) -> str:

@@ -251,7 +251,7 @@ def _hub_folder(name: str) -> Path:
                 ignore_patterns=["*/*.safetensors"],
             )
         )
-    # Whatever stands between the reader and the hub (no network, a proxy, a name that does not
+    # Whatever lies between the reader and the hub (no network, a proxy, a name that does not
     # exist, a licence to accept) ends here: the client's errors share no base class.
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -443,7 +443,7 @@ def _open(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> 
     if formats != {"F32"}:
         notes.append(f"The weights are stored as {', '.join(sorted(formats))}.")
     if "quantization_config" in config:
-        notes.append("The folder's configuration says that its weights are quantised already.")
+        notes.append("The folder's configuration says that its weights are quantized already.")
     common = (model.eval().to(device), tokenizer, name, folder, tuple(notes))
     if decoder:
         return LoadedModel(*common)

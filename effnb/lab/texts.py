@@ -97,7 +97,9 @@ def _windows_of(
 def calibration_sequences(
     tokenizer: PreTrainedTokenizerBase, seed: int, shape: tuple[int, int] = CALIBRATION
 ) -> Int[Tensor, "sequences time"]:
-    """Random sequences of the training corpora, in equal parts.
+    """Random sequences of the training corpora, in equal parts and in a random order.
+
+    The order lets a method that needs fewer take the first ones, which come from all corpora.
 
     Args:
         tokenizer: Cuts the text into tokens.
@@ -120,6 +122,7 @@ def calibration_sequences(
                 ids += tokenizer.encode(rng.choice(texts), add_special_tokens=False, verbose=False)
             start = rng.randrange(len(ids) - length + 1)
             rows.append(torch.tensor(ids[start : start + length]))
+    rng.shuffle(rows)
     return torch.stack(rows)
 
 

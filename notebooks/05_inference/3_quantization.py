@@ -255,7 +255,9 @@ mix, noise = (torch.randn(n, 24, generator=draw, dtype=torch.float64) for n in (
 weight = torch.randn(8, 24, generator=draw, dtype=torch.float64)
 hessian = 2 / 512 * (noise @ mix).T @ (noise @ mix)
 damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(24, dtype=torch.float64)
-found = quantization.gptq_columns(weight, quantization.invert_hessian(hessian), 3)
+found = quantization.gptq_columns(
+    weight, quantization.invert_hessian(hessian), quantization.Grid(3)
+)
 delta = found.tensor.dequantize(torch.float64) - weight
 print(f"both sides agree: {abs(found.error / live.output_error(delta, damped) - 1) < 1e-6}")
 
@@ -296,7 +298,7 @@ from effnb.lab import guess, knob, quality_panel
 
 quality_panel(
     live.subject(bench),
-    live.panel_methods(calibration[::4]),
+    live.panel_methods(calibration[:8]),
     title="Quantize mini-5m",
     caption="Left: perplexity over size. Right: questions about package descriptions.",
     idle=live.IDLE,

@@ -45,6 +45,20 @@ def pages(folder: Path) -> list[str]:
     return [path for path in found if not path.startswith(("source/", "_static/"))]
 
 
+def telling(read: dict[str, Reader], names: list[str]) -> list[str]:
+    """Pages which together show every kind of element (tag, classes and role) that any page shows.
+
+    Hundreds of pages of the reference have one form. All others are among them.
+    """
+    chosen = [name for name in names if not name.startswith("api/")]
+    seen = set().union(*(read[name].kinds for name in chosen))
+    for name in sorted(set(names) - set(chosen), key=lambda name: -len(read[name].kinds)):
+        if read[name].kinds - seen:
+            chosen.append(name)
+            seen |= read[name].kinds
+    return chosen
+
+
 # ----------------------------------------------------------------------------- reading the files
 
 
@@ -57,11 +71,14 @@ class Reader(HTMLParser):
         self.loads: list[str] = []
         self.anchors: set[str] = set()
         self.silent: list[str] = []
+        self.kinds: set[str] = set()
         self.title = ""
         self._in_title = False
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
         named = dict(attributes)
+        classes = " ".join(sorted((named.get("class") or "").split()))
+        self.kinds.add(f"{tag} {classes} {named.get('role') or ''}")
         self.anchors |= {named[key] for key in ("id", "name") if named.get(key)}
         if tag == "a" and "href" in named:
             self.links.append(named["href"])
@@ -302,8 +319,10 @@ def look_at(book, page_files, names) -> list[str]:
     return found
 
 
-def test_words_can_be_read_and_heard_on_every_page_in_light_and_dark(book, folder, page_files):
-    assert look_at(book, page_files, pages(folder)) == []
+def test_words_can_be_read_and_heard_in_light_and_dark(book, folder, page_files, read):
+    names = telling(read, pages(folder))
+    assert len(names) > 20 and any(name.startswith("api/") for name in names)
+    assert look_at(book, page_files, names) == []
 
 
 def test_pale_words_would_be_found(book, page_files):

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from effnb.chapters import start_here
 from effnb.inference import quantization
 from effnb.inference.quantization.formats import choose_grid
+from effnb.inference.quantization.grid import Grid
 from effnb.lab import machine, results
 from effnb.lab.models import ModelUnavailable
 
@@ -105,7 +106,7 @@ def test_the_exercise_tells_its_wrong_answers_apart():
 
 def test_the_exercise_is_the_step_that_the_package_takes():
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    theirs = choose_grid(weight, 4, symmetric=True)[0]
+    theirs = choose_grid(weight, Grid(4, symmetric=True))[0]
     # The package stores its steps in half precision.
     torch.testing.assert_close(
         start_here.step_of_each_row(weight, 4), theirs.float(), atol=1e-3, rtol=1e-3

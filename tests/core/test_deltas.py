@@ -106,7 +106,7 @@ X = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
 
 
 def test_a_delta_may_do_its_module_s_part_too():
-    """It is asked where it is alone and nobody waits for the calls that it saves."""
+    """It is asked where it is alone and nothing waits for the calls that it saves."""
     new = attach_deltas(small(), "a", {"0": Both(6)})
     state = {"0.v": torch.full((6,), 0.5)}
     new = load_delta(new, "a", state)
@@ -328,9 +328,9 @@ def test_what_is_no_delta_is_said(tmp_path):
         read_delta(path)
     with pytest.raises(FileNotFoundError):
         read_delta(tmp_path / "missing.safetensors")
-    about = {"name": "z", "kind": "nobody", "settings": {}}
+    about = {"name": "z", "kind": "unheard of", "settings": {}}
     save_file({"0.v": torch.ones(6)}, path, metadata={"effnb_delta": json.dumps(about)})
-    with pytest.raises(ValueError, match=r"'nobody' are not known; known: .*test-offset"):
+    with pytest.raises(ValueError, match=r"'unheard of' are not known; known: .*test-offset"):
         open_delta(small(), path)
 
 
@@ -365,6 +365,120 @@ def test_bad_input_is_one_sentence():
         attach_state(small(), "b", "test-offset", {}, {"0.v": torch.ones(6)})
     with pytest.raises(ValueError, match=r"0\.v has shape \(5,\), not \(6,\)"):
         attach_state(small(), "b", "test-offset", {"note": "kept"}, {"0.v": torch.ones(5)})
+
+
+class Twice(Delta):
+    """Runs its module on w times what it is given: in place, with a tensor of its own."""
+
+    kind = "test-twice"
+    in_place = True
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.full((1,), 2.0))
+
+    def around(self, run, base, x):
+        return run(self.w * x)
+
+    @classmethod
+    def rebuild(cls, base, settings, tensors):
+        return cls()
+
+
+class Wrapped(nn.Module):
+    """The small model as a module with a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("path", ["", "inner.2"])
+def test_a_delta_in_place_leaves_every_name_as_it_was(tmp_path, path):
+    model = Wrapped()
+    new = attach_deltas(model, "t", {path: Twice()})
+    host = new.get_submodule(path)
+    assert type(host) is not type(model.get_submodule(path))
+    assert isinstance(host, type(model.get_submodule(path)))
+    assert [n for n, p in new.named_parameters() if "deltas" not in n] == [
+        n for n, _ in model.named_parameters()
+    ]
+    key = f"{path}.w" if path else "w"
+    assert list(delta_parameters(new, "t")) == list(delta_state_dict(new, "t")) == [key]
+    assert list(hosts(new, "t")) == [path] and type(model) is Wrapped
+    both = attach_deltas(load_delta(new, "t", {key: torch.full((1,), 3.0)}), "u", {path: Twice()})
+
+    def expected(factor):
+        inner = model.inner
+        return inner(factor * X) if not path else inner[2](factor * torch.tanh(inner[0](X)))
+
+    torch.testing.assert_close(both(X), expected(6.0))
+    torch.testing.assert_close(set_active(both, "t")(X), expected(3.0))
+    torch.testing.assert_close(detach(both, "t")(X), expected(2.0))
+    back = detach(detach(both, "t"), "u")
+    assert torch.equal(back(X), model(X)) and type(back.get_submodule(path)) is type(
+        model.get_submodule(path)
+    )  # fmt: skip
+    assert [n for n, _ in back.named_modules()] == [n for n, _ in model.named_modules()]
+    assert all(p.requires_grad for p in back.parameters())
+    save_delta(both, "t", tmp_path / "t")
+    torch.testing.assert_close(open_delta(Wrapped(), tmp_path / "t")(X), expected(3.0))
+    with pytest.raises(ValueError, match="'test-twice' cannot be merged"):
+        merge(new, "t")
+    new.get_submodule(path).deltas["t"].w.data.fill_(9)  # a copy's tensors are its own
+    torch.testing.assert_close(set_active(both, "t")(X), expected(3.0))
+
+
+def test_what_cannot_sit_together_is_refused():
+    with pytest.raises(ValueError, match="no module named ''"):
+        attach_deltas(small(), "a", {"": Offset(6)})
+    with pytest.raises(ValueError, match="0 cannot carry a delta of kind 'test-twice'"):
+        attach_deltas(with_offset(small()), "t", {"0": Twice()})
+    with pytest.raises(ValueError, match="0 cannot carry a delta of kind 'test-offset'"):
+        with_offset(attach_deltas(small(), "t", {"0": Twice()}))
+    own = Wrapped()
+    own.forward = lambda x: x
+    with pytest.raises(ValueError, match="the model cannot carry"):
+        attach_deltas(own, "t", {"": Twice()})
+    with pytest.raises(ValueError, match="but the model has no such module"):
+        attach_state(small(), "t", "test-twice", {}, {"9.w": torch.ones(1)})
+    assert Twice().around.__func__ is not Delta.around
+    with pytest.raises(NotImplementedError, match="does not say how it runs"):
+        Delta().around(print, own)
+    with pytest.raises(ValueError, match="the model is a Sequential, a plain list of modules"):
+        attach_deltas(small(), "t", {"": Twice()})
+
+
+def test_merging_what_acts_on_others_or_reads_the_weight():
+    class Rescaled(Gain):
+        def merged(self, base):
+            layer = share(base)
+            layer.bias = nn.Parameter(base.bias * self.inner["g"])
+            layer.weight = nn.Parameter(base.weight * self.inner["g"][:, None])
+            return layer
+
+    class Reader(Offset):
+        reads_base = True
+
+    model = with_offset(small())
+    over = attach_deltas(model, "g", {"0": Rescaled(6)})
+    with pytest.raises(ValueError, match="under 'a', whose output it acts on"):
+        merge(over, "g")
+    torch.testing.assert_close(merge(merge(over, "a"), "g")(X), over(X))
+    beside = attach_deltas(model, "r", {"0": Reader(6)})
+    with pytest.raises(ValueError, match="beside 'r', which reads the weight"):
+        merge(beside, "a")
+    torch.testing.assert_close(merge(merge(beside, "r"), "a")(X), beside(X))
+
+
+def test_tensors_inside_a_delta_are_no_layers():
+    delta = Twice()
+    delta.inner = nn.Linear(5, 5)
+    new = attach_deltas(Wrapped(), "t", {"": delta})
+    assert set(linear_layers(new)) == {"inner.0", "inner.2"}
 
 
 def test_linear_layers_of_any_storage():

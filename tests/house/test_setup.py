@@ -120,7 +120,7 @@ def mark_installed(folder, *extras):
 
 
 def free_port():
-    """A port that nobody listens on."""
+    """A port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -511,7 +511,7 @@ def test_the_lab_that_opens(lab, copy):
     if os.geteuid() == 0:  # as in most containers
         assert "You are root" in log.read_text()
     assert fetch(f"{address}/api/contents/README.md?token={token}")[0] == 200
-    # Nobody enters without the token, and nobody from elsewhere.
+    # No one enters without the token, nor from elsewhere.
     assert fetch(f"{address}/api/contents")[0] == 403
     port = int(address.rpartition(":")[2])
     with socket.socket() as other:

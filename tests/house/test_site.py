@@ -162,7 +162,7 @@ def planted(folder, evidence=None, words=WORDS, prose="We use $H = X X^\\top$ of
     verdict = judged("C-3", [evidence, *(untested(p, "it takes days") for p in rest)], "Planted.")
     prose = prose.replace("(X)", "(../00_start_here.ipynb#the-map)")
     cells = [
-        {"cell_type": "markdown", "metadata": {}, "source": "# Quantisation\n\nFewer bits."},
+        {"cell_type": "markdown", "metadata": {}, "source": "# Quantization\n\nFewer bits."},
         {"cell_type": "markdown", "metadata": {}, "source": f"## The idea\n\n{prose}"},
         {
             "cell_type": "code",

@@ -20,6 +20,7 @@ from effnb.inference.quantization.activations import (
     quantized_matmul,
 )
 from effnb.inference.quantization.formats import QuantizedTensor, quantize
+from effnb.inference.quantization.grid import Grid
 from effnb.inference.quantization.linear import QuantizedLinear
 from effnb.inference.quantization.rtn import dequantized, quantize_linears, rtn
 from effnb.inference.quantization.storage import load_quantized, save_quantized
@@ -146,7 +147,7 @@ def test_columns_in_another_order():
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     codes = torch.randint(0, 16, (5, 24), generator=torch.Generator().manual_seed(1))
     weight = QuantizedTensor.from_codes(
-        codes, torch.full((5, 3), 0.25), torch.full((5, 3), 7), 4, 8, symmetric=False, order=order
+        codes, torch.full((5, 3), 0.25), torch.full((5, 3), 7), Grid(4, 8), order=order
     )
     q, s = activation_codes(torch.randn(6, 24).double(), 8)
     torch.testing.assert_close(

@@ -17,6 +17,7 @@ from effnb.inference.quantization.clipping import (
     round_to_grid,
 )
 from effnb.inference.quantization.formats import fake_quantize, quantize
+from effnb.inference.quantization.grid import Grid
 
 
 def randn(*shape, seed=0):
@@ -74,7 +75,7 @@ def test_searching_finds_the_least_error_of_all_tried(symmetric, exponent):
         errors = []
         for share in SHRINKS:
             ends = share * torch.stack([row.min(), row.max()])
-            scale, zero = choose_grid(ends, 3, symmetric, half_scales=False)
+            scale, zero = choose_grid(ends, Grid(3, symmetric=symmetric), half_scales=False)
             q = round_to_grid(row, scale, zero, 3)
             back = scale * (q if zero is None else q - zero)
             errors.append(float((back - row).abs().pow(exponent).sum()))
@@ -158,7 +159,7 @@ def test_zeros_and_constants_survive(clip, symmetric):
 
 def test_ranges_that_are_tried_keep_their_sign():
     """One-signed numbers: the grid still holds 0, and only the far end moves."""
-    ends = mse_range(randn(3, 64).abs() + 1, 4, False)
+    ends = mse_range(randn(3, 64).abs() + 1, Grid(4, clip="mse"))
     assert (ends[:, 0] > 0).all() and (ends[:, 1] > ends[:, 0]).all()
 
 
@@ -177,7 +178,7 @@ def test_bad_input_is_one_sentence(how, message):
     with pytest.raises(ValueError, match=message):
         quantize(torch.ones(2, 2), 4, **how)
     with pytest.raises(ValueError, match=message):
-        choose_grid(torch.ones(2, 2), 4, True, **how)
+        Grid(4, symmetric=True, **how)
 
 
 def test_closed_form_refuses_what_has_none():

@@ -32,6 +32,7 @@ from effnb.inference.quantization import (
     rtn,
     save_quantized,
 )
+from effnb.inference.quantization.grid import Grid
 
 EPS = 2.0**-7
 """Distance of two neighbours in bfloat16, relative; rounding changes a number by half of it."""
@@ -163,7 +164,7 @@ def test_codes_go_through_the_kernel_unchanged(kind):
     codes = torch.arange(64 * 96).reshape(64, 96) * 7 % (2 * top + 1) - (top if signed else 0)
     zeros = None if signed else torch.arange(64).reshape(64, 1) * 5 % (2 * top)
     weight = QuantizedTensor.from_codes(
-        codes, torch.ones(64, 1), zeros, bits, "row", symmetric=signed
+        codes, torch.ones(64, 1), zeros, Grid(bits, symmetric=signed)
     )
     laid_out = lay_out(weight, kind)
     expected = (codes if signed else codes - zeros).T.float()
@@ -181,7 +182,7 @@ def test_codes_go_through_the_kernel_unchanged(kind):
     choice=st.sampled_from(FORMATS),
 )
 def test_any_shape(rows, columns, count, choice):
-    """Rows and columns that are no whole panels or groups are filled up, and nobody sees it."""
+    """Rows and columns that are no whole panels or groups are filled up, which changes nothing."""
     bits, group_size, symmetric, kind = choice
     weight = quantize(
         randn(rows, columns, seed=rows), bits, group_size=group_size, symmetric=symmetric
@@ -241,9 +242,7 @@ def test_columns_in_another_order():
         plain.integers(),
         plain.scales.float(),
         plain.zero_points(),
-        4,
-        32,
-        symmetric=False,
+        Grid(4, 32),
         order=order,
     )
     laid_out = PackedTensor.from_quantized(weight)
@@ -369,11 +368,17 @@ def test_bytes_are_those_of_the_tensors(llama):
 
 
 def test_operations_of_the_kernels_are_counted(tiny_llama, ids):
-    """As many as with ordinary layers, by the kernel and by reading back."""
+    """As many as with ordinary layers, by the kernel and by reading back.
+
+    Eight bits as two matrices of four, which some machines multiply faster, take twice as many.
+    """
     llama = tiny_llama(0, hidden_size=64, intermediate_size=128, num_key_value_heads=4)
     quick = fast(llama, 4)
     for part in (ids[:1, :3], ids):
-        assert flops(partial(quick, part)) == flops(partial(llama, part))
+        head, tokens = quick.lm_head.quantized, part.numel()
+        twice = head.kind == "two int4" and head.rows_limit > tokens
+        more = 2 * tokens * 64 * 128 if twice else 0
+        assert flops(partial(quick, part)) == flops(partial(llama, part)) + more
     for kind, times in {"int8": 1, "two int4": 2}.items():
         layer = PackedLinear(lay_out(weight_of(8, "row", True, 64, 64), kind))
         counted = flops(partial(layer, randn(3, 64)))

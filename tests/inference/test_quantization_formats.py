@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from effnb.inference.quantization import bits_per_weight, pack, quantize, unpack
 from effnb.inference.quantization.formats import QuantizedTensor, choose_grid, fake_quantize
+from effnb.inference.quantization.grid import Grid
 from effnb.inference.quantization.stored import from_parts
 
 FEW = settings(max_examples=30)
@@ -206,11 +207,11 @@ def test_codes_of_a_method_are_stored_and_read_back(bits, symmetric, group_size,
         zeros = torch.randint(0, 2**bits, shape, generator=generator)
     order = torch.randperm(columns, generator=generator)
     stored = QuantizedTensor.from_codes(
-        codes, scales, zeros, bits, group_size, symmetric=symmetric, order=order
+        codes, scales, zeros, Grid(bits, group_size, symmetric), order=order
     )
     assert torch.equal(stored.integers().long(), codes)
     plain = QuantizedTensor.from_codes(
-        codes, scales, zeros, bits, group_size, symmetric=symmetric
+        codes, scales, zeros, Grid(bits, group_size, symmetric)
     ).dequantize()
     for j, place in enumerate(order.tolist()):  # stored column j is column order[j]
         assert torch.equal(stored.dequantize()[:, place], plain[:, j])
@@ -225,7 +226,7 @@ def test_codes_of_a_method_are_stored_and_read_back(bits, symmetric, group_size,
 def test_order_of_many_columns_needs_more_bytes():
     codes = torch.zeros(1, 2**15 + 1, dtype=torch.int8)
     stored = QuantizedTensor.from_codes(
-        codes, torch.ones(1, 1), None, 2, "row", symmetric=True, order=torch.arange(2**15 + 1)
+        codes, torch.ones(1, 1), None, Grid(2, symmetric=True), order=torch.arange(2**15 + 1)
     )
     assert stored.order.dtype == torch.int32
     stored.check()
@@ -233,7 +234,7 @@ def test_order_of_many_columns_needs_more_bytes():
 
 def test_eight_bit_codes_given_as_bytes_do_not_wrap_around():
     codes = torch.tensor([[-127, 0, 127]], dtype=torch.int8)
-    stored = QuantizedTensor.from_codes(codes, torch.ones(1, 1), None, 8, "row", symmetric=True)
+    stored = QuantizedTensor.from_codes(codes, torch.ones(1, 1), None, Grid(8, symmetric=True))
     assert stored.dequantize().tolist() == [[-127, 0, 127]]
 
 
@@ -268,8 +269,9 @@ def test_wrong_codes_are_refused(change, message):
         "symmetric": True,
         "order": None,
     } | change
+    kind = [given_.pop(name) for name in ("bits", "group_size", "symmetric")]
     with pytest.raises(ValueError, match=message):
-        QuantizedTensor.from_codes(**given_)
+        QuantizedTensor.from_codes(grid=Grid(*kind), **given_)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -370,8 +372,8 @@ def test_a_short_last_group_has_a_grid_of_its_own_numbers():
 
 def test_steps_are_rounded_to_half_only_for_storage():
     values = torch.tensor([[0.1, -0.3]])
-    exact, _ = choose_grid(values, 4, True, half_scales=False)
-    stored, _ = choose_grid(values, 4, True)
+    exact, _ = choose_grid(values, Grid(4, symmetric=True), half_scales=False)
+    stored, _ = choose_grid(values, Grid(4, symmetric=True))
     assert exact.item() == (torch.tensor(0.3) / 7).item()
     assert stored.item() == (torch.tensor(0.3) / 7).half().item() != exact.item()
 

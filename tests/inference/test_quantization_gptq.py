@@ -12,6 +12,7 @@ from effnb.core.modules import Layers, linears
 from effnb.inference.quantization import QuantizedLinear, quantize, rtn
 from effnb.inference.quantization.clipping import choose_grid, round_to_grid
 from effnb.inference.quantization.gptq import gptq, gptq_columns, gptq_weight, invert_hessian
+from effnb.inference.quantization.grid import Grid
 
 
 def layer(rows=24, columns=96, tokens=400, seed=0):
@@ -51,7 +52,7 @@ def plain(weight, hessian, bits, group_size="row", *, symmetric=False, order=Non
                 chosen = original[:, group * size : (group + 1) * size]
             else:
                 chosen = w[:, order[place : place + size]]
-            grids[group] = choose_grid(chosen, bits, symmetric)
+            grids[group] = choose_grid(chosen, Grid(bits, symmetric=symmetric))
         scale, zero = grids[group]
         code = round_to_grid(w[:, i], scale, zero, bits)
         result[:, i] = scale * (code if zero is None else code - zero)
@@ -102,7 +103,9 @@ def test_the_error_is_known_exactly(setting):
     hessian = hessian_of(x)
     options = dict(setting)
     inverse = invert_hessian(hessian, act_order=options.pop("act_order", False))
-    result = gptq_columns(weight, inverse, 3, block_size=40, **options)
+    static_groups = options.pop("static_groups", False)
+    grid = Grid(3, **options)
+    result = gptq_columns(weight, inverse, grid, static_groups=static_groups, block_size=40)
     change = weight - result.tensor.dequantize(torch.float64)
     damped, _ = damp_hessian(hessian)
     assert result.error == pytest.approx(float((change @ damped * change).sum()), rel=1e-12)

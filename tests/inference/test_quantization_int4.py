@@ -5,6 +5,7 @@ import torch
 
 from effnb.inference.quantization import QuantizedTensor, packed_linear, quantize, quantize_table
 from effnb.inference.quantization.fast import Int4Tensor, PackedLinear, accelerate, no_int4
+from effnb.inference.quantization.grid import Grid
 from effnb.inference.quantization.linear import QuantizedLinear
 from effnb.kernels.int4_matmul import int4_matmul
 
@@ -52,7 +53,7 @@ def test_columns_in_another_order():
     codes = torch.randint(0, 16, (6, 64), generator=torch.Generator().manual_seed(0))
     scales, order = (randn(6, 2).abs() + 1).half().float(), torch.randperm(64)
     stored = QuantizedTensor.from_codes(
-        codes, scales, torch.full((6, 2), 5), 4, 32, symmetric=False, order=order
+        codes, scales, torch.full((6, 2), 5), Grid(4, 32), order=order
     )
     laid_out = Int4Tensor.from_stored(stored)
     laid_out.check()

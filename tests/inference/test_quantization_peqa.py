@@ -14,6 +14,7 @@ from effnb.evaluation import parameter_count, stored_bytes
 from effnb.finetuning import lora
 from effnb.inference.quantization import QuantizedLinear, QuantizedTensor, quantize, rtn
 from effnb.inference.quantization.activations import quantize_inputs
+from effnb.inference.quantization.grid import Grid
 from effnb.inference.quantization.llm_int8 import llm_int8
 from effnb.inference.quantization.peqa import (
     ScaleTunedLinear,
@@ -38,8 +39,8 @@ def stored_with_order(weight, bits, group_size, symmetric, order):
     """A weight quantized with its columns in another order, as act-order does."""
     plain = quantize(weight[:, order], bits, group_size=group_size, symmetric=symmetric)
     return QuantizedTensor.from_codes(
-        plain.integers(), plain.scales.float(), plain.zero_points(), bits, group_size,
-        symmetric=symmetric, order=order,
+        plain.integers(), plain.scales.float(), plain.zero_points(),
+        Grid(bits, group_size, symmetric), order=order,
     )  # fmt: skip
 
 
@@ -260,8 +261,7 @@ def test_bad_input_is_one_sentence(llama):
 def test_integers_are_those_of_the_format():
     """By hand: one row, scale 0.5, codes 1 and 3 around the zero point 2, gradient 10 and 100."""
     stored = QuantizedTensor.from_codes(
-        torch.tensor([[1, 3]]), torch.tensor([[0.5]]), torch.tensor([[2]]), 2, "row",
-        symmetric=False,
+        torch.tensor([[1, 3]]), torch.tensor([[0.5]]), torch.tensor([[2]]), Grid(2),
     )  # fmt: skip
     assert stored.dequantize().tolist() == [[-0.5, 0.5]]
     assert scale_gradient(torch.tensor([[10.0, 100.0]]), stored).tolist() == [[90.0]]

@@ -27,6 +27,7 @@ from effnb.inference.quantization.estimators import (
     straight_through,
 )
 from effnb.inference.quantization.extreme import TernaryTensor
+from effnb.inference.quantization.grid import Grid
 from effnb.inference.quantization.llm_qat import imitation_loss, self_generate, soft_cross_entropy
 from effnb.inference.quantization.qat import FakeQuantLinear, SurroundedLinear, convert, prepare_qat
 
@@ -143,12 +144,12 @@ def test_grids_train_on_what_they_store(bits, group_size, rows, columns, symmetr
     """The numbers of the forward pass are those read back from packed storage, bit for bit."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns))
     for grid in (
-        RangeGrid(bits, group_size, symmetric, "minmax"),
+        RangeGrid(Grid(bits, group_size, symmetric)),
         LearnedGrid.of_weight(weight, bits, group_size),
     ):
         assert torch.equal(grid(weight).detach(), grid.stored(weight).dequantize())
     plain = quantize(weight, bits, group_size=group_size, symmetric=symmetric)
-    grid = RangeGrid(bits, group_size, symmetric, "minmax")
+    grid = RangeGrid(Grid(bits, group_size, symmetric))
     assert torch.equal(grid(weight), plain.dequantize())
     torch.testing.assert_close(gradient(grid, weight), torch.ones_like(weight))
 
@@ -157,7 +158,7 @@ def test_grids_train_on_what_they_store(bits, group_size, rows, columns, symmetr
 def test_a_clipped_range_stops_the_gradient_outside(clip):
     weight = torch.randn(2, 400, generator=torch.Generator().manual_seed(0))
     weight[:, 0] = 20.0
-    grid = RangeGrid(3, "row", True, clip)
+    grid = RangeGrid(Grid(3, "row", True, clip))
     assert torch.equal(grid(weight), grid.stored(weight).dequantize())
     grad = gradient(grid, weight)
     assert bool((grad[:, 0] == 0).all()) and float(grad[:, 1:].mean()) > 0.95

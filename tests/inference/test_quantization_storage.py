@@ -13,6 +13,7 @@ from effnb.evaluation import stored_bytes
 from effnb.inference.quantization import QuantizedLinear, quantize, rtn
 from effnb.inference.quantization.extreme import binarize, ternarize
 from effnb.inference.quantization.formats import QuantizedTensor
+from effnb.inference.quantization.grid import Grid
 from effnb.inference.quantization.storage import KEY, load_quantized, save_quantized
 from effnb.inference.quantization.tables import quantize_table
 
@@ -22,7 +23,7 @@ def ordered(weight):
     order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(0))
     plain = quantize(weight[:, order], 4, group_size=8)
     return QuantizedTensor.from_codes(
-        plain.integers(), plain.scales, plain.zero_points(), 4, 8, symmetric=False, order=order
+        plain.integers(), plain.scales, plain.zero_points(), Grid(4, 8), order=order
     )
 
 

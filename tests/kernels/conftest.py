@@ -23,7 +23,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers",
         "unsanitized: left out by .make/sanitize.py: what starts no kernel in this process but the "
-        "compiler in others, and random shapes, for each of which kernels are compiled anew",
+        "compiler in others, and random shapes, for each of which kernels are compiled again",
     )
 
 

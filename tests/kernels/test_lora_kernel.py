@@ -146,7 +146,7 @@ INDICES = {
     "some none": [-1, 2, -1, 0, 2, 2, -1],
     "all none": [-1, -1, -1],
     "more than a tile": [i * 7 % 4 for i in range(50)] + [2] * 20,
-    "nobody there": [],
+    "no one there": [],
 }
 
 

@@ -166,7 +166,7 @@ def test_four_processes_at_once(cache, tmp_path, before):
 
 
 def test_a_process_killed_in_the_middle(cache, tmp_path):
-    """Its half of a folder is never taken for the whole, holds nobody up, and is cleared away."""
+    """Its half of a folder is never taken for the whole, holds no one up, and is cleared away."""
     log, start = tmp_path / "log", tmp_path / "start"
     start.touch()
     (tmp_path / "held").touch()

@@ -9,7 +9,7 @@ from claim_rows import BEFORE, TODAY, content, part, plain, row, runs
 from effnb.lab import claims
 from effnb.lab._files import DamagedFile, data_folder
 from effnb.lab.chapters import TABLE
-from effnb.lab.claims import HOLDS, claims_from, claims_of, judge, ledger
+from effnb.lab.claims import HOLDS, claims_from, judge, ledger
 
 # --------------------------------------------------------------------------------- the ledger
 
@@ -40,11 +40,6 @@ def test_every_claim_belongs_to_chapters_of_the_map():
         assert {p.chapter for p in one.parts.values()} <= set(one.chapters)
     tested = {chapter for one in ledger().values() for chapter in one.chapters}
     assert tested == set(TABLE) - {"00_start_here"}
-
-
-def test_the_claims_of_a_chapter():
-    assert [one.id for one in claims_of("05_inference/3_quantization")] == ["S-I3", "C-3", "C-7"]
-    assert claims_of("00_start_here") == []
 
 
 def test_a_damaged_ledger_is_named_with_its_remedy(tmp_path, monkeypatch):

@@ -50,6 +50,27 @@ def needs_solutions(notebook):
     return found
 
 
+def what_exercises_need(notebook):
+    """The cells of the exercises, and of those before them the ones that bind what they use."""
+    kept, wanted = [], set()
+    for cell in reversed([cell for cell in notebook.cells if cell.cell_type == "code"]):
+        bound, used = names(cell.source)
+        if "exercise" in build.tags(cell) or bound & wanted:
+            kept.insert(0, cell)
+            wanted = (wanted - bound) | (used - bound)
+    return kept
+
+
+def answers_not_yet(notebook, folder):
+    """Run an edition for learners, in which every stub is blank and says so."""
+    assert not any("solution" in build.tags(cell) for cell in notebook.cells)
+    stubs = sum("exercise" in build.tags(cell) for cell in notebook.cells)
+    build.execute(notebook, folder)
+    said = verdicts(notebook)
+    assert bool(said) == bool(stubs)
+    assert [text for text in said if not text.startswith("Not yet")] == []
+
+
 def chapter_tests(path):
     """The tests of one chapter, as a class."""
 
@@ -63,17 +84,19 @@ def chapter_tests(path):
         def test_no_cell_needs_a_solution(self):
             assert needs_solutions(build.read_source(path)) == []
 
-        @pytest.mark.full  # nbval's execution and the test above show the same
-        def test_its_edition_for_learners_runs_and_answers_not_yet(self, monkeypatch):
+        def test_in_its_edition_for_learners_exercises_answer_not_yet(self, monkeypatch):
+            """On the cells that they need; nbval has run the others."""
             monkeypatch.delenv("EFFNB_SWEEP", raising=False)
             notebook = build.learners_edition(path)
-            assert not any("solution" in build.tags(cell) for cell in notebook.cells)
+            notebook.cells = what_exercises_need(notebook)
+            answers_not_yet(notebook, path.parent)
+
+        @pytest.mark.full  # the tests above and nbval's execution show the same
+        def test_its_whole_edition_for_learners_runs(self, monkeypatch):
+            monkeypatch.delenv("EFFNB_SWEEP", raising=False)
+            notebook = build.learners_edition(path)
             notebook.cells = [c for c in notebook.cells if "real-model" not in build.tags(c)]
-            build.execute(notebook, path.parent)
-            said = verdicts(notebook)
-            stubs = sum("exercise" in build.tags(cell) for cell in notebook.cells)
-            assert bool(said) == bool(stubs)
-            assert [text for text in said if not text.startswith("Not yet")] == []
+            answers_not_yet(notebook, path.parent)
 
     return Chapter
 

@@ -14,6 +14,7 @@ from effnb.inference.quantization.activations import (
     quantized_matmul,
 )
 from effnb.inference.quantization.formats import QuantizedTensor, quantize
+from effnb.inference.quantization.grid import Grid
 from effnb.inference.quantization.hadamard import (
     hadamard_matrix,
     hadamard_transform,
@@ -115,7 +116,7 @@ def test_torchaos_integer_products():
 
     a, b = (torch.randint(-127, 128, (32, 64), dtype=torch.int8) for _ in range(2))
     assert torch.equal(integer_matmul(a, b), int_matmul(a, b.T))
-    weight = QuantizedTensor.from_codes(b, torch.ones(32, 1), None, 8, "row", symmetric=True)
+    weight = QuantizedTensor.from_codes(b, torch.ones(32, 1), None, Grid(8, symmetric=True))
     scales = torch.rand(32, 1)
     torch.testing.assert_close(
         quantized_matmul(a, scales, weight), int_scaled_matmul(a, b.T, scales).float()

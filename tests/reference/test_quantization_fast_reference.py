@@ -13,6 +13,7 @@ from torchao.quantization.quant_primitives import _dequantize_affine_tinygemm
 from torchao.quantization.utils import unpack_tinygemm_scales_and_zeros
 
 from effnb.inference.quantization import PackedTensor, QuantizedTensor, packed_linear, quantize
+from effnb.inference.quantization.grid import Grid
 
 
 def randn(*shape, seed=0):
@@ -76,7 +77,7 @@ def test_torchaos_int8_layer_gives_the_same_outputs():
     theirs.weight.scale.copy_(scales)
     codes = theirs.weight.qdata.clamp(-127, 127)  # our symmetric grids have no -128
     theirs.weight.qdata.copy_(codes)
-    weight = QuantizedTensor.from_codes(codes, scales.float(), None, 8, "row", symmetric=True)
+    weight = QuantizedTensor.from_codes(codes, scales.float(), None, Grid(8, symmetric=True))
     for kind in ("int8", "two int4"):
         ours = PackedTensor.from_quantized(weight, kind)
         assert ours.kind == kind

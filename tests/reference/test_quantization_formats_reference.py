@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from effnb.inference.quantization.formats import choose_grid, fake_quantize, quantize
+from effnb.inference.quantization.grid import Grid
 from effnb.inference.quantization.tables import (
     dynamic_levels,
     fp4_levels,
@@ -98,7 +99,7 @@ def test_torchaos_scales_and_zero_points(bits, symmetric, group_size, block):
     x = randn(8, 96, seed=bits)
     scale, zero = torchao_grid(x, bits, symmetric, block)
     grouped = {"row": x[:, None], 32: x.view(8, 3, 32), "tensor": x.view(1, 1, -1)}[group_size]
-    ours, zeros = choose_grid(grouped, bits, symmetric, half_scales=False)
+    ours, zeros = choose_grid(grouped, Grid(bits, symmetric=symmetric), half_scales=False)
     torch.testing.assert_close(ours.flatten(), scale.flatten(), rtol=3e-7, atol=0)
     if not symmetric:
         assert torch.equal(zeros.flatten(), zero.flatten().int())

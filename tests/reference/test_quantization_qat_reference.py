@@ -12,6 +12,7 @@ from effnb.inference.quantization.estimators import (
     lsq_quantize,
     quantize_ste,
 )
+from effnb.inference.quantization.grid import Grid
 
 
 def run(function, *tensors, upstream):
@@ -139,7 +140,7 @@ def test_a_grid_from_the_range_differs_from_torchaos_by_its_spare_code(group_siz
     """At 8 bits: 127 steps to the largest number here, 127.5 there; both within half a step."""
     torch.manual_seed(5)
     weight = torch.randn(6, 64)
-    ours = RangeGrid(8, group_size, True, "minmax")(weight)
+    ours = RangeGrid(Grid(8, group_size, True))(weight)
     theirs = torchao_weights(torch.int8, group_size)(weight)
     step = float(weight.abs().max()) / 127
     assert float((ours - theirs).abs().max()) <= 1.1 * step

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 from effnb.inference.quantization.clipping import choose_grid
+from effnb.inference.quantization.grid import Grid
 
 ASKS_FOR_CUDA = (
     'assert device.type == "cuda", "GPTQ only supports CUDA currently"',
@@ -34,7 +35,7 @@ def torchao_gptq(group_size: int, block_size: int = 128) -> tuple[Callable, dict
 
     def grid(values, group_size):
         """Our grid as torchao writes it: the value of the code 8 instead of the code of 0."""
-        scale, zero = choose_grid(values, 4, symmetric=False)
+        scale, zero = choose_grid(values, Grid(4))
         return None, scale[None], ((8 - zero) * scale)[None]
 
     def keep(codes):

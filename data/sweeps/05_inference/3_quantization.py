@@ -192,7 +192,7 @@ def mixed() -> dict:
     sizes = quantization.layer_bytes(bench.model, choices, group_size=group_size)
     rounding = partial(quantization.quantize, group_size=group_size)
     rounded = partial(quantization.rtn, group_size=group_size)
-    traces = quantization.hessian_traces(bench.model, given[::2], samples=8)
+    traces = quantization.hessian_traces(bench.model, given[: len(given) // 2], samples=8)
     costs = {
         "loss": quantization.loss_sensitivity(bench.model, given, choices, rounding=rounding),
         "output": quantization.output_sensitivity(bench.model, given, choices, rounding=rounding),

@@ -23,8 +23,8 @@ def build(out: Path = OUT, notebooks: Path = NOTEBOOKS) -> tuple[int, list[str]]
     """Make the site: its sources first, then its pages.
 
     Args:
-        out: The folder to publish; it is made anew. Beside it lies one of the same name that ends
-            in `-sources`, which is no part of the site.
+        out: The folder to publish; it is emptied first. A folder beside it, of the same
+            name with `-sources` at the end, is not part of the site.
         notebooks: The executed chapters.
 
     Returns:

@@ -75,7 +75,7 @@ def source(cell: dict[str, Any]) -> str:
 
 
 def formulas(markdown: str) -> list[str]:
-    """The formulas of a text, in TeX; what stands in code is left out."""
+    """The formulas of a text, in TeX; code is left out."""
     bare = re.sub(r"^```.*?^```|`[^`\n]*`", " ", markdown, flags=re.DOTALL | re.MULTILINE)
     bare = bare.replace(r"\$", " ")
     return [a or b for a, b in re.findall(r"\$\$(.+?)\$\$|\$([^$]+?)\$", bare, re.DOTALL)]

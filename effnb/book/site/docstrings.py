@@ -84,7 +84,7 @@ def markdown(doc: str, reference: Reference, module: Module, owner: str = "") ->
     Args:
         doc: The docstring.
         reference: Names in code that mean an object become links to it.
-        module: Where it stands.
+        module: Where it is defined.
         owner: The class that it belongs to, if it does.
     """
     text, fields = sections(doc)

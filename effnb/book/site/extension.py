@@ -91,7 +91,7 @@ def accessible(body: str) -> str:
     body = body.replace(' aria-label="Toggle hidden content"', "")
     # A corner that heads nothing is no heading.
     body = re.sub(r"<th[^>]*>(?:<p>)?\s*(?:</p>)?</th>", "<td></td>", body)
-    # Parameters on lines of their own are a list of definitions without terms.
+    # Parameters on separate lines are a list of definitions without terms.
     return re.sub(
         r'<dt class="sig .*?</dt>',
         lambda found: (

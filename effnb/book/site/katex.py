@@ -44,7 +44,7 @@ def render(tex: str, display: bool = False) -> str:
 
     Args:
         tex: The formula.
-        display: Whether it stands in a line of its own.
+        display: Whether it is displayed on its own line.
 
     Raises:
         ValueError: When KaTeX does not understand the formula; the message says where.

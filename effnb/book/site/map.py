@@ -16,7 +16,7 @@ def map_html(book: Book, page: str) -> str:
 
     Args:
         book: The chapters.
-        page: The page on which it stands.
+        page: The page on which it is.
     """
     parts, seconds, minutes = [], 0, 0
     for key, section in SECTIONS.items():

@@ -218,7 +218,7 @@ def _question(widgets: _Widgets, box: str) -> StoredQuestion:
 
 
 def _inside(texts: list[str], name: str) -> str:
-    """What the `<div>` of a class holds, in whichever of these texts it stands."""
+    """What the `<div>` of a class holds, in whichever of these texts it is."""
     found = (re.search(rf'<div class="{name}">(.*)</div>', text, re.DOTALL) for text in texts)
     return next((match[1].strip() for match in found if match), "")
 

@@ -19,7 +19,7 @@ PACKAGES = {"effnb": "effnb", "kernels": "effnb.kernels"}
 """Folders of the repository, and the packages that they are imported as."""
 
 LEFT_OUT = "effnb.book.site."
-"""The modules that make these pages: nobody imports them."""
+"""The modules that make these pages; nothing imports them."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Thing:
     Attributes:
         name: Its name inside of its module, such as `Panel.at`.
         kind: function, class, exception, method, property or data.
-        signature: What stands behind the name.
+        signature: What the name refers to.
         doc: Its docstring, not indented.
-        line: Where it stands in its file, from 1.
+        line: Its place in its file, from 1.
         arguments: Names of its parameters or fields.
         options: What the reference says of it beside that: classmethod, staticmethod.
         members: Its public methods and properties.
@@ -113,7 +113,7 @@ class Reference:
         return None
 
     def home(self, full: str) -> tuple[Module, Thing]:
-        """The module in which an object stands, and the object."""
+        """The module that defines an object, and the object."""
         return self._things[full]
 
     def page(self, full: str) -> str:

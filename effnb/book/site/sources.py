@@ -50,8 +50,8 @@ def write(
     """Write the sources of all pages.
 
     Args:
-        out: The folder that Sphinx will read; it is made anew.
-        extra: The folder whose content goes to the top of the site as it is; made anew.
+        out: The folder that Sphinx will read; it is emptied first.
+        extra: The folder whose content goes to the top of the site as it is; emptied first.
         book: The chapters; those of the repository when None.
         reference: The public objects of the package; read from the repository when None.
 
@@ -237,7 +237,7 @@ def _code_spans(said: str) -> str:
 
 
 def _source_page(path: str) -> str:
-    """A file of the repository as a page of its own, on which every line has an anchor."""
+    """A file of the repository as a separate page, on which every line has an anchor."""
     code = (REPOSITORY / path).read_text(encoding="utf-8")
     formatter = HtmlFormatter(nowrap=False, linenos="inline", lineanchors="L", anchorlinenos=True)
     coloured = highlight(code, PythonLexer(), formatter)

@@ -48,7 +48,7 @@ def expected(part: dict[str, Any]) -> str:
 
 
 def certainty(part: dict[str, Any]) -> str:
-    """What stands behind a number: seeds and documents, or a formula."""
+    """What a number rests on: seeds and documents, or a formula."""
     return part.get("basis") or f"n = {part['samples']}"
 
 

@@ -268,7 +268,7 @@ class Web:
         place, target = found["place"], ""
         if full:
             shown = f'<a href="{up(page)}{self.reference.page(full)}">{shown}</a>'
-            module, thing = self.reference.home(full)  # where it stands now
+            module, thing = self.reference.home(full)  # where it is now
             place = f"{module.path.as_posix()}, line {thing.line}"
             target = self.listed(page, module.path.as_posix(), thing.line)
         elif found["href"]:

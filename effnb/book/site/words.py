@@ -19,10 +19,10 @@ It is written once, in the file beside the chapter (`notebooks/05_inference/3_qu
     because = [{ claim = "S-I3", part = "memory" }]
 
 Every symbol in a chapter's formulas has to be introduced by some chapter, once in the whole book;
-with `local = true` a chapter uses a letter in its own way. What stands below the line, and words,
+with `local = true` a chapter uses a letter in its own way. What is below the line, and words,
 need no entry, and a hat is introduced once for all letters, as '\hat{\cdot}'.
 
-Advice stands on measurements: each entry of `because` names a claim and the beginning of one piece
+Advice rests on measurements: each entry of `because` names a claim and the beginning of one piece
 of its evidence in that chapter, and what must have come out (`outcome`: shown, unless it says
 contradicted, undecided or by construction). Where one of them did not come out so, the advice does
 not appear.
@@ -92,7 +92,7 @@ class Advice:
     """What to do, and why.
 
     Attributes:
-        goal: What the reader wants, or suffers from; advice with the same goal stands together.
+        goal: What the reader wants, or suffers from; advice with the same goal is listed together.
         when: Under which circumstances, beginning in the middle of a sentence.
         use: What to do, in a sentence.
         because: The measurements that it rests on, at least one.
@@ -196,7 +196,7 @@ def normal(tex: str) -> str:
 def key(tex: str) -> str:
     r"""The symbol that an entry of the notation is about: `\Omega_i(b)` is about `\Omega`.
 
-    An entry such as `\hat{\cdot}` is about the hat, whatever stands below it.
+    An entry such as `\hat{\cdot}` is about the hat, whatever is below it.
     """
     if r"\cdot" in tex:
         return normal(tex)
@@ -215,7 +215,7 @@ def _is_symbol(found: re.Match[str]) -> bool:
 
 
 def _without_indices(tex: str) -> str:
-    """The formula without what stands below the line."""
+    """The formula without what is below the line."""
     out, position = [], 0
     while position < len(tex):
         if tex[position] != "_" or (position and tex[position - 1] == "\\"):
@@ -263,7 +263,7 @@ def clashes(declared: list[tuple[str, Symbol]]) -> list[str]:
 def unexplained(
     written: list[tuple[str, list[str]]], declared: list[tuple[str, Symbol]]
 ) -> list[str]:
-    """Symbols that a chapter uses and nobody introduces, as sentences.
+    """Symbols that a chapter uses and does not introduce, as sentences.
 
     Args:
         written: Name of a chapter and its formulas.

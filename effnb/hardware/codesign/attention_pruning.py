@@ -9,7 +9,7 @@ layers (*cascade* pruning); within a layer, values with small probabilities are 
 value* pruning); and keys are first read with their high bits only, the low bits being fetched for
 those queries alone whose probabilities come out flat (*progressive quantization*).
 
-**Energon** chooses anew for each query: a few rounds of very coarse products (2 bits, then 4), each
+**Energon** chooses for each query: a few rounds of very coarse products (2 bits, then 4), each
 of which drops the keys below a threshold, and full precision for what is left. The threshold here
 lies between the mean of the scores and an extreme of them; the paper's own formula may be another.
 
@@ -111,7 +111,7 @@ def token_importance(
     Args:
         attention: Probabilities of one layer.
         asks: Which queries count: not padding, not tokens that have been pruned; all when None.
-        causal: Whether each query gets a sum of its own.
+        causal: Whether each query gets its own sum.
     """
     mass = attention.sum(1)
     if asks is not None:

@@ -52,7 +52,7 @@ def _attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """What transformers calls in place of its own attention."""
+    """What transformers calls in place of its attention."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     layer, pruner = module.pruning
@@ -140,7 +140,7 @@ def spatten(
             that could have given some; the paper's sum favours early tokens.
         choose: "importance", or "random" for a comparison.
         seed: Of the random choice.
-        top_k: The record's recall is of so many true top keys.
+        top_k: The number of true top keys in the recall that is recorded.
 
     Raises:
         ValueError: A parameter outside of its range, or a model without replaceable attention.
@@ -184,7 +184,7 @@ def energon(
         alpha: From -1 (keep everything) over 0 (above the mean) to 1 (the best only).
         choose: "importance", or "random": as many keys for each query as the filter would keep.
         seed: Of the random choice.
-        top_k: The record's recall is of so many true top keys.
+        top_k: The number of true top keys in the recall that is recorded.
 
     Raises:
         ValueError: A parameter outside of its range, or a model without replaceable attention.

@@ -217,7 +217,7 @@ class Shape:
         )
 
     def cache_numbers(self, tokens: int) -> int:
-        """Numbers in the key-value cache of so many tokens."""
+        """Numbers in a key-value cache of this many tokens."""
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens
 
 
@@ -251,7 +251,7 @@ def decode_step(
     $$F = n\,(2W + 4Lhd\,T), \qquad
       D = \tfrac{1}{8}\left(b_w W + n\, b_c \cdot 2 L h_{kv} d\, T\right)$$
 
-    The weights are read once for the whole batch of $n$; each sequence has a cache of its own.
+    The weights are read once for the whole batch of $n$; each sequence has its own cache.
 
     Raises:
         ValueError: A size that is not above 0.

@@ -115,7 +115,7 @@ def allocate_by_spectrum(
     Args:
         decomposition: What `decompose`, `decompose_asvd` or `decompose_svd_llm` gave.
         kept: Part of the parameters of all these layers together that stays, in (0, 1].
-        relative: Count a layer's loss as a part of its own energy; otherwise in absolute numbers,
+        relative: Count a layer's loss as a part of its energy; otherwise in absolute numbers,
             so that layers of small weights (or small outputs) lose most.
 
     Raises:

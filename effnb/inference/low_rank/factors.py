@@ -1,4 +1,4 @@
-r"""A linear layer as the product of two thin ones, and from where on that saves anything.
+r"""A linear layer as the product of two thin ones, and when that saves anything.
 
 A weight $W \in \mathbb{R}^{m \times n}$ is replaced by $U V$ with $U \in \mathbb{R}^{m \times r}$
 and $V \in \mathbb{R}^{r \times n}$. The layer $y = W x + b$ becomes two layers,
@@ -135,7 +135,7 @@ def exact(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 class Factorized(nn.Module):
-    """What stands in the place of a linear layer or an embedding, in fewer numbers.
+    """What replaces a linear layer or an embedding, in fewer numbers.
 
     Subclasses say how to rebuild themselves from a few words (`describe`, `empty`), which is what a
     file needs besides the tensors.

@@ -288,7 +288,7 @@ class _RowPruner:
 
     @torch.no_grad()
     def observe(self, name: str, weight: Tensor) -> None:
-        """Take in the gradient of one backward pass, before the optimiser uses it."""
+        """Take in the gradient of one backward pass, before the optimizer uses it."""
         sensitivity = (weight.float() * weight.grad.float()).abs()
         self.average[name].lerp_(sensitivity, 1 - self.beta)
         if self.uncertainty is not None:

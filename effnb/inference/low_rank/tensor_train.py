@@ -72,7 +72,7 @@ def balanced_shape(features: int, ways: int = 3) -> tuple[int, ...]:
     the least filling is taken.
 
     Raises:
-        ValueError: When `ways` is below 2, or there is no fold into so many sizes above 1.
+        ValueError: When `ways` is below 2, or there is no fold into this many sizes above 1.
     """
     if ways < 2 or features < 2**ways:
         raise ValueError(
@@ -249,7 +249,7 @@ class TensorTrainEmbedding(Factorized):
 class TensorTrainHead(Factorized):
     r"""$y = E x$ with the table of an embedding that is stored as trains: a tied output head.
 
-    It has no tensors of its own. The table is multiplied out at every call, which saves memory that
+    It has no tensors. The table is multiplied out at every call, which saves memory that
     is kept and costs time and memory while it runs.
     """
 

@@ -67,7 +67,7 @@ def coupled(model: nn.Module, seed: Sequence[Slice], ids: Tensor) -> dict[str, T
 def _gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     """Gradients of a fixed random combination of the outputs; 0 for what does not take part."""
     with torch.inference_mode(False), torch.enable_grad():
-        # Each parameter as one of its own that asks for gradients: the model's may be frozen.
+        # Each parameter as a separate one that asks for gradients: the model's may be frozen.
         twin = replace_parameters(model, dict(model.named_parameters())).eval()
         parameters = {name: p.requires_grad_() for name, p in twin.named_parameters()}
         given = twin(input_ids=ids, use_cache=False)

@@ -106,7 +106,7 @@ def lowest_heads(scores: Float[Tensor, "layers heads"], count: int) -> dict[int,
         count: How many heads.
 
     Raises:
-        ValueError: When there are not so many.
+        ValueError: When there are fewer.
     """
     if not 0 <= count <= scores.numel():
         raise ValueError(f"count is {count}; the model has {scores.numel()} heads.")

@@ -150,10 +150,10 @@ def lottery(
     r"""Iterative magnitude pruning with rewinding.
 
     Every round sees the same batches at the same learning rates, from step $k$ to the last; the
-    optimiser starts afresh, so that no momentum of pruned weights is left.
+    optimizer starts afresh, so that no momentum of pruned weights is left.
 
     Args:
-        model: The model at its initialisation; it is not changed.
+        model: The model at its initialization; it is not changed.
         batches: From the step's number to its batch.
         settings: The whole run: steps, rates, seeds.
         rounds: How often to prune. Round 0 trains the dense model.

@@ -122,7 +122,7 @@ class CubicSchedule:
         return self.final + (self.initial - self.final) * left**3
 
     def changes(self, step: int) -> bool:
-        """Whether the value is set anew at this step."""
+        """Whether the value is set again at this step."""
         inside = self.begin <= step <= self.end
         return step == self.end or (inside and (step - self.begin) % self.every == 0)
 

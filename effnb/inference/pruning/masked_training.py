@@ -1,4 +1,4 @@
-r"""Training while masks hold: pruned weights stay 0 whatever the optimiser does.
+r"""Training while masks hold: pruned weights stay 0 whatever the optimizer does.
 
 A layer under a mask computes with $W \odot M$. The gradient of a pruned weight is then exactly 0,
 so it adds nothing to the length that clipping measures, and whatever momentum or weight decay do

@@ -90,7 +90,7 @@ class MovementLinear(MaskedLinear):
     r"""$y = x\,(W \odot M)^\top + b$ with a learned score for every weight.
 
     The trainer has one learning rate. Scores need another, so what is trained is $S / \rho$ with
-    $\rho$ the ratio of the two, and it gets the gradient of $S$: an optimiser step on it moves $S$
+    $\rho$ the ratio of the two, and it gets the gradient of $S$: an optimizer step on it moves $S$
     by $\rho$ times as much. It is a vector, since the trainer's weight decay is for matrices.
     """
 

@@ -44,7 +44,7 @@ from effnb.inference.pruning.masks import (
 )
 
 CHUNK_BYTES = 8 * 2**20
-"""Rows are pruned side by side, each with an inverse Hessian of its own: so many bytes at once.
+"""Rows are pruned side by side, each with its own inverse Hessian: at most this many bytes at once.
 
 About what a processor's cache holds; with 64 MiB it takes several times as long.
 """
@@ -143,7 +143,7 @@ def obs_weight(
     counts = torch.full((rows,), round(goal * columns))
     if parsed.scope == "layer":
         # Rows do not touch each other. A row's weight goes when all before it have gone, so it
-        # waits for the dearest of them: ranking these running maxima is the greedy order.
+        # waits for the most expensive of them: ranking these running maxima is the greedy order.
         _, _, costs = _remove(start, inverse, torch.full((rows,), columns), parsed)
         waiting = costs.cummax(1).values.view(1, -1)
         gone = ~keep_largest(waiting, round(goal * start.numel())).view(rows, columns)
@@ -160,7 +160,7 @@ def _remove(
     counts: Int[Tensor, " out"],
     pattern: Pattern,
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"], Float[Tensor, "out steps"]]:
-    """Remove so many weights of each row: the rows, which weights stayed, and the costs.
+    """Remove a number of weights from each row: the rows, which weights stayed, and the costs.
 
     A cost is infinite where nothing was removed.
     """

@@ -40,11 +40,9 @@ from effnb.inference.pruning.masks import (
     with_weight,
 )
 from effnb.inference.quantization.clipping import choose_grid
-from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_granularity
+from effnb.inference.quantization.formats import QuantizedTensor
+from effnb.inference.quantization.grid import Granularity, Grid
 from effnb.inference.quantization.linear import QuantizedLinear
-from effnb.inference.quantization.stored import check_bits
-
-Grid = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,8 @@ def sparsegpt_weight(
         ValueError: A sparsity, pattern, block size, bits or group size that do not fit; a weight or
             Hessian that is not finite, or shapes that do not fit.
     """
-    parsed = _check(pattern, block_size, damping, bits, group_size)
+    grid = None if bits is None else Grid(bits, group_size, symmetric)
+    parsed = _check(pattern, block_size, damping)
     goal = goals_of(sparsity, parsed, [""])[""]
     check_layer("the weight", weight, goal, parsed)
     if tuple(hessian.shape) != (weight.shape[1], weight.shape[1]):
@@ -112,8 +111,7 @@ def sparsegpt_weight(
     upper, dead = inverse_cholesky(hessian, damping)
     return sparsegpt_columns(
         weight, upper, dead, goal, parsed,
-        block_size=block_size, compensate=compensate,
-        bits=bits, group_size=group_size, symmetric=symmetric,
+        block_size=block_size, compensate=compensate, grid=grid,
     )  # fmt: skip
 
 
@@ -126,9 +124,7 @@ def sparsegpt_columns(
     *,
     block_size: int = 128,
     compensate: bool = True,
-    bits: int | None = None,
-    group_size: Granularity = "row",
-    symmetric: bool = False,
+    grid: Grid | None = None,
 ) -> SparseGptResult:
     """The walk through the columns itself; arguments as in `sparsegpt_weight`, checked already.
 
@@ -141,17 +137,15 @@ def sparsegpt_columns(
         pattern: Where scores compete.
         block_size: Columns whose mask is chosen at once.
         compensate: Whether other weights move.
-        bits: 2 to 8, or None.
-        group_size: What shares a grid.
-        symmetric: Whether the grids have no zero points.
+        grid: What the kept weights are rounded to; None keeps floating point.
     """
     kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
     w = weight.detach().to(kind, copy=True)
     unused = w[:, dead].T
     w[:, dead] = 0
     columns = w.shape[1]
-    size = group_size if isinstance(group_size, int) else columns
-    grids = [] if bits is None else _grids(w, bits, group_size, symmetric)
+    grids = [] if grid is None else _grids(w, grid)
+    size = grid.group_size if grid and isinstance(grid.group_size, int) else columns
     n_of_m = pattern.scope == "group"
     if n_of_m:  # a group must lie within one block, where all updates before it have arrived
         block_size = max(1, block_size // pattern.group) * pattern.group
@@ -176,12 +170,13 @@ def sparsegpt_columns(
             torch.mul(w[i], keep[i], out=result[i])
             if grids:
                 scale, zero = grids[i // size]
-                codes[i], result[i] = _round(result[i], scale, zero, bits)
+                codes[i], result[i] = _round(result[i], scale, zero, grid)
             if not compensate:
                 continue
+            # e = (w_i - ŵ_i) / U_ii, and every column behind moves: w_j ← w_j - U_ij e for j > i.
             e = torch.sub(w[i], result[i], out=errors[i - start]).div_(steps[i])
             block[i - start + 1 :].addr_(upper[i, i + 1 : stop], e, alpha=-1)
-        if compensate:
+        if compensate:  # the same move of the columns behind the block, for all its columns at once
             w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
             error += errors.square().sum()
     if not compensate:  # tr(D H D^T) with H = U^-1 U^-T
@@ -195,10 +190,8 @@ def sparsegpt_columns(
     tensor = None
     if grids:
         scales = torch.stack([scale for scale, _ in grids], 1)
-        zeros = None if symmetric else torch.stack([zero for _, zero in grids], 1)
-        tensor = QuantizedTensor.from_codes(
-            codes.T, scales, zeros, bits, group_size, symmetric=symmetric
-        )
+        zeros = None if grid.symmetric else torch.stack([zero for _, zero in grids], 1)
+        tensor = QuantizedTensor.from_codes(codes.T, scales, zeros, grid)
     pruned = result.T.contiguous().to(weight.dtype)
     return SparseGptResult(pruned, keep.T.contiguous(), tensor, float(error))
 
@@ -212,7 +205,7 @@ def _choose(
 ) -> Bool[Tensor, "some out"]:
     r"""Keep the largest $w^2 / U_{ii}^2$ of some columns, `start` the first, given as rows."""
     stop = start + len(columns)
-    score = (columns / diagonal[start:stop].unsqueeze(1)).square().T
+    score = (columns / diagonal[start:stop].unsqueeze(1)).square().T  # w^2 / U_ii^2
     if pattern.scope == "group":
         return keep_largest(score.contiguous(), pattern.group - pattern.keep).T
     n = 1 if pattern.scope == "row" else len(score)
@@ -222,20 +215,20 @@ def _choose(
     return keep_largest(flat, removed).view(score.shape).T
 
 
-def _grids(weight: Tensor, bits: int, group_size: Granularity, symmetric: bool) -> list[Grid]:
-    if group_size == "tensor":
-        return [choose_grid(weight.reshape(1, -1), bits, symmetric)]
-    size = weight.shape[1] if group_size == "row" else group_size
-    return [choose_grid(part, bits, symmetric) for part in weight.split(size, 1)]
+def _grids(weight: Tensor, grid: Grid) -> list[tuple[Tensor, Tensor | None]]:
+    if grid.group_size == "tensor":
+        return [choose_grid(weight.reshape(1, -1), grid)]
+    size = weight.shape[1] if grid.group_size == "row" else grid.group_size
+    return [choose_grid(part, grid) for part in weight.split(size, 1)]
 
 
-def _round(values: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+def _round(values: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
     """Codes and grid points, by the very operations of GPTQ."""
     code = (values / scale).round_()
     if zero is None:
-        code.clamp_(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
+        code.clamp_(grid.low, grid.high)
         return code, code * scale
-    code.add_(zero).clamp_(0, 2**bits - 1)
+    code.add_(zero).clamp_(grid.low, grid.high)
     return code, (code - zero).mul_(scale)
 
 
@@ -299,7 +292,8 @@ def sparsegpt(
         ValueError: As `sparsegpt_weight`; no calibration data, no fitting layer, or a quantized
             model.
     """
-    parsed = _check(pattern, block_size, damping, bits, group_size)
+    grid = None if bits is None else Grid(bits, group_size, symmetric)
+    parsed = _check(pattern, block_size, damping)
     _, goals = prunable(model, sparsity, pattern, layers, inside_blocks=True)
 
     def observe(name: str, layer: nn.Linear) -> _Curvature:
@@ -308,8 +302,7 @@ def sparsegpt(
     def prune(name: str, layer: nn.Linear, seen: _Curvature) -> nn.Module:
         found = sparsegpt_columns(
             layer.weight, *seen.factor(damping), goals[name], parsed,
-            block_size=block_size, compensate=compensate,
-            bits=bits, group_size=group_size, symmetric=symmetric,
+            block_size=block_size, compensate=compensate, grid=grid,
         )  # fmt: skip
         if report:
             report(name, found)
@@ -329,9 +322,7 @@ def sparsegpt(
     )
 
 
-def _check(
-    pattern: str, block_size: int, damping: float, bits: int | None, group_size: Granularity
-) -> Pattern:
+def _check(pattern: str, block_size: int, damping: float) -> Pattern:
     parsed = Pattern.parse(pattern)
     if parsed.scope == "global":
         raise ValueError(
@@ -341,7 +332,4 @@ def _check(
     if isinstance(block_size, bool) or block_size < 1:
         raise ValueError(f"block_size is {block_size!r}; it must be a whole number from 1.")
     check_damping(damping)
-    if bits is not None:
-        check_bits(bits)
-        check_granularity(group_size)
     return parsed

@@ -2,8 +2,8 @@ r"""What must go together when a whole part of a Llama-like model goes: its depe
 
 Zeros inside a matrix save time only where a kernel skips them. A removed row or column always does,
 but rows and columns are coupled: row $i$ of the gate and of the up projection make neuron $i$,
-which column $i$ of the down projection reads. Take one away and the other two compute for nobody.
-The parts that such a model can lose are
+which column $i$ of the down projection reads. Take one away and
+what the other two compute is never read. The parts that such a model can lose are
 
 - "heads": a query head; rows of q and columns of o;
 - "groups": a key-value head and all its query heads; rows of q, k and v, columns of o;

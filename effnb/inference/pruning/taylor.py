@@ -5,7 +5,7 @@ so $|w g|$ ranks weights by what they are worth to the *task* rather than to a l
 (Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", 2016,
 arXiv 1611.06440; "Importance Estimation for Neural Network Pruning", 2019, arXiv 1906.10771).
 
-SNIP is the same number at initialisation, from one batch, before any training (Lee, Ajanthan, Torr,
+SNIP is the same number at initialization, from one batch, before any training (Lee, Ajanthan, Torr,
 "SNIP: Single-shot Network Pruning based on Connection Sensitivity", 2018, arXiv 1810.02340). There
 it is derived as the gradient for gates $c = 1$ on the connections, which is the same:
 $\partial L / \partial c_j = w_j\, \partial L / \partial w_j$.
@@ -137,7 +137,7 @@ def snip_scores(
     r"""Connection sensitivity $s_j = |w_j g_j| / \sum_k |w_k g_k|$ of one batch; they sum to 1.
 
     Args:
-        model: A model at its initialisation; it is not changed.
+        model: A model at its initialization; it is not changed.
         batch: Token ids (sequences, time), or what a given loss takes.
         loss: From (model, batch) to a scalar; None for language modelling.
         layers: Name patterns of the layers.
@@ -170,7 +170,7 @@ def snip(
     Train the result with `effnb.inference.pruning.fine_tune`, which holds the mask.
 
     Args:
-        model: A model at its initialisation; it is not changed.
+        model: A model at its initialization; it is not changed.
         batch: Token ids (sequences, time), or what a given loss takes.
         sparsity: Part of the weights to remove, in [0, 1); or one per layer's name; None for "N:M".
         pattern: Where weights compete: "global" (the paper's), "layer", "row" or "N:M".

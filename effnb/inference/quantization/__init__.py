@@ -37,6 +37,7 @@ from effnb.inference.quantization.fast import (
 from effnb.inference.quantization.formats import (
     BITS,
     Granularity,
+    Grid,
     QuantizedTensor,
     bits_per_weight,
     fake_quantize,
@@ -98,6 +99,7 @@ __all__ = [
     "FakeQuantLinear",
     "GptqResult",
     "Granularity",
+    "Grid",
     "HessianTrace",
     "Int4Tensor",
     "InverseHessian",

@@ -9,7 +9,7 @@ with $q$ the codes of the inputs, $w$ those of the weight, $s_t$ the scale of to
 $s_{og}$, $z_{og}$ scale and zero point of group $g$ in row $o$ of the weight. The inner sum is
 exact in 32-bit integers. What one input scale is shared by:
 
-- `"token"`: $s_t = \max_j |x_{tj}| / (2^{b-1} - 1)$, found anew for every token (token-wise
+- `"token"`: $s_t = \max_j |x_{tj}| / (2^{b-1} - 1)$, found for each token by itself (token-wise
   dynamic: Yao et al., ZeroQuant, 2022, arXiv 2206.01861);
 - `"tensor"`: the largest magnitude of the whole batch serves all its tokens, so that the result
   depends on what else is in the batch;
@@ -120,8 +120,8 @@ def integer_matmul(a: Int8[Tensor, "m k"], b: Int8[Tensor, "n k"]) -> Int32[Tens
     r"""$A B^\top$ of int8 matrices, exactly, in int32.
 
     Uses PyTorch's integer kernel where there is one. Elsewhere slices of 1,024 columns are
-    multiplied in float32: a sum of so many products stays below $2^{24}$, up to which float32 holds
-    every whole number.
+    multiplied in float32: a sum of this many products stays below $2^{24}$, up to which float32
+    holds every whole number.
     """
     if a.device.type == "cpu":
         fits = a.shape[1] > 1  # on a single column, PyTorch 2.13's kernel returns garbage

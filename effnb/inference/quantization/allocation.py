@@ -1,4 +1,4 @@
-r"""How many bits each layer gets, when all of them together may take so many bytes.
+r"""How many bits each layer gets, when all of them share a budget of bytes.
 
 Each layer $i$ can be stored at one of a few bit-widths $b$; each costs $c_i^{(b)}$ (a loss, see
 `mixed` for how to measure it) and takes $s_i^{(b)}$ bytes. The best choice solves

@@ -49,14 +49,10 @@ from effnb.core.modules import (
     matches,
     put_modules,
 )
-from effnb.inference.quantization.formats import (
-    Granularity,
-    check_granularity,
-    fake_quantize,
-    quantize,
-)
+from effnb.inference.quantization.formats import fake_quantize_on, quantize_on
+from effnb.inference.quantization.grid import Granularity, Grid
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
-from effnb.inference.quantization.stored import check_bits, check_matrix
+from effnb.inference.quantization.stored import check_matrix
 
 UNCLIPPED = ("*q_proj", "*k_proj", "*query*", "*key*", "*qkv*", "*q_lin", "*k_lin")
 """Layers that make queries and keys: clipping them distorts the scores between the two."""
@@ -93,6 +89,7 @@ def search_scales(
     """
     best, losses = None, []
     for step in range(grid):
+        # s = m^r / sqrt(max(m^r) min(m^r)), with r = step / n.
         scales = magnitude.float().pow(step / grid).clamp(min=1e-4)
         scales = scales / (scales.max() * scales.min()).sqrt()
         losses.append(loss(scales))
@@ -121,13 +118,13 @@ def awq_scales(
     symmetric: bool = False,
     grid: int = 20,
 ) -> ScaleSearch:
-    """Search scales for one layer by the error of its own output.
+    """Search scales for one layer by the error of its output.
 
     Args:
         weight: The weight (out, in).
         inputs: What the layer reads, (tokens, in).
         bits: 2 to 8.
-        group_size: What shares one scale: "row", or so many inputs of a row.
+        group_size: What shares one scale: "row", or a number of inputs of a row.
         symmetric: Whether the grids are centred on 0.
         grid: How many exponents to try.
 
@@ -144,7 +141,7 @@ def awq_scales(
     check_finite(inputs, "inputs")
     seen = _Inputs(weight.shape[1], weight.device)
     seen.update(inputs)
-    rounding = partial(_round, bits=bits, group_size=group_size, symmetric=symmetric)
+    rounding = partial(_round, grid=Grid(bits, group_size, symmetric))
     return search_scales(seen.magnitude, _own_loss([weight], seen.value, rounding), grid)
 
 
@@ -166,7 +163,7 @@ def awq_clip(
         weight: The weight (out, in).
         hessian: $H = \frac2N X X^\top$ of the layer's inputs.
         bits: 2 to 8.
-        group_size: What shares one scale: "row", or so many inputs of a row.
+        group_size: What shares one scale: "row", or a number of inputs of a row.
         symmetric: Whether the grids are centred on 0.
 
     Returns:
@@ -185,6 +182,7 @@ def awq_clip(
         )
     check_finite(hessian, "the Hessian")
     size = columns if group_size == "row" else group_size
+    whole = Grid(bits, "row", symmetric)
     result = weight.detach().float().clone()
     for start in range(0, columns, size):
         group = result[:, start : start + size]  # a view
@@ -193,7 +191,7 @@ def awq_clip(
         best, least = limit, torch.full_like(limit, torch.inf)
         for step in range(STEPS // 2):
             tried = limit * (1 - step / STEPS)
-            rounded = _round(group.clamp(-tried, tried), bits, "row", symmetric)
+            rounded = _round(group.clamp(-tried, tried), whole)
             error = output_error(rounded - group, part).unsqueeze(1)
             best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
         group.clamp_(-best, best)
@@ -234,7 +232,7 @@ def awq(
         model: A transformer whose blocks `effnb.core.modules.find_blocks` finds; it is not changed.
         calibration: Token ids (sequences, time), or batches; see `core.calibration.batches_of`.
         bits: 2 to 8.
-        group_size: What shares one scale: "row", or so many inputs of a row.
+        group_size: What shares one scale: "row", or a number of inputs of a row.
         symmetric: Whether the grids are centred on 0; AWQ's are not.
         grid: How many exponents to try.
         clip: Whether to narrow ranges too.
@@ -265,7 +263,8 @@ def awq(
             "reads, so exclude it."
         )
     folds = find_folds(model, [_short(model, calibration)])
-    rounding = partial(_round, bits=bits, group_size=group_size, symmetric=symmetric)
+    steps = Grid(bits, group_size, symmetric)
+    rounding = partial(_round, grid=steps)
 
     def visit(prefix: str, block: nn.Module, calls: list[Call]) -> None:
         linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
@@ -302,7 +301,7 @@ def awq(
                 weight = awq_clip(
                     weight, hessians[name], bits, group_size=group_size, symmetric=symmetric
                 )
-            stored = quantize(weight, bits, group_size=group_size, symmetric=symmetric)
+            stored = quantize_on(weight, steps)
             put_modules(block, {name: QuantizedLinear(stored, layer.bias)})
 
     return visit_blocks(
@@ -328,11 +327,9 @@ class _Inputs(Hessian):
         return self._sum / max(self.tokens, 1)
 
 
-def _round(weight: Tensor, bits: int, group_size: Granularity, symmetric: bool) -> Tensor:
+def _round(weight: Tensor, grid: Grid) -> Tensor:
     """What rounding to the stored format would leave of a weight."""
-    return fake_quantize(
-        weight.float(), bits, group_size=group_size, symmetric=symmetric, half_scales=True
-    )
+    return fake_quantize_on(weight.float(), grid, half_scales=True)
 
 
 def _own_loss(
@@ -341,6 +338,7 @@ def _own_loss(
     """The mean squared error of the layers' own outputs, as a function of the scales."""
 
     def loss(scales: Tensor) -> float:
+        # The mean of |(Q(W diag(s)) diag(s)^-1 - W) x|^2 over the inputs x.
         errors = [
             output_error(rounding(weight.float() * scales) / scales - weight.float(), hessian)
             for weight in weights
@@ -434,8 +432,7 @@ def _short(model: nn.Module, calibration: CalibrationLike) -> dict[str, Tensor]:
 
 
 def _check(bits: int, group_size: Granularity, grid: int) -> None:
-    check_bits(bits)
-    check_granularity(group_size)
+    Grid(bits, group_size)  # refuses what does not exist
     if group_size == "tensor":
         raise ValueError('AWQ chooses ranges row by row; group_size must be "row" or a number.')
     if isinstance(grid, bool) or grid < 1:

@@ -17,14 +17,15 @@ variable: `gaussian_error` and `gaussian_clip`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
+from effnb.inference.quantization.grid import Grid
 from effnb.inference.quantization.stored import check_bits
 
-CLIPS = ("minmax", "percentile", "mse")
 SHRINKS = tuple(1 - i / 100 for i in range(80))
 """The shares of the range that "mse" tries: those of GPTQ's code."""
 
@@ -32,25 +33,8 @@ HALF_MAX, HALF_MIN = 65504, 2.0**-24
 """Largest number, and smallest above 0, that half precision can hold: the limits of a scale."""
 
 
-def check_clip(clip: str, percentile: float, exponent: float) -> None:
-    """Refuse ways of clipping that do not exist, and parameters without meaning."""
-    if clip not in CLIPS:
-        raise ValueError(f'clip is {clip!r}; it must be "minmax", "percentile" or "mse".')
-    if not 0 < percentile <= 100:
-        raise ValueError(f"percentile is {percentile!r}; it must lie above 0 and at most at 100.")
-    if not exponent > 0:
-        raise ValueError(f"exponent is {exponent!r}; it must be above 0.")
-
-
 def choose_grid(
-    values: Num[Tensor, "*shape size"],
-    bits: int,
-    symmetric: bool,
-    *,
-    clip: str = "minmax",
-    percentile: float = 99.9,
-    exponent: float = 2.0,
-    half_scales: bool = True,
+    values: Num[Tensor, "*shape size"], grid: Grid, *, half_scales: bool = True
 ) -> tuple[Float[Tensor, "*shape"], Int[Tensor, "*shape"] | None]:
     """Scale and zero point for the numbers along the last axis.
 
@@ -59,32 +43,25 @@ def choose_grid(
 
     Args:
         values: The numbers; one grid for each position of all axes but the last.
-        bits: 2 to 8.
-        symmetric: Whether the grid is centred on 0 and has no zero point.
-        clip: What the grid covers: everything ("minmax"), a share ("percentile"), or the range of
-            least error ("mse").
-        percentile: For "percentile": the share in per cent.
-        exponent: For "mse": the power of the error that is summed.
+        grid: Bits, symmetry and clipping; its group size is not asked.
         half_scales: Whether scales are rounded to half precision.
 
     Raises:
-        ValueError: When a scale is too large for half precision, or an argument is out of range.
+        ValueError: When a scale is too large for half precision.
     """
-    check_bits(bits)
-    check_clip(clip, percentile, exponent)
-    if clip == "percentile":
-        values = percentile_range(values, percentile, symmetric)
-    elif clip == "mse":
-        values = mse_range(values, bits, symmetric, exponent=exponent, half_scales=half_scales)
+    if grid.clip == "percentile":
+        values = percentile_range(values, grid.percentile, grid.symmetric)
+    elif grid.clip == "mse":
+        values = mse_range(values, grid, half_scales=half_scales)
     working = torch.promote_types(values.dtype, torch.float32)
-    if symmetric:
-        span = values.abs().amax(-1).to(working) / (2 ** (bits - 1) - 1)
+    if grid.symmetric:
+        span = values.abs().amax(-1).to(working) / grid.high
     else:
         low, high = (
             values.amin(-1).to(working).clamp(max=0),
             values.amax(-1).to(working).clamp(min=0),
         )
-        span = (high - low) / (2**bits - 1)
+        span = (high - low) / grid.high
     if half_scales and float(span.max()) > HALF_MAX:
         raise ValueError(
             f"the weights are too large: a scale of {float(span.max()):.3g} does not fit into half "
@@ -95,9 +72,9 @@ def choose_grid(
     scale = torch.where(span > 0, span.clamp(min=smallest), torch.ones_like(span))
     if half_scales:
         scale = scale.half().to(working)
-    if symmetric:
+    if grid.symmetric:
         return scale, None
-    return scale, (-low / scale).round().clamp(0, 2**bits - 1).int()
+    return scale, (-low / scale).round().clamp(0, grid.high).int()
 
 
 def round_to_grid(
@@ -124,7 +101,7 @@ def round_to_grid(
 def percentile_range(
     values: Num[Tensor, "*shape size"], percentile: float, symmetric: bool
 ) -> Float[Tensor, "*shape ends"]:
-    """The ends of the range that holds so many per cent of the numbers along the last axis.
+    """The ends of the range that holds a given percentage of the numbers along the last axis.
 
     Symmetric: that percentile of the magnitudes, once. Affine: two ends, each of which leaves out
     half of the rest. Between two numbers the percentile is interpolated linearly.
@@ -143,33 +120,27 @@ def percentile_range(
 
 
 def mse_range(
-    values: Num[Tensor, "*shape size"],
-    bits: int,
-    symmetric: bool,
-    *,
-    exponent: float = 2.0,
-    half_scales: bool = True,
+    values: Num[Tensor, "*shape size"], grid: Grid, *, half_scales: bool = True
 ) -> Float[Tensor, "*shape 2"]:
     r"""The ends $p\,[\min, \max]$ whose grid has the smallest $\sum |\hat x - x|^a$.
 
     Args:
         values: The numbers; one range for each position of all axes but the last.
-        bits: 2 to 8.
-        symmetric: Whether the grid has no zero point.
-        exponent: The power $a$.
+        grid: Bits, symmetry and the power $a$, `grid.exponent`.
         half_scales: Whether scales are rounded to half precision.
     """
+    covering = replace(grid, clip="minmax")
     working = torch.promote_types(values.dtype, torch.float32)
     values = values.to(working)
     ends = torch.stack([values.amin(-1), values.amax(-1)], -1)
     best, least = ends, torch.full_like(ends[..., 0], torch.inf)
     for shrink in SHRINKS:
         tried = ends * shrink
-        scale, zero = choose_grid(tried, bits, symmetric, half_scales=half_scales)
+        scale, zero = choose_grid(tried, covering, half_scales=half_scales)
         scale, zero = scale.unsqueeze(-1), zero if zero is None else zero.unsqueeze(-1)
-        codes = round_to_grid(values, scale, zero, bits)
+        codes = round_to_grid(values, scale, zero, grid.bits)
         read_back = scale * (codes if zero is None else codes - zero)
-        error = (read_back - values).abs().pow(exponent).sum(-1)
+        error = (read_back - values).abs().pow(grid.exponent).sum(-1)
         better = error < least
         best, least = (
             torch.where(better.unsqueeze(-1), tried, best),

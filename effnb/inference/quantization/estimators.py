@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from effnb.inference.quantization.clipping import HALF_MAX, HALF_MIN
 from effnb.inference.quantization.extreme import EPSILON, binarize, ternarize
 from effnb.inference.quantization.formats import (
-    Granularity,
     QuantizedTensor,
     choose_grids,
     fake_quantize,
-    quantize,
+    quantize_on,
     spread,
 )
+from effnb.inference.quantization.grid import Granularity, Grid
 from effnb.inference.quantization.stored import Stored
 
 # --- made-up gradients ----------------------------------------------------------------------------
@@ -128,35 +128,24 @@ def _half(step: Tensor) -> Tensor:
 
 
 class RangeGrid(nn.Module):
-    """Weights on the grid that their own range gives, found anew at every step."""
+    """Weights on the grid that their own range gives, found again at every step."""
 
-    def __init__(self, bits: int, group_size: Granularity, symmetric: bool, clip: str) -> None:
-        """See `effnb.inference.quantization.quantize` for the arguments."""
+    def __init__(self, grid: Grid) -> None:
+        """Take the kind of grid."""
         super().__init__()
-        self.bits, self.group_size, self.symmetric, self.clip = bits, group_size, symmetric, clip
+        self.grid = grid
 
     def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The rounded weight."""
         w = _work(weight)
-        scale, zero = choose_grids(
-            w.detach(), self.bits, self.group_size, self.symmetric, clip=self.clip
-        )
-        scale = spread(scale, self.group_size, w.shape[1])
-        top = 2 ** (self.bits - 1) - 1
-        if zero is None:
-            return quantize_ste(w, scale, 0, -top, top).to(weight.dtype)
-        zero = spread(zero, self.group_size, w.shape[1])
-        return quantize_ste(w, scale, zero, 0, 2 * top + 1).to(weight.dtype)
+        scale, zero = choose_grids(w.detach(), self.grid)
+        scale = spread(scale, self.grid.group_size, w.shape[1])
+        zero = 0 if zero is None else spread(zero, self.grid.group_size, w.shape[1])
+        return quantize_ste(w, scale, zero, self.grid.low, self.grid.high).to(weight.dtype)
 
     def stored(self, weight: Float[Tensor, "out in"]) -> Stored:
         """The rounded weight, packed."""
-        return quantize(
-            weight,
-            self.bits,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-            clip=self.clip,
-        )
+        return quantize_on(weight, self.grid)
 
 
 class LearnedGrid(nn.Module):
@@ -221,9 +210,7 @@ class LearnedGrid(nn.Module):
         codes = ratio.round().clamp(self.low, self.high) - self.low
         zeros = torch.full(self.shape, -self.low, device=weight.device)
         bits = int(self.high - self.low).bit_length()
-        return QuantizedTensor.from_codes(
-            codes, step, zeros, bits, self.group_size, symmetric=False
-        )
+        return QuantizedTensor.from_codes(codes, step, zeros, Grid(bits, self.group_size))
 
     def extra_repr(self) -> str:
         """The ends of the grid and what shares a step."""

@@ -264,7 +264,7 @@ class PackedLinear(QuantizedLinear):
 
     @property
     def quantized(self) -> Stored:
-        """The weight as it is stored; put together anew only after the tensors were moved."""
+        """The weight as it is stored; put together again only after the tensors were moved."""
         if self._stored is None or self._stored.codes is not self._buffers["codes"]:
             self._stored = super().quantized
         return self._stored
@@ -323,7 +323,7 @@ def fast(
     """Quantize a language model, its output head too, and let it run from packed codes.
 
     The head is often the largest matrix of a small model, and the same as the embedding: a packed
-    head gets storage of its own, the embedding stays as it is.
+    head gets separate storage, the embedding stays as it is.
 
     Args:
         model: Any module with `nn.Linear` layers; it is not changed.

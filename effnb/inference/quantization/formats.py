@@ -1,6 +1,6 @@
 r"""Uniform number formats: scales, zero points, and storage that is as small as it says.
 
-A uniform quantiser of $b$ bits replaces each number $x$ by a code $q$, a small integer, and reads
+A uniform quantizer of $b$ bits replaces each number $x$ by a code $q$, a small integer, and reads
 it back as a point of an even grid:
 
 $$q = \operatorname{clamp}(\operatorname{round}(x / s) + z,\ q_{min},\ q_{max}), \qquad
@@ -37,10 +37,10 @@ from effnb.core.checks import check_finite
 from effnb.inference.quantization.clipping import (
     HALF_MAX,
     HALF_MIN,
-    check_clip,
     choose_grid,
     round_to_grid,
 )
+from effnb.inference.quantization.grid import Granularity, Grid, check_granularity
 from effnb.inference.quantization.stored import (
     BITS,
     Stored,
@@ -56,6 +56,7 @@ __all__ = [
     "HALF_MAX",
     "HALF_MIN",
     "Granularity",
+    "Grid",
     "QuantizedTensor",
     "bits_per_weight",
     "check_bits",
@@ -67,18 +68,6 @@ __all__ = [
     "unpack",
 ]
 
-Granularity = int | str
-"""What shares one scale: "tensor", "row", or so many neighbouring inputs of a row."""
-
-
-def check_granularity(group_size: Granularity) -> None:
-    """Refuse anything but "tensor", "row" and whole numbers from 1."""
-    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
-    if group_size not in ("tensor", "row") and not (whole and group_size >= 1):
-        raise ValueError(
-            f'group_size is {group_size!r}; it must be "tensor", "row" or a whole number from 1.'
-        )
-
 
 def scales_shape(shape: tuple[int, int], group_size: Granularity) -> tuple[int, int]:
     """Rows and columns of the scales of a matrix: one per tensor, row, or group of a row."""
@@ -88,7 +77,7 @@ def scales_shape(shape: tuple[int, int], group_size: Granularity) -> tuple[int, 
 
 
 def order_dtype(columns: int) -> torch.dtype:
-    """The smallest integer type that can number so many columns."""
+    """The smallest integer type that can number this many columns."""
     return torch.int16 if columns <= 2**15 else torch.int32
 
 
@@ -123,10 +112,8 @@ class QuantizedTensor(Stored):
         codes: Num[Tensor, "rows columns"],
         scales: Float[Tensor, "scale_rows groups"],
         zeros: Num[Tensor, "scale_rows groups"] | None,
-        bits: int,
-        group_size: Granularity,
+        grid: Grid,
         *,
-        symmetric: bool,
         order: Int[Tensor, " places"] | None = None,
     ) -> QuantizedTensor:
         r"""Store codes that a method has chosen itself.
@@ -136,17 +123,14 @@ class QuantizedTensor(Stored):
                 $-(2^{b-1} - 1) \ldots 2^{b-1} - 1$ if symmetric, $0 \ldots 2^b - 1$ if affine.
             scales: The step of each group; half precision must be able to hold it.
             zeros: The zero point of each group, $0 \ldots 2^b - 1$; None if symmetric.
-            bits: 2 to 8.
-            group_size: "tensor", "row", or so many neighbouring stored columns.
-            symmetric: Which of the two grids the codes belong to.
+            grid: What they are codes of; group sizes count stored columns.
             order: For each stored column its place in the matrix; None if they are in order.
 
         Raises:
             ValueError: When a part has the wrong shape, a code or zero point does not fit, a scale
                 is not a half-precision number, or the order is no permutation.
         """
-        check_bits(bits)
-        check_granularity(group_size)
+        bits, group_size, symmetric = grid.bits, grid.group_size, grid.symmetric
         if symmetric != (zeros is None):
             raise ValueError("a symmetric grid has no zero points, and an affine one needs them.")
         rows, columns = codes.shape
@@ -158,14 +142,13 @@ class QuantizedTensor(Stored):
             raise ValueError(
                 "a scale is not a half-precision number; round scales before choosing codes."
             )
-        top = 2 ** (bits - 1) - 1
-        ends = (-top, top) if symmetric else (0, 2**bits - 1)
-        for name, part, (low, high) in (("codes", codes, ends), ("zeros", zeros, (0, 2**bits - 1))):
+        ends = (grid.low, grid.high)
+        for name, part, (low, high) in (("codes", codes, ends), ("zeros", zeros, (0, grid.high))):
             if part is not None and not bool(
                 ((part >= low) & (part <= high) & (part == part.round())).all()
             ):
                 raise ValueError(f"{name} must be whole numbers from {low} to {high}.")
-        codes = codes.to(torch.int16) + (top if symmetric else 0)
+        codes = codes.to(torch.int16) - grid.low
         if order is not None:
             _check_order(order, columns)
             order = order.to(order_dtype(columns))
@@ -235,25 +218,21 @@ def spread(per_group: Tensor, group_size: Granularity, columns: int) -> Tensor:
 
 
 def choose_grids(
-    matrix: Float[Tensor, "rows columns"],
-    bits: int,
-    group_size: Granularity,
-    symmetric: bool,
-    **how: str | float,
+    matrix: Float[Tensor, "rows columns"], grid: Grid, *, half_scales: bool = True
 ) -> tuple[Float[Tensor, "scale_rows groups"], Int[Tensor, "scale_rows groups"] | None]:
     """A grid for each tensor, row or group; a shorter last group gets one from its own numbers."""
-    if group_size == "tensor":
+    if grid.group_size == "tensor":
         parts = [matrix.reshape(1, 1, -1)]
-    elif group_size == "row":
+    elif grid.group_size == "row":
         parts = [matrix.unsqueeze(1)]
     else:
-        rest = matrix.shape[1] % group_size
-        whole = matrix[:, : matrix.shape[1] - rest].unflatten(1, (-1, group_size))
+        rest = matrix.shape[1] % grid.group_size
+        whole = matrix[:, : matrix.shape[1] - rest].unflatten(1, (-1, grid.group_size))
         last = matrix[:, matrix.shape[1] - rest :].unsqueeze(1)
         parts = [part for part in (whole, last) if part.numel()]
-    grids = [choose_grid(part, bits, symmetric, **how) for part in parts]
+    grids = [choose_grid(part, grid, half_scales=half_scales) for part in parts]
     scales = torch.cat([scale for scale, _ in grids], 1)
-    return scales, None if symmetric else torch.cat([zero for _, zero in grids], 1)
+    return scales, None if grid.symmetric else torch.cat([zero for _, zero in grids], 1)
 
 
 def quantize(
@@ -271,7 +250,7 @@ def quantize(
     Args:
         weight: The matrix (rows, columns), in any floating-point type.
         bits: 2 to 8.
-        group_size: What shares one scale: "tensor", "row", or so many consecutive columns.
+        group_size: What shares one scale: "tensor", "row", or a number of consecutive columns.
         symmetric: Whether the grid is centred on 0 and has no zero point.
         clip: What the grid covers: everything ("minmax"), a share of the numbers ("percentile"),
             or the range of least error ("mse"); see `clipping`.
@@ -282,18 +261,19 @@ def quantize(
         ValueError: Bits outside the format, entries that are not finite, not a matrix, an
             impossible group size, or an unknown way of clipping.
     """
-    check_bits(bits)
-    check_granularity(group_size)
-    check_clip(clip, percentile, exponent)
+    return quantize_on(weight, Grid(bits, group_size, symmetric, clip, percentile, exponent))
+
+
+def quantize_on(weight: Float[Tensor, "*matrix"], grid: Grid) -> QuantizedTensor:
+    """`quantize`, with the grid as one value."""
     check_matrix(weight)
     weight = weight.detach().float()
-    how = {"clip": clip, "percentile": percentile, "exponent": exponent}
-    scale, zero = choose_grids(weight, bits, group_size, symmetric, **how)
+    scale, zero = choose_grids(weight, grid)
     columns = weight.shape[1]
-    s = spread(scale, group_size, columns)
-    z = None if zero is None else spread(zero, group_size, columns)
-    codes = round_to_grid(weight, s, z, bits)
-    return QuantizedTensor.from_codes(codes, scale, zero, bits, group_size, symmetric=symmetric)
+    s = spread(scale, grid.group_size, columns)
+    z = None if zero is None else spread(zero, grid.group_size, columns)
+    codes = round_to_grid(weight, s, z, grid.bits)
+    return QuantizedTensor.from_codes(codes, scale, zero, grid)
 
 
 def fake_quantize(
@@ -316,7 +296,7 @@ def fake_quantize(
     Args:
         x: Any shape. "row" is the last axis: for activations (batch, time, features), a token.
         bits: 2 to 8.
-        group_size: What shares one scale: "tensor", "row", or so many neighbours on the last axis.
+        group_size: What shares one scale: "tensor", "row", or a number of last-axis neighbours.
         symmetric: Whether the grid is centred on 0 and has no zero point.
         clip: What the grid covers: "minmax", "percentile" or "mse".
         percentile: For "percentile": the share in per cent.
@@ -327,20 +307,24 @@ def fake_quantize(
         ValueError: Bits outside the format, entries that are not finite, an impossible group size,
             an unknown way of clipping, or a tensor without axes.
     """
-    check_bits(bits)
-    check_granularity(group_size)
-    check_clip(clip, percentile, exponent)
+    grid = Grid(bits, group_size, symmetric, clip, percentile, exponent)
+    return fake_quantize_on(x, grid, half_scales=half_scales)
+
+
+def fake_quantize_on(
+    x: Float[Tensor, "*shape"], grid: Grid, *, half_scales: bool = False
+) -> Float[Tensor, "*shape"]:
+    """`fake_quantize`, with the grid as one value."""
     if x.ndim == 0:
         raise ValueError("a single number has no grid; give a tensor with at least one axis.")
     if x.numel() == 0:
         return x
     check_finite(x, "the tensor", "quantized")
     matrix = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
-    how = {"clip": clip, "percentile": percentile, "exponent": exponent}
-    scale, zero = choose_grids(matrix, bits, group_size, symmetric, half_scales=half_scales, **how)
-    s = spread(scale, group_size, x.shape[-1])
-    z = None if zero is None else spread(zero, group_size, x.shape[-1])
-    q = round_to_grid(matrix, s, z, bits)
+    scale, zero = choose_grids(matrix, grid, half_scales=half_scales)
+    s = spread(scale, grid.group_size, x.shape[-1])
+    z = None if zero is None else spread(zero, grid.group_size, x.shape[-1])
+    q = round_to_grid(matrix, s, z, grid.bits)
     return (s * (q if z is None else q - z)).to(x.dtype).view(x.shape)
 
 

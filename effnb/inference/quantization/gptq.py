@@ -31,10 +31,11 @@ from effnb.core.calibration import CalibrationLike, Hessian, block_linears, laye
 from effnb.core.hessian import check_damping, inverse_cholesky
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import LayerChoice, Model, chooses_layers
-from effnb.inference.quantization.clipping import check_clip, choose_grid
-from effnb.inference.quantization.formats import Granularity, QuantizedTensor, check_granularity
+from effnb.inference.quantization.clipping import choose_grid
+from effnb.inference.quantization.formats import QuantizedTensor
+from effnb.inference.quantization.grid import Granularity, Grid
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
-from effnb.inference.quantization.stored import check_bits, check_matrix
+from effnb.inference.quantization.stored import check_matrix
 
 EXPONENT = 2.4
 """The power of the error that `clip="mse"` sums in GPTQ's published code."""
@@ -114,9 +115,9 @@ def gptq_weight(
         weight: The weight; computed in float32, or in float64 if it is.
         hessian: $H = \frac2N X X^\top$, (in, in). Its scale does not matter.
         bits: 2 to 8.
-        group_size: What shares one scale: "tensor", "row", or so many inputs of a row. The grid of
-            a tensor or row is that of the original weight. The grid of a group is chosen when its
-            first column is reached, from the weights as they are then.
+        group_size: What shares one scale: "tensor", "row", or a number of inputs of a row. The grid
+            of a tensor or row is that of the original weight. The grid of a group is chosen when
+            its first column is reached, from the weights as they are then.
         symmetric: Whether the grids are centred on 0 and have no zero points.
         act_order: Round the inputs with the largest diagonal entries of $H$ first. Groups are then
             made of inputs that are neighbours in this order, which is stored with the weight.
@@ -133,7 +134,8 @@ def gptq_weight(
             is not finite, or shapes that do not fit; a Hessian without an inverse.
     """
     check_matrix(weight)
-    _check(bits, group_size, block_size, damping, clip, exponent)
+    grid = Grid(bits, group_size, symmetric, clip, exponent=exponent)
+    _check(block_size, damping)
     if tuple(hessian.shape) != (weight.shape[1], weight.shape[1]):
         raise ValueError(
             f"the Hessian has shape {tuple(hessian.shape)}; a weight of {weight.shape[1]} inputs "
@@ -143,58 +145,42 @@ def gptq_weight(
         hessian = hessian.double()
     inverse = invert_hessian(hessian, damping=damping, act_order=act_order)
     return gptq_columns(
-        weight,
-        inverse,
-        bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        static_groups=static_groups,
-        block_size=block_size,
-        clip=clip,
-        exponent=exponent,
+        weight, inverse, grid, static_groups=static_groups, block_size=block_size
     ).tensor
 
 
 def gptq_columns(
     weight: Float[Tensor, "out in"],
     inverse: InverseHessian,
-    bits: int,
+    grid: Grid,
     *,
-    group_size: Granularity = "row",
-    symmetric: bool = False,
     static_groups: bool = False,
     block_size: int = 128,
-    clip: str = "minmax",
-    exponent: float = EXPONENT,
 ) -> GptqResult:
     """The walk through the columns itself, for a Hessian that is inverted already.
 
     Args:
         weight: The weight.
         inverse: From `invert_hessian`.
-        bits: 2 to 8.
-        group_size: See `gptq_weight`, and for all that follow.
-        symmetric: Whether the grids have no zero points.
+        grid: Bits, what shares a scale, symmetry and clipping; see `gptq_weight`.
         static_groups: Whether groups get their grids from the original weight.
         block_size: Columns handled before those behind them.
-        clip: What a grid covers.
-        exponent: For the clip "mse".
     """
     started = time.perf_counter()
     kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
     w = weight.detach().to(kind, copy=True)
     w[:, inverse.dead] = 0
     columns, order = w.shape[1], inverse.order
-    by_group = isinstance(group_size, int)
-    size = group_size if by_group else columns
+    by_group = isinstance(grid.group_size, int)
+    size = grid.group_size if by_group else columns
     dynamic = by_group and not static_groups  # choose each grid when its group is reached
 
     def choose(values: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale, zero = choose_grid(values, bits, symmetric, clip=clip, exponent=exponent)
+        scale, zero = choose_grid(values, grid)
         return scale, None if zero is None else zero.to(kind)
 
     grids: list[tuple[Tensor, Tensor | None]] = []
-    if group_size == "tensor":
+    if grid.group_size == "tensor":
         grids = [choose(w.reshape(1, -1))]
     elif not dynamic:
         grids = [choose(part) for part in w.split(size, 1)]
@@ -207,20 +193,22 @@ def gptq_columns(
     diagonal = upper.diagonal().tolist()
     codes = torch.empty_like(w)
     error = 0.0
-    low, high = (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
     for start, stop in _blocks(columns, block_size, size if dynamic else None):
         block, errors = w[start:stop], torch.empty_like(w[start:stop])
         for i in range(start, stop):
             if dynamic and i % size == 0:
                 grids.append(choose(w[i : i + size].T))
             scale, zero = grids[places[i] // size]
+            # The code of every row, q = clamp(round(w_i / s) + z), and its value, ŵ_i = s (q - z).
             code = torch.div(w[i], scale, out=codes[i]).round_()
             if zero is not None:
                 code.add_(zero)
-            code.clamp_(low, high)
+            code.clamp_(grid.low, grid.high)
             rounded = code * scale if zero is None else (code - zero).mul_(scale)
+            # e = (w_i - ŵ_i) / U_ii, and every column behind moves: w_j ← w_j - U_ij e for j > i.
             e = torch.sub(w[i], rounded, out=errors[i - start]).div_(diagonal[i])
             block[i - start + 1 :].addr_(upper[i, i + 1 : stop], e, alpha=-1)
+        # The same move, for all columns of the block at once, of the columns behind the block.
         w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         error += float(errors.square().sum())
 
@@ -230,10 +218,8 @@ def gptq_columns(
     tensor = QuantizedTensor.from_codes(
         chosen,
         torch.stack([scale for scale, _ in grids], 1),
-        None if symmetric else torch.stack([zero for _, zero in grids], 1),
-        bits,
-        group_size,
-        symmetric=symmetric,
+        None if grid.symmetric else torch.stack([zero for _, zero in grids], 1),
+        grid,
         order=order,
     )
     return GptqResult(tensor, error, time.perf_counter() - started)
@@ -243,7 +229,7 @@ def _blocks(columns: int, block_size: int, group_size: int | None) -> Iterator[t
     """First and last column of each block, such that every group can see its current weights.
 
     All columns of a group must have got the updates of all columns before it when its grid is
-    chosen. So either whole groups lie within a block, or a group begins with a block of its own.
+    chosen. So either whole groups lie within a block, or a group begins with a new block.
     """
     if group_size is None:
         spans = [(0, columns)]
@@ -319,7 +305,8 @@ def gptq(
         ValueError: As `gptq_weight`, with the layer's name; no or too long calibration data, no
             fitting layer, or a model that is quantized already.
     """
-    _check(bits, group_size, block_size, damping, clip, exponent)
+    grid = Grid(bits, group_size, symmetric, clip, exponent=exponent)
+    _check(block_size, damping)
     refuse_quantized(model)
     for name, layer in block_linears(model, layers).items():
         try:
@@ -327,16 +314,7 @@ def gptq(
         except ValueError as problem:
             raise ValueError(f"{name}: {problem}") from None
 
-    rounding = partial(
-        gptq_columns,
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        static_groups=static_groups,
-        block_size=block_size,
-        clip=clip,
-        exponent=exponent,
-    )
+    rounding = partial(gptq_columns, grid=grid, static_groups=static_groups, block_size=block_size)
 
     def observe(name: str, layer: nn.Linear) -> _Curvature:
         return _Curvature(layer.in_features, layer.weight.device)
@@ -359,12 +337,7 @@ def gptq(
     )
 
 
-def _check(
-    bits: int, group_size: Granularity, block_size: int, damping: float, clip: str, exponent: float
-) -> None:
-    check_bits(bits)
-    check_granularity(group_size)
+def _check(block_size: int, damping: float) -> None:
     check_damping(damping)
-    check_clip(clip, 99.9, exponent)
     if isinstance(block_size, bool) or block_size < 1:
         raise ValueError(f"block_size is {block_size!r}; it must be a whole number from 1.")

@@ -37,7 +37,7 @@ def _jacobsthal(q: int) -> Tensor:
 
     The field of $p^k$ elements is made of polynomials of degree below k over the numbers modulo p,
     multiplied modulo an irreducible one. A remainder ring is a field just if it has $(q + 1) / 2$
-    squares, so the first polynomial that gives so many is taken.
+    squares, so the first polynomial that gives this number is taken.
     """
     p, k = _prime_power(q)
     elements = list(itertools.product(range(p), repeat=k))

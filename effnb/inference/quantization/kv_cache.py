@@ -1,7 +1,7 @@
 r"""KIVI: a key-value cache of 2 bits, keys grouped by channel and values by token.
 
 When text is generated, the keys and values of all tokens so far are kept, and for long texts they
-outgrow the model. KIVI stores them on affine grids of their own,
+outgrow the model. KIVI stores them on separate affine grids,
 
 $$\hat x = q\,s + m, \qquad m = \min x, \qquad s = \frac{\max x - \min x}{2^b - 1},$$
 

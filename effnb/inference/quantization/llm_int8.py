@@ -1,6 +1,6 @@
 r"""LLM.int8(): 8-bit products, with the few outlier features kept out of them.
 
-Every token of the input and every row of the weight gets a scale of its own (vector-wise). A few
+Every token of the input and every row of the weight gets its own scale (vector-wise). A few
 features of large models are tens of times larger than the rest, and would coarsen the grid of every
 token; their columns are multiplied in floating point instead (mixed-precision decomposition):
 

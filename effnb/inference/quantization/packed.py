@@ -86,8 +86,9 @@ def machine() -> Machine:
 def native_layout() -> str:
     """How this processor's int4 kernel orders the codes of a panel, found by packing a known one.
 
-    A panel is so many rows; for each column in turn it holds the codes of all its rows, two a byte.
-    In "halves" a byte holds rows $i$ and $i + $ half a panel, in "pairs" rows $2i$ and $2i + 1$.
+    A panel is a number of rows; for each column in turn it holds the codes of all its rows, two
+    a byte. In "halves" a byte holds rows $i$ and $i + $ half a panel, in "pairs" rows $2i$ and
+    $2i + 1$.
     """
     codes = torch.randint(0, 16, (2 * PANEL, 4), generator=torch.Generator().manual_seed(0))
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
@@ -113,7 +114,7 @@ class PackedTensor(Stored):
         codes: "int8": signed codes. Otherwise 4-bit codes in the panels of `layout`.
         scales: "int8": $s_o$ of each row. Otherwise $(s_g, t_g)$ of each group and row.
         row_scales: For 4-bit codes: what rows are multiplied by at last; None where groups have
-            scales of their own.
+            separate scales.
         order: The matrix's column that each stored column is; None if they are in order.
         kind: "int8", "int4" or "two int4".
         layout: See `native_layout`; empty for "int8".
@@ -213,7 +214,7 @@ class PackedTensor(Stored):
 
     @cached_property
     def rows_limit(self) -> int:
-        """From so many inputs on, or always if 0, it is faster to read the weight back."""
+        """From how many inputs on reading the weight back is faster; 0 means always."""
         here = machine()
         native = self.layout == native_layout() and self.scales.dtype == here.dtype
         return here.rows[self.kind] if native or self.kind == "int8" else 0

@@ -191,7 +191,7 @@ def peqa(
     Args:
         model: Any module with `nn.Linear` layers; it is not changed.
         bits: 2 to 8.
-        group_size: What shares one scale: "tensor", "row", or so many inputs of a row. Smaller
+        group_size: What shares one scale: "tensor", "row", or a number of inputs of a row. Smaller
             groups have more to train.
         symmetric: Whether the grids have no zero points.
         layers: Name patterns of the layers to quantize.

@@ -1,10 +1,10 @@
 r"""Quantization-aware training: let the weights learn to live on their grid.
 
-During training every layer computes with rounded weights, while the optimiser moves the unrounded
+During training every layer computes with rounded weights, while the optimizer moves the unrounded
 ones behind them. The gradient passes straight through the rounding (see `estimators`). Where the
 grid comes from is the method:
 
-- *ste*: from the range of the weights, found anew at every step;
+- *ste*: from the range of the weights, found again at every step;
 - *lsq*: its step is a parameter and learns with the weights. Esser et al., "Learned Step Size
   Quantization", 2019, arXiv 1902.08153;
 - *bitnet*: weights of -1, 0 and 1 times one number per matrix, inputs of eight bits. Ma et al.,
@@ -40,10 +40,10 @@ from effnb.core.modules import (
     share,
 )
 from effnb.inference.quantization.activations import QuantizedInputs
-from effnb.inference.quantization.clipping import check_clip
 from effnb.inference.quantization.estimators import FewValues, LearnedGrid, RangeGrid, TokenGrid
-from effnb.inference.quantization.formats import Granularity, check_bits, check_granularity
+from effnb.inference.quantization.grid import Granularity, Grid
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
+from effnb.inference.quantization.stored import check_bits
 
 METHODS = ("ste", "lsq", "bitnet", "binary")
 KEYS_AND_VALUES = ("*k_proj", "*v_proj")
@@ -54,7 +54,7 @@ class FakeQuantLinear(nn.Module):
     r"""Trains as it will run: $y = Q_o(Q_x(\mathrm{norm}(x))\, Q_w(W)^\top + b)$.
 
     Attributes:
-        weight: The weight behind the rounded one; this is what the optimiser moves.
+        weight: The weight behind the rounded one; this is what the optimizer moves.
         weights: $Q_w$, a `RangeGrid`, `LearnedGrid` or `FewValues`.
         inputs: $Q_x$, a `TokenGrid`, a `LearnedGrid`, or None.
         outputs: $Q_o$, for layers that fill the key-value cache, or None.
@@ -155,7 +155,7 @@ def prepare_qat(
         layers: Name patterns of the layers to quantize.
 
     Returns:
-        A new model with weights of its own, all of which require gradients.
+        A new model with its own weights, all of which require gradients.
 
     Raises:
         ValueError: An argument out of range, no fitting layer, missing calibration data, or a model
@@ -182,7 +182,7 @@ def prepare_qat(
         if method == "lsq":
             weights: nn.Module = LearnedGrid.of_weight(layer.weight, bits, group_size)
         elif method == "ste":
-            weights = RangeGrid(bits, group_size, symmetric, clip)
+            weights = RangeGrid(Grid(bits, group_size, symmetric, clip))
         else:
             weights = FewValues(method)
         inputs: nn.Module | None = None if activation_bits is None else TokenGrid(activation_bits)
@@ -230,9 +230,7 @@ def _check(
     if method in ("ste", "lsq"):
         if bits is None:
             raise ValueError(f"the method {method!r} needs bits, 2 to 8.")
-        check_bits(bits)
-        check_granularity(group_size)
-        check_clip(clip, 99.9, 2.0)
+        Grid(bits, group_size, clip=clip)  # refuses what does not exist
     elif bits is not None:
         raise ValueError(f"bits is {bits}; the method {method!r} fixes them itself.")
     for given in (activation_bits, kv_bits):

@@ -1,7 +1,7 @@
 r"""Rotate a model's features, so that no single one stands out, and quantize then.
 
 An orthogonal matrix spreads a feature that is far larger than the rest over all of them. A
-transformer whose blocks normalise first does not notice if its residual stream is rotated: the
+transformer whose blocks normalize first does not notice if its residual stream is rotated: the
 embeddings write $x Q$ in place of $x$, layers that read the stream undo $Q$, layers that write to
 it apply $Q$, and $\operatorname{RMSNorm}(x Q) = \operatorname{RMSNorm}(x)\, Q$ once the norm's
 gain $g$ has moved into the layers behind it. Weights $W$ (out, in) and embeddings $E$ become
@@ -97,7 +97,7 @@ class PlainRMSNorm(nn.Module):
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
-    """In place of `save_pretrained`: the model's class would load its LayerNorms anew.
+    """In place of `save_pretrained`: the model's class would load its LayerNorms again.
 
     Raises:
         ValueError: Always; says what can be saved instead.
@@ -309,12 +309,12 @@ def _check_part(
 def rotate(model: Model, seed: int = 0, *, heads: bool = True, online: bool = False) -> Model:
     r"""The same function with its features rotated; nothing is quantized yet.
 
-    Norm gains move into the layers behind them, a tied output head gets a weight of its own, and
+    Norm gains move into the layers behind them, a tied output head gets a separate weight, and
     the residual stream is multiplied by `random_hadamard`. A LayerNorm also subtracts the mean:
     whatever writes to the stream is made to write numbers of mean 0, after which it is an RMSNorm.
 
     Args:
-        model: A causal language model whose blocks normalise first (Llama and its kin, GPT-NeoX,
+        model: A causal language model whose blocks normalize first (Llama and its kin, GPT-NeoX,
             OPT, …); it is not changed.
         seed: For the signs of $Q$.
         heads: Also rotate each attention head's values, where attention has `v_proj`, `o_proj` and

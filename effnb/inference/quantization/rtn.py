@@ -10,6 +10,7 @@ is often all one needs. `rtn` rounds to uniform grids; `quantize_linears` to any
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,8 @@ from effnb.core.modules import (
     named_modules_of,
     replace_modules,
 )
-from effnb.inference.quantization.clipping import check_clip
-from effnb.inference.quantization.formats import (
-    Granularity,
-    check_bits,
-    check_granularity,
-    quantize,
-)
+from effnb.inference.quantization.formats import quantize_on
+from effnb.inference.quantization.grid import Granularity, Grid
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
 from effnb.inference.quantization.stored import Stored
 
@@ -87,7 +83,7 @@ def rtn(
     Args:
         model: Any module with `nn.Linear` layers; it is not changed.
         bits: 2 to 8.
-        group_size: What shares one scale: "tensor", "row", or so many inputs of a row.
+        group_size: What shares one scale: "tensor", "row", or a number of inputs of a row.
         symmetric: Whether the grids are centred on 0 and have no zero points.
         clip: What a grid covers: all its weights ("minmax"), a share of them ("percentile"), or the
             range of least error ("mse").
@@ -102,22 +98,8 @@ def rtn(
         ValueError: Bits, a group size or a way of clipping that do not exist, weights that are not
             finite, no fitting layer, or a model that is quantized already.
     """
-    check_bits(bits)
-    check_granularity(group_size)
-    check_clip(clip, percentile, exponent)
-
-    def store(weight: Tensor) -> Stored:
-        return quantize(
-            weight,
-            bits,
-            group_size=group_size,
-            symmetric=symmetric,
-            clip=clip,
-            percentile=percentile,
-            exponent=exponent,
-        )
-
-    return quantize_linears(model, store, layers=layers)
+    grid = Grid(bits, group_size, symmetric, clip, percentile, exponent)
+    return quantize_linears(model, partial(quantize_on, grid=grid), layers=layers)
 
 
 def dequantized(model: Model, dtype: torch.dtype | None = None) -> Model:

@@ -1,4 +1,4 @@
-r"""How much a model suffers when one of its layers is rounded to so many bits.
+r"""How much a model suffers when one of its layers is rounded to a number of bits.
 
 Three ways to measure it, from a guess to the thing itself, each a table from layer to bits to cost:
 

@@ -8,7 +8,7 @@ $$Y = \left(X \operatorname{diag}(s)^{-1}\right) \left(W \operatorname{diag}(s)\
 
 With $\alpha = 1/2$ inputs and weights of a feature get the same largest magnitude, and both are
 easy to quantize. The division costs nothing: it is folded into the gain (and bias) of the
-normalisation layer that the features come from. So only layers that read a normalisation layer are
+normalization layer that the features come from. So only layers that read a normalization layer are
 smoothed, and all layers that read the same one share one $s$.
 
 Xiao, Lin, Seznec, Wu, Demouth, Han, "SmoothQuant: Accurate and Efficient Post-Training Quantization
@@ -133,7 +133,7 @@ def smoothable(
     *,
     layers: LayerChoice = "*",
 ) -> dict[str, list[str]]:
-    """The normalisation layers of a model's blocks that can take factors in, and their readers.
+    """The normalization layers of a model's blocks that can take factors in, and their readers.
 
     A norm can if nothing but linear layers reads its output, and all of these fit the patterns.
 
@@ -152,7 +152,7 @@ def smoothable(
     }
     if not fitting:
         raise ValueError(
-            "no normalisation layer of this model's blocks feeds linear layers only, all of which "
+            "no normalization layer of this model's blocks feeds linear layers only, all of which "
             "fit the patterns; there is nothing to fold the factors into."
         )
     return fitting
@@ -196,7 +196,7 @@ def smooth(
     function stays is proven block by block in float64, also for gains stored less 1 (Gemma).
 
     Args:
-        model: A transformer whose blocks normalise before their linear layers; it is not changed.
+        model: A transformer whose blocks normalize before their linear layers; it is not changed.
         calibration: Token ids (sequences, time), or batches of keyword arguments.
         alpha: 0 to 1; see `smooth_scales`.
         layers: Name patterns of the layers to smooth; a norm takes part if all its readers fit.
@@ -253,7 +253,7 @@ def smoothquant(
     """Smooth, then quantize weights and inputs of all linear layers.
 
     Args:
-        model: A transformer whose blocks normalise before their linear layers; it is not changed.
+        model: A transformer whose blocks normalize before their linear layers; it is not changed.
         calibration: Token ids (sequences, time), or batches of keyword arguments.
         alpha: 0 to 1; see `smooth_scales`.
         weight_bits: Bits of the weights, 2 to 8.

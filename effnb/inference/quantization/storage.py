@@ -34,8 +34,8 @@ VERSION = 1
 def save_quantized(model: nn.Module, path: str | Path) -> None:
     """Write a model with `QuantizedLinear` layers, of one format or several, to a file.
 
-    What stands around such a layer, like one that rounds its inputs, is not described: a model to
-    load into must have it already.
+    What is wrapped around such a layer, like one that rounds its inputs, is not described: a model
+    to load into must have it already.
 
     Args:
         model: The model.

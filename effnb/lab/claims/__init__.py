@@ -30,7 +30,6 @@ from effnb.lab.claims.registry import (
     Part,
     changed_registrations,
     claims_from,
-    claims_of,
     digest_of,
     ledger,
 )
@@ -74,7 +73,6 @@ __all__ = [
     "changed_registrations",
     "chosen",
     "claims_from",
-    "claims_of",
     "claims_table",
     "compared",
     "counted",

@@ -132,7 +132,7 @@ class Evidence:
         return tuple(math.exp(x) for x in found) if self.part.ratio else found
 
     def basis(self) -> str:
-        """What stands behind the number: seeds, documents, or the formula."""
+        """What the number rests on: seeds, documents, or the formula."""
         if self.why:
             return self.why
         if self.part.role == "construction":

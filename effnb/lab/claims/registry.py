@@ -125,7 +125,7 @@ class Claim:
 
     Attributes:
         id: Stable name, such as "S-I3"; its first letter names the source.
-        claim: The claim as a sentence; what stands in [brackets] is from papers that the source
+        claim: The claim as a sentence; text in [brackets] is from papers that the source
             cites.
         chapters: Where it is tested: paths below `notebooks/`.
         source: The article that makes the claim.
@@ -214,11 +214,6 @@ def claims_from(content: Mapping[str, Any]) -> dict[str, Claim]:
 def ledger() -> dict[str, Claim]:
     """All claims by their id, in the order of the ledger."""
     return claims_from(read_manifest(data_folder() / "claims.json", REMEDY))
-
-
-def claims_of(chapter: str) -> list[Claim]:
-    """The claims that a chapter tests, such as those of "05_inference/3_quantization"."""
-    return [claim for claim in ledger().values() if chapter in claim.chapters]
 
 
 def changed_registrations(content: Mapping[str, Any]) -> list[str]:

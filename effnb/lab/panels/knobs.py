@@ -17,7 +17,7 @@ class Knob:
 
     Attributes:
         values: All positions, in the order of the slider or of the list.
-        default: Where the knob stands at first.
+        default: Where the knob is at first.
         label: What the control is called on the page; the argument's name when None.
         kind: "integer", "decimal" or "choice".
     """
@@ -59,7 +59,7 @@ def knob(
         low: The first number; or the choices, and then neither `high` nor `step` is given.
         high: The last number. It is reached when it is a whole number of steps away.
         step: Distance between two positions. The knob gives `int`s if all three are `int`s.
-        default: Where the knob stands at first: the middle of a range, the first choice.
+        default: Where the knob is at first: the middle of a range, the first choice.
         label: What the control is called on the page; the argument's name if not given.
 
     Raises:

@@ -48,7 +48,9 @@ def test_steps_of_the_exercise_are_gptq():
     inputs[1] += inputs[0]
     hessian = inputs @ inputs.T / 30
     weight = torch.randn(4, 6, generator=draw, dtype=torch.float64)
-    found = quantization.gptq_columns(weight, quantization.invert_hessian(hessian), 3).tensor
+    found = quantization.gptq_columns(
+        weight, quantization.invert_hessian(hessian), quantization.Grid(3)
+    ).tensor
     upper = quantization.invert_hessian(hessian).upper
     w, want = weight.clone(), found.dequantize(torch.float64)
     for i in range(6):

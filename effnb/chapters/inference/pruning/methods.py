@@ -30,7 +30,7 @@ from effnb.lab.tables import Table, table
 
 Method = Callable[..., nn.Module]
 OUTLIERS = 16
-"""Every so many channels, one is enlarged."""
+"""One channel in this many is enlarged."""
 TWO_OF_FOUR = ("magnitude", "SparseGPT")
 """The methods that the panel also has with the pattern 2:4."""
 
@@ -44,7 +44,7 @@ def with_outliers(model: nn.Module, factor: float) -> nn.Module:
 
 def single_weights(calibration: Int[Tensor, "batch time"]) -> dict[str, Method]:
     """Methods that set single weights to zero, as functions of (model, share, pattern)."""
-    few = calibration[::2]  # gradients take longer than activations
+    few = calibration[: max(1, len(calibration) // 2)]  # gradients take longer than activations
 
     def at_random(model: nn.Module, share: float | None, pattern: str) -> nn.Module:
         like = pruning.masks_of(pruning.magnitude(model, share, pattern=pattern))
@@ -71,7 +71,7 @@ def single_weights(calibration: Int[Tensor, "batch time"]) -> dict[str, Method]:
 
 def structure_scores(calibration: Int[Tensor, "batch time"]) -> dict[str, Callable[..., Any]]:
     """What scores whole structures, as functions of a model."""
-    few = calibration[::2]
+    few = calibration[: max(1, len(calibration) // 2)]
 
     def active(model: nn.Module, *kinds: str) -> dict[str, Tensor]:
         found = pruning.activation_importance(model, calibration)

@@ -22,7 +22,7 @@ Rises = dict[str, Change | None]
 
 
 def ratio(nats: float) -> float:
-    """The factor by which perplexity grows when the loss rises by so many nats."""
+    """The factor by which perplexity grows when the loss rises by this many nats."""
     return math.exp(min(nats, 50.0))
 
 

@@ -54,7 +54,7 @@ def panel_methods(calibration: Int[Tensor, "batch time"]) -> dict[str, Callable[
 
     def awq(model: nn.Module, bits: int, group: str, outliers: int) -> nn.Module:
         model = with_outliers(model, outliers)
-        few = calibration[::4]  # its search takes many passes
+        few = calibration[: max(1, len(calibration) // 4)]  # its search takes many passes
         return quantization.awq(model, few, bits, group_size=GROUPS[group], grid=10)
 
     def rotated(model: nn.Module, bits: int, group: str) -> nn.Module:
