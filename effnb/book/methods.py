@@ -44,6 +44,20 @@ CHAPTERS = {
 }
 """Packages and modules whose chapter has another name than they."""
 NAMES = {
+    "effnb.design.attention.bigbird.bigbird_attention": "BigBird",
+    "effnb.design.attention.entmax.entmax_attention": "Entmax attention",
+    "effnb.design.attention.etc.EtcAttention": "ETC",
+    "effnb.design.attention.flash_attention.flash_attention": "FlashAttention",
+    "effnb.design.attention.grouped_query.grouped_query": "Grouped-query attention",
+    "effnb.design.attention.linear_attention.linear_attention": "Linear attention",
+    "effnb.design.attention.linformer.LinformerAttention": "Linformer",
+    "effnb.design.attention.longformer.LongformerAttention": "Longformer",
+    "effnb.design.attention.performer.performer_attention": "Performer (FAVOR+)",
+    "effnb.design.attention.reformer.lsh_attention": "Reformer (LSH attention)",
+    "effnb.design.attention.sliding_window.sliding_window": "Sliding window with sinks",
+    "effnb.design.attention.sparsefinder.fit_projections": "Sparsefinder",
+    "effnb.design.attention.streaming_llm.streaming_llm": "StreamingLLM",
+    "effnb.design.attention.transformer_xl.TransformerXL": "Transformer-XL",
     "effnb.design.context.rope.rope_frequencies": "RoPE",
     "effnb.design.retention.gla.GLALM": "Gated linear attention (GLA)",
     "effnb.design.retention.hyena.HyenaLM": "Hyena",

@@ -571,7 +571,8 @@ def test_windows_are_refused(unchecked, llama, ids):
         found(ids, attention_mask=table)
     packed = torch.arange(12).repeat(2)[None].expand(4, -1)
     with pytest.raises(ValueError, match="not just causal"):
-        found(ids, position_ids=packed)
+        # With a cache transformers takes positions that begin again for one text.
+        found(ids, position_ids=packed, use_cache=False)
     with pytest.raises(ValueError, match="queries are the last"):
         sw.sliding_window_attention(
             torch.zeros(1, 1, 3, 2), *(torch.zeros(1, 1, 2, 2),) * 2, window=2
