@@ -1,5 +1,6 @@
 """FlashAttention: exact, whatever the tiles; linear memory; the paper's counts of accesses."""
 
+import importlib
 import math
 from itertools import pairwise
 
@@ -8,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effnb.design.attention import flash_attention as fa
+# Modules whose names the package gives to their functions.
+fa = importlib.import_module("effnb.design.attention.flash_attention")
+
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 

@@ -1,6 +1,7 @@
 """Attention in Hugging Face models: grouped queries, the cache, streaming, sliding windows."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from architectures import NAMES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effnb.design.attention import grouped_query as gq
 from effnb.design.attention import kv_cache as kc
-from effnb.design.attention import sliding_window as sw
-from effnb.design.attention import streaming_llm as sl
 from effnb.design.attention.patterns import window_pattern
+
+# Modules whose names the package gives to their functions.
+gq = importlib.import_module("effnb.design.attention.grouped_query")
+sw = importlib.import_module("effnb.design.attention.sliding_window")
+sl = importlib.import_module("effnb.design.attention.streaming_llm")
 
 
 def state(model):
