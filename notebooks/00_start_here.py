@@ -190,10 +190,10 @@ print("read back ", [round(v, 2) for v in (s * (q - z)).tolist()])
 from effnb.inference import quantization
 from effnb.lab import show
 
-show(quantization.formats.choose_grid, quantization.quantize)
+show(quantization.formats.choose_grid, quantization.formats.quantize_on)
 
 # %% [markdown]
-# On our five numbers it agrees:
+# On our five numbers it agrees (`quantize` is `quantize_on` with the properties of the grid as keywords):
 
 # %% tags=["nbval-check-output"]
 stored = quantization.quantize(w.unsqueeze(0), bits=3)

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from effnb.core.delta_hosts import WithDeltas
+from effnb.core.delta_kinds import KINDS
 from effnb.core.deltas import (
-    KINDS,
-    WithDeltas,
     attach_deltas,
     check_name,
     delta_state_dict,

@@ -4,8 +4,8 @@ A *delta* is a small set of trained tensors on top of a frozen model (Ding et al
 efficient fine-tuning of large-scale pre-trained language models", 2023, doi
 10.1038/s42256-023-00626-4). Here it is a named set of `Delta` modules, each of which sits on one
 module of the model and turns its output into another one. LoRA, adapters and the rest only say
-what that change is; everything around it is in this file (and in
-`delta_files`).
+what that change is (`delta_kinds`). This file attaches, trains and merges it, whatever it is;
+`delta_hosts` applies it, and `delta_files` saves it.
 
 Three rules make models with deltas safe to share and to train:
 
@@ -20,17 +20,15 @@ Three rules make models with deltas safe to share and to train:
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.func import functional_call
-from torch.nn.modules import module as hooks
 
 from effnb.core.checks import check_loaded
+from effnb.core.delta_hosts import InPlace, WithDeltas, host_of
+from effnb.core.delta_kinds import Delta
 from effnb.core.linear_form import restore
 from effnb.core.modules import (
     LayerChoice,
@@ -40,303 +38,6 @@ from effnb.core.modules import (
     matches,
     settle_tying,
 )
-
-KINDS: dict[str, type[Delta]] = {}
-"""The classes that have a kind; importing a method's module adds its own."""
-
-
-class Delta(nn.Module):
-    """The change that is trained on top of one module. Subclasses say which.
-
-    Attributes:
-        kind: Name of the method, written into files.
-        additive: Whether it adds something to the output that depends on the input alone. Only
-            such deltas can be merged while others come before them.
-        reads_base: Whether what it does follows from the frozen weights under it. No other delta of
-            the same module can be merged into them while it is active.
-        in_place: Whether it changes more than an output: it then runs the module itself, in
-            `around`, and `forward` is never called. It may sit on a whole block or model, whose
-            parts keep their names.
-    """
-
-    kind: ClassVar[str] = ""
-    additive: ClassVar[bool] = False
-    reads_base: ClassVar[bool] = False
-    in_place: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        """Remember which class reads the files of this kind."""
-        super().__init_subclass__(**keywords)
-        if cls.kind:
-            KINDS[cls.kind] = cls
-
-    def forward(self, inputs: Any, output: Any, base: nn.Module) -> Any:
-        """The new output of a module, from its inputs, its output so far and the module itself."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it does to an output.")
-
-    def differences(self, base: nn.Module) -> dict[str, Tensor]:
-        r"""What it adds to the module's own parameters, by their names, before the module runs.
-
-        Nothing is the default. $\theta' = \theta + \sum_i \Delta\theta_i$: each delta finds its
-        difference from the frozen parameters, and those of several active deltas are summed.
-        """
-        return {}
-
-    def around(
-        self, run: Callable[..., Any], base: nn.Module, *arguments: Any, **keywords: Any
-    ) -> Any:
-        """The output of a module that `run` runs, with the deltas before this one.
-
-        Only deltas that are `in_place` have it; `base` is the module, for its settings.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it runs a module.")
-
-    def with_base(self, inputs: Any, base: nn.Module) -> Any:
-        """The output of the module and this delta computed at once, or None: first one, then this.
-
-        None is the default, and always right. A delta that has a faster way for both together
-        answers here; the result must be that of `forward` on `base(inputs)`, up to rounding. It is
-        asked only where the module has one input, this delta is the only active one, and nothing
-        would miss the calls that are saved (`WithDeltas`).
-        """
-        return None
-
-    def merged(self, base: nn.Module) -> nn.Module:
-        """A module of the same class as `base` that does what `base` with this delta does.
-
-        Raises:
-            ValueError: When there is none, which is the default.
-        """
-        raise ValueError(f"a delta of kind {self.kind!r} cannot be merged into the weights.")
-
-    def settings(self) -> dict[str, Any]:
-        """What a file must say besides the tensors; the same on all layers of one delta."""
-        return {}
-
-    @classmethod
-    def rebuild(
-        cls, base: nn.Module, settings: dict[str, Any], tensors: dict[str, Tensor]
-    ) -> Delta:
-        """Make the delta of one module from what a file says; `tensors` are loaded afterwards.
-
-        Raises:
-            ValueError: When the tensors do not fit the module.
-        """
-        raise NotImplementedError(f"{cls.__name__} cannot be read from a file.")
-
-    @classmethod
-    def rebuild_all(
-        cls,
-        modules: Mapping[str, nn.Module],
-        settings: dict[str, Any],
-        layers: Mapping[str, dict[str, Tensor]],
-    ) -> dict[str, Delta]:
-        """Make the deltas of all modules: one for each that has tensors, unless overridden.
-
-        Args:
-            modules: Every module of the model by name, without the deltas that it carries.
-            settings: What `settings` gave.
-            layers: From names of modules to their tensors in the file.
-
-        Raises:
-            ValueError: When the tensors do not fit; the sentence names the module.
-        """
-        found = {}
-        for path, tensors in layers.items():
-            try:
-                found[path] = cls.rebuild(modules[path], settings, tensors)
-            except ValueError as problem:
-                raise ValueError(f"{path}: {problem}") from None
-        return found
-
-
-class WithDeltas(nn.Module):
-    """A module with deltas on it, applied one after the other in the order of `active`.
-
-    A single active delta may compute its module's part too (`Delta.with_base`). Then neither of
-    the two is called, so this is tried only where no hook waits for such a call and neither has
-    been given a `forward` of its own.
-    """
-
-    base: nn.Module
-    deltas: nn.ModuleDict
-
-    def __init__(self, base: nn.Module) -> None:
-        """Start without deltas: the function of `base`."""
-        super().__init__()
-        self.base, self.deltas = base, nn.ModuleDict()
-        self.active: tuple[str, ...] = ()
-
-    def forward(self, *given: Any, **keywords: Any) -> Any:
-        """Run the module, then its active deltas; or both at once.
-
-        What the deltas see as inputs is the first argument, however it is passed.
-        """
-        inputs = given[0] if given else next(iter(keywords.values()), None)
-        alone = len(given) == 1 and not keywords
-        if len(self.active) == 1 and alone:
-            delta = self.deltas[self.active[0]]
-            if not (_watched(self.base) or _watched(delta)):
-                output = delta.with_base(inputs, self.base)
-                if output is not None:
-                    return output
-        changed = self.changed()
-        if changed:
-            output = functional_call(self.base, changed, given, keywords)
-        elif torch.is_grad_enabled() and _packed(self.base) and alone:
-            output = _ReadAgain.apply(inputs, self.base)
-        else:
-            output = self.base(*given, **keywords)
-        for name in self.active:
-            output = self.deltas[name](inputs, output, self.base)
-        return output
-
-    def changed(self) -> dict[str, Tensor]:
-        """The parameters of the module that its active deltas change, as they are with them.
-
-        Sums are taken in the type of the differences and rounded once to that of the parameter.
-        """
-        sums: dict[str, Tensor] = {}
-        for name in self.active:
-            for leaf, difference in self.deltas[name].differences(self.base).items():
-                sums[leaf] = sums[leaf] + difference if leaf in sums else difference
-        # $\theta' = \theta + \sum_i \Delta\theta_i$
-        return {leaf: added(self.base.get_parameter(leaf), total) for leaf, total in sums.items()}
-
-    def __getattr__(self, name: str) -> Any:
-        """What the module has and a host has not, for code that reads it off the module."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
-            # A layer stored in few bits is asked itself for what makes it one.
-            if base is None or name.startswith("__") or hasattr(type(base), "dequantized"):
-                raise
-            if base._parameters.get(name) is not None:
-                return self.changed().get(name, base._parameters[name])
-            return getattr(base, name)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight that the module computes with, for code that reads it without a call."""
-        return self.changed().get("weight", self.base.weight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias that the module computes with."""
-        return self.changed().get("bias", self.base.bias)
-
-    @property
-    def in_features(self) -> int:
-        """Inputs of a linear layer."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Outputs of a linear layer."""
-        return self.base.out_features
-
-
-def added(parameter: Tensor, difference: Tensor) -> Tensor:
-    """A parameter plus a difference, summed in the wider of their types and rounded once."""
-    wide = torch.promote_types(parameter.dtype, difference.dtype)
-    return (parameter.to(wide) + difference.to(wide)).to(parameter.dtype)
-
-
-class InPlace:
-    """What a module's class inherits from while the module carries deltas that are `in_place`.
-
-    The module is no wrapper around another: it stays where it is, with its own attributes and the
-    same names of its parts, and is of a subclass of its class.
-
-    Attributes:
-        plain: The class without deltas.
-    """
-
-    plain: ClassVar[type[nn.Module]]
-    deltas: nn.ModuleDict
-    active: tuple[str, ...]
-
-    @property
-    def base(self) -> nn.Module:
-        """The module under the deltas: itself."""
-        return self
-
-
-@functools.cache
-def _hosting(kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module's class that applies deltas, later ones around earlier ones."""
-
-    @functools.wraps(kind.forward)
-    def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        run = functools.partial(kind.forward, self)
-        for name in self.active:
-            run = functools.partial(self.deltas[name].around, run, self)
-        return run(*arguments, **keywords)
-
-    about = {"plain": kind, "forward": forward, "__module__": kind.__module__}
-    return type(kind.__name__, (InPlace, kind), about | {"__doc__": kind.__doc__})
-
-
-def _host(model: nn.Module, module: nn.Module, path: str, delta: Delta) -> WithDeltas | InPlace:
-    """What carries a delta in place of a model's module, made where there is nothing yet."""
-    if isinstance(module, InPlace if delta.in_place else WithDeltas):
-        return module
-    if isinstance(module, InPlace | WithDeltas) or "forward" in vars(module):
-        raise ValueError(
-            f"{path or 'the model'} cannot carry a delta of kind {delta.kind!r}: it has deltas of "
-            "another sort, or a `forward` of its own."
-        )
-    if not delta.in_place:
-        host = WithDeltas(module).train(module.training)
-        exchange(model, {module: host})  # wherever the layer is used
-        return host
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        raise ValueError(  # they run all that they hold, the deltas too
-            f"{path or 'the model'} is a {type(module).__name__}, a plain list of modules, which "
-            f"cannot carry a delta of kind {delta.kind!r}."
-        )
-    module.__class__ = _hosting(type(module))
-    module.deltas, module.active = nn.ModuleDict(), ()
-    return module
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class's `forward`."""
-    kinds = ("forward_pre", "forward", "backward_pre", "backward")
-    hooked = any(getattr(module, f"_{kind}_hooks") for kind in kinds)
-    return hooked or "forward" in vars(module) or bool(hooks._has_any_global_hook())
-
-
-class _ReadAgain(torch.autograd.Function):
-    r"""A frozen linear layer stored in few bits, whose weight is read back once more to go back.
-
-    Ordinary autograd would keep the weight it was read back to, in full size, until the backward
-    pass: training would need the memory that quantizing saved. $\partial x = \partial y\, \hat W$.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, base: nn.Module) -> Tensor:
-        ctx.base = base
-        return base(inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        return gradient @ ctx.base.dequantized(gradient.dtype).weight, None
-
-
-def _packed(base: nn.Module) -> bool:
-    """Whether it is a linear layer stored in few bits with nothing to train in it.
-
-    Not one whose kernel has a backward pass of its own, which goes by the codes as well.
-    """
-    readable = not isinstance(base, nn.Linear) and hasattr(base, "dequantized")
-    if getattr(getattr(base, "quantized", None), "differentiable", False):
-        return False
-    return readable and not any(p.requires_grad for p in base.parameters())
 
 
 def refuse_rounded_inputs(model: nn.Module) -> None:
@@ -527,16 +228,30 @@ def set_active(model: Model, *names: str) -> Model:
     """Apply these deltas, in this order, and no other; without names, the frozen model's function.
 
     Raises:
-        ValueError: When a name is unknown or given twice.
+        ValueError: When a name is unknown or given twice, or two cannot be active together.
     """
     for name in names:
         hosts(model, name)
     if len(set(names)) < len(names):
         raise ValueError(f"a delta is named twice in {', '.join(names)}.")
     result = _forked(model)
-    for host in hosts(result).values():
+    for path, host in hosts(result).items():
         host.active = tuple(name for name in names if name in host.deltas)
+        _check_alone(path, host)
     return result
+
+
+def _check_alone(path: str, host: WithDeltas | InPlace) -> None:
+    """Refuse two active deltas of a sort of which a module carries one at a time."""
+    sorts: dict[str, str] = {}
+    for name in host.active:
+        sort = host.deltas[name].alone
+        if sort and sort in sorts:
+            raise ValueError(
+                f"{path or 'the model'} cannot carry two of the sort {sort!r} at once, "
+                f"{sorts[sort]!r} and {name!r}; choose one by set_active."
+            )
+        sorts[sort] = name
 
 
 # --- attach and take off --------------------------------------------------------------------------
@@ -555,7 +270,8 @@ def attach_deltas(model: Model, name: str, deltas: Mapping[str, Delta]) -> Model
         and the only thing that requires a gradient.
 
     Raises:
-        ValueError: When the name is taken or cannot name a module, or there is nothing to attach.
+        ValueError: When the name is taken or cannot name a module, there is nothing to attach, or
+            a module has an active delta beside which this one cannot be.
     """
     check_name(model, name)
     if not deltas:
@@ -567,9 +283,10 @@ def attach_deltas(model: Model, name: str, deltas: Mapping[str, Delta]) -> Model
     result = freeze(model)
     places = modules_by_name(result)
     for path, delta in deltas.items():
-        host = _host(result, places[path], path, delta)
+        host = host_of(result, places[path], path, delta)
         host.deltas[name] = delta.train(host.training)
         host.active = (*host.active, name)
+        _check_alone(path, host)
     return result
 
 

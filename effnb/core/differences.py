@@ -18,15 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from effnb.core.checks import check_loaded
-from effnb.core.deltas import (
-    Delta,
-    WithDeltas,
-    added,
-    attach_deltas,
-    check_name,
-    modules_by_name,
-    refuse_rounded_inputs,
-)
+from effnb.core.delta_hosts import WithDeltas, added
+from effnb.core.delta_kinds import Delta
+from effnb.core.deltas import attach_deltas, check_name, modules_by_name, refuse_rounded_inputs
 from effnb.core.modules import LayerChoice, Layers, Model
 
 Chosen = dict[str, dict[str, nn.Parameter]]

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from effnb.core.checks import check_loaded
 from effnb.core.context import PROBE
-from effnb.core.deltas import Delta, attached, linear_layers, set_active
+from effnb.core.delta_kinds import Delta
+from effnb.core.deltas import attached, linear_layers, set_active
 from effnb.core.modules import Layers, find_stacks, refuse_encoder_decoder, share
 
 

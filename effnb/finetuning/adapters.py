@@ -35,7 +35,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.deltas import Delta, attach_deltas, check_name, refuse_rounded_inputs
+from effnb.core.delta_kinds import Delta
+from effnb.core.deltas import attach_deltas, check_name, refuse_rounded_inputs
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import Model
 from effnb.core.sublayers import Sublayers, find_sublayers

@@ -28,7 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnb.core.deltas import Delta, check_name, exchange_deltas, hosts, merge
+from effnb.core.delta_kinds import Delta
+from effnb.core.deltas import check_name, exchange_deltas, hosts, merge
 from effnb.core.differences import (
     SparseDifference,
     attach_differences,

@@ -16,7 +16,6 @@ arXiv 2402.09353.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,22 +23,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from effnb.core.delta_files import attach_state
-from effnb.core.deltas import (
-    Delta,
-    WithDeltas,
-    attach_deltas,
-    check_name,
-    linear_layers,
-    merge,
-    refuse_rounded_inputs,
-)
+from effnb.core.deltas import merge
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import LayerChoice, Model, chooses_layers, share
-from effnb.finetuning.lora import LoRA, check_peft, check_settings, from_peft
+from effnb.finetuning import peft_files
+from effnb.finetuning.lora import LoRA, attach_pairs, from_peft, read_pairs
 
 __all__ = ["DoRA", "attach", "load_peft", "merge"]
 
@@ -163,24 +154,8 @@ def attach(
             rounds its inputs, which no gradient passes.
         TypeError: When the rank is not a whole number.
     """
-    check_settings(rank, alpha, dropout)
-    check_name(model, name)
-    refuse_rounded_inputs(model)
-    generator = torch.Generator().manual_seed(seed)
-    deltas: dict[str, Delta] = {}
-    for path, layer in linear_layers(model, layers).items():
-        try:
-            deltas[path] = DoRA(
-                layer.base if isinstance(layer, WithDeltas) else layer,
-                rank=rank,
-                alpha=float(alpha),
-                dropout=float(dropout),
-                rank_stabilized=rank_stabilized,
-                generator=generator,
-            )
-        except ValueError as problem:
-            raise ValueError(f"{path}: {problem}") from None
-    return attach_deltas(model, name, deltas)
+    settings = {"alpha": alpha, "dropout": dropout, "rank_stabilized": rank_stabilized}
+    return attach_pairs(DoRA, model, name, rank, settings, layers, seed)
 
 
 # --- the files of the library peft ----------------------------------------------------------------
@@ -209,24 +184,9 @@ def load_peft(model: Model, folder: str | os.PathLike, name: str = "default") ->
             tensors that do not fit.
         FileNotFoundError: When a file is missing.
     """
-    folder = Path(folder)
-    about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    about, where = peft_files.settings_of(folder), Path(folder).name
     if about.get("peft_type") == "LORA" and about.get("use_dora") is not True:
-        raise ValueError(f"{folder.name} holds a LoRA without magnitudes; lora.load_peft reads it.")
-    check_peft({key: value for key, value in about.items() if key != "use_dora"}, folder.name)
-    missing = [key for key in ("r", "lora_alpha") if not isinstance(about.get(key), (int, float))]
-    if missing:
-        raise ValueError(f"{folder.name} does not say {missing[0]}, without which no DoRA is read.")
-    settings = {
-        "alpha": float(about["lora_alpha"]),
-        "dropout": float(about.get("lora_dropout", 0)),
-        "rank_stabilized": bool(about.get("use_rslora", False)),
-    }
-    state = _from_peft(load_file(folder / "adapter_model.safetensors"))
-    ranks = {len(tensor) for key, tensor in state.items() if key.endswith(".A")}
-    if ranks != {about["r"]}:
-        raise ValueError(
-            f"{folder.name} says r = {about['r']}, but its matrices have "
-            f"{', '.join(map(str, sorted(ranks))) or 'no'} rows."
-        )
+        raise ValueError(f"{where} holds a LoRA without magnitudes; lora.load_peft reads it.")
+    about = {key: value for key, value in about.items() if key != "use_dora"}
+    settings, state = read_pairs(folder, about, _from_peft)
     return attach_state(model, name, "dora", settings, state)

@@ -19,7 +19,6 @@ and Cheaper than In-Context Learning", 2022, arXiv 2205.05638.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -29,12 +28,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from effnb.core.delta_files import attach_state
+from effnb.core.delta_kinds import Delta
 from effnb.core.deltas import (
-    Delta,
     attach_deltas,
     check_name,
     delta_state_dict,
@@ -45,7 +43,7 @@ from effnb.core.deltas import (
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import Layers, Model, share
 from effnb.core.sublayers import find_sublayers
-from effnb.finetuning.prefix_tuning import check_peft
+from effnb.finetuning import peft_files
 
 PARTS = ("keys", "values", "feedforward")
 
@@ -205,11 +203,9 @@ def _found(model: nn.Module, parts: list[str]) -> dict[str, str]:
 
 # --- the files of the library peft ----------------------------------------------------------------
 
-_PREFIX = "base_model.model."
-
-# What a file may say, and which values leave one vector on a linear layer what it is: None allows
-# every value. What is not here is refused, unless it is empty.
-_KNOWN: dict[str, tuple | None] = {
+# What a file may say, and which values leave one vector on a linear layer what it is.
+_KNOWN: peft_files.Known = {
+    **peft_files.ORIGIN,
     "peft_type": ("IA3",),
     # Which layers, and which side of them: the tensors' names and shapes say it.
     "target_modules": None,
@@ -217,20 +213,14 @@ _KNOWN: dict[str, tuple | None] = {
     "feedforward_modules": None,
     "fan_in_fan_out": (True, False),  # how the layer stores its weight
     "init_ia3_weights": (True, False),  # how training started
-    # What the files are for, and by what they were made.
     "task_type": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "revision": None,
-    "inference_mode": None,
-    "peft_version": None,
 }
 
 
 def to_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename and reshape the vectors as the library peft does in its files."""
     return {
-        f"{_PREFIX}{path}.ia3_l": tensor[:, None] if side == "output" else tensor[None]
+        f"{peft_files.PREFIX}{path}.ia3_l": tensor[:, None] if side == "output" else tensor[None]
         for path, side, tensor in ((*key.rsplit(".", 1), t) for key, t in state.items())
     }
 
@@ -248,8 +238,8 @@ def from_peft(state: Mapping[str, Tensor], feedforward: Any = ()) -> dict[str, T
     """
     result = {}
     for key, tensor in state.items():
-        path = key.removeprefix(_PREFIX).removesuffix(".ia3_l")
-        if key != f"{_PREFIX}{path}.ia3_l" or tensor.ndim != 2 or 1 not in tensor.shape:
+        path = key.removeprefix(peft_files.PREFIX).removesuffix(".ia3_l")
+        if key != f"{peft_files.PREFIX}{path}.ia3_l" or tensor.ndim != 2 or 1 not in tensor.shape:
             raise ValueError(f"{key} is no vector of (IA)^3 on a linear layer.")
         if isinstance(feedforward, str):
             inward = re.fullmatch(feedforward, path) is not None
@@ -275,18 +265,12 @@ def save_peft(model: nn.Module, name: str, folder: str | os.PathLike) -> None:
     first = next(iter(layers.values()))
     if not isinstance(first, IA3):
         raise ValueError(f"the delta {name!r} is of kind {first.kind!r}, not (IA)^3.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {k: t.contiguous().cpu() for k, t in to_peft(delta_state_dict(model, name)).items()}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     about = {
         "peft_type": "IA3",
         "target_modules": list(layers),
         "feedforward_modules": [path for path, delta in layers.items() if delta.side == "input"],
-        "inference_mode": True,
     }
-    text = json.dumps(about, indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    peft_files.write(folder, about, to_peft(delta_state_dict(model, name)))
 
 
 @in_linear_form
@@ -298,9 +282,7 @@ def load_peft(model: Model, folder: str | os.PathLike, name: str = "default") ->
             trained beside it), or vectors that do not fit the model.
         FileNotFoundError: When a file is missing.
     """
-    folder = Path(folder)
-    about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    check_peft(about, _KNOWN, folder.name)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    state = from_peft(tensors, about.get("feedforward_modules"))
+    about = peft_files.settings_of(folder)
+    peft_files.check(about, _KNOWN, Path(folder).name)
+    state = from_peft(peft_files.tensors_of(folder), about.get("feedforward_modules"))
     return attach_state(model, name, "ia3", {}, state)

@@ -33,9 +33,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from effnb.core.delta_hosts import WithDeltas
+from effnb.core.delta_kinds import Delta
 from effnb.core.deltas import (
-    Delta,
-    WithDeltas,
     attach_deltas,
     check_name,
     merge,

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from effnb.core.delta_hosts import WithDeltas
+from effnb.core.delta_kinds import Delta
 from effnb.core.deltas import (
-    Delta,
-    WithDeltas,
     attach_deltas,
     check_name,
     exchange_deltas,
@@ -63,6 +63,7 @@ class _Mask(Delta):
 
     reads_base = True
     additive = True
+    alone = "mask"
 
     def mask(self, weight: Tensor) -> Tensor:
         """The mask, of ones and zeros, in the shape of the weight."""
@@ -239,13 +240,6 @@ def attach(
             raise ValueError(
                 f"{path} is stored quantized, and a mask needs weights of full size; mask the "
                 "model first and quantize it after the merge."
-            )
-        active = layer.active if isinstance(layer, WithDeltas) else ()
-        other = [n for n in active if isinstance(layer.deltas[n], _Mask)]
-        if other:
-            raise ValueError(
-                f"{path} is masked by {other[0]!r} already, and a weight cannot be switched off "
-                "twice; deactivate that one by set_active first."
             )
         try:
             deltas[path] = LearnedMask(

@@ -20,22 +20,21 @@ What is done with a LoRA once it is attached is the same for every delta, and co
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from effnb.core.delta_files import attach_state, open_delta, read_delta, save_delta
+from effnb.core.delta_hosts import WithDeltas
+from effnb.core.delta_kinds import Delta
 from effnb.core.deltas import (
-    Delta,
     attach_deltas,
     attached,
     check_name,
@@ -52,6 +51,7 @@ from effnb.core.deltas import (
 )
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import LayerChoice, Model, chooses_layers, share
+from effnb.finetuning import peft_files
 from effnb.kernels.gathered_lora import lora_update
 from effnb.kernels.lora import in_one_pass
 from effnb.kernels.lora import lora as layer_and_update
@@ -119,7 +119,8 @@ class LoRA(Delta):
                 f"rank is {rank}; a layer of {n_in} inputs and {n_out} outputs has at most "
                 f"rank {min(n_in, n_out)}."
             )
-        self.alpha, self.dropout, self.rank_stabilized = alpha, dropout, rank_stabilized
+        self.alpha, self.dropout = float(alpha), float(dropout)
+        self.rank_stabilized = rank_stabilized
         self.scaling = alpha / (math.sqrt(rank) if rank_stabilized else rank)
         # Whatever the layer is stored in, its tensors say the device.
         held = next(chain(base.parameters(), base.buffers()), torch.empty(0))
@@ -260,21 +261,34 @@ def attach(
             rounds its inputs, which no gradient passes.
         TypeError: When the rank is not a whole number.
     """
-    check_settings(rank, alpha, dropout)
+    settings = {"alpha": alpha, "dropout": dropout, "rank_stabilized": rank_stabilized}
+    return attach_pairs(LoRA, model, name, rank, settings, layers, seed)
+
+
+def attach_pairs(
+    kind: type[LoRA],
+    model: Model,
+    name: str,
+    rank: int,
+    settings: Mapping[str, Any],
+    layers: LayerChoice,
+    seed: int,
+) -> Model:
+    """Freeze a model and lay a LoRA, or what is built on one, beside its linear layers.
+
+    Raises:
+        ValueError: As `attach`; what a layer cannot take is said with the layer's name.
+        TypeError: When the rank is not a whole number.
+    """
+    check_settings(rank, settings["alpha"], settings["dropout"])
     check_name(model, name)
     refuse_rounded_inputs(model)
     generator = torch.Generator().manual_seed(seed)
     deltas: dict[str, Delta] = {}
     for path, layer in linear_layers(model, layers).items():
+        base = layer.base if isinstance(layer, WithDeltas) else layer
         try:
-            deltas[path] = LoRA(
-                getattr(layer, "base", layer),
-                rank=rank,
-                alpha=float(alpha),
-                dropout=float(dropout),
-                rank_stabilized=rank_stabilized,
-                generator=generator,
-            )
+            deltas[path] = kind(base, rank=rank, generator=generator, **settings)
         except ValueError as problem:
             raise ValueError(f"{path}: {problem}") from None
     return attach_deltas(model, name, deltas)
@@ -282,13 +296,11 @@ def attach(
 
 # --- the files of the library peft ----------------------------------------------------------------
 
-_PREFIX = "base_model.model."
-
 
 def to_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of a LoRA as the library peft names them in its files."""
     return {
-        f"{_PREFIX}{path}.lora_{leaf}.weight": tensor
+        f"{peft_files.PREFIX}{path}.lora_{leaf}.weight": tensor
         for path, leaf, tensor in ((*key.rsplit(".", 1), t) for key, t in state.items())
     }
 
@@ -301,8 +313,10 @@ def from_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     result = {}
     for key, tensor in state.items():
-        path, dot, leaf = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
-        if not dot or leaf not in ("A", "B") or not key.startswith(_PREFIX):
+        path, dot, leaf = (
+            key.removeprefix(peft_files.PREFIX).removesuffix(".weight").rpartition(".lora_")
+        )
+        if not dot or leaf not in ("A", "B") or not key.startswith(peft_files.PREFIX):
             raise ValueError(f"{key} is no matrix of a LoRA on a linear layer.")
         result[f"{path}.{leaf}"] = tensor
     return result
@@ -320,10 +334,6 @@ def save_peft(model: nn.Module, name: str, folder: str | os.PathLike) -> None:
         raise ValueError(f"the delta {name!r} is of kind {first.kind!r}, not a LoRA.")
     if len({delta.rank for delta in layers.values()}) > 1:
         raise ValueError(f"the layers of {name!r} differ in rank, which these files do not hold.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {k: t.contiguous().cpu() for k, t in to_peft(delta_state_dict(model, name)).items()}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     about = {
         "peft_type": "LORA",
         "r": first.rank,
@@ -332,16 +342,13 @@ def save_peft(model: nn.Module, name: str, folder: str | os.PathLike) -> None:
         "use_rslora": first.rank_stabilized,
         "target_modules": list(layers),
         "bias": "none",
-        "inference_mode": True,
     }
-    text = json.dumps(about, indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    peft_files.write(folder, about, to_peft(delta_state_dict(model, name)))
 
 
-# What a file may say, and which values leave two matrices on a linear layer what they are: None
-# allows every value. Files of later releases say more; what they say and is not here is refused,
-# unless it is empty.
-_KNOWN: dict[str, tuple | None] = {
+# What a file may say, and which values leave two matrices on a linear layer what they are.
+_KNOWN: peft_files.Known = {
+    **peft_files.ORIGIN,
     "peft_type": ("LORA",),
     "r": None,
     "lora_alpha": None,
@@ -356,40 +363,13 @@ _KNOWN: dict[str, tuple | None] = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "eva_config": None,
     "bias": ("none",),
-    # What the files are for, and by what they were made.
     "task_type": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "revision": None,
-    "inference_mode": None,
-    "peft_version": None,
     # How matrices are held while they train, or where.
     "runtime_config": None,
     "ephemeral_gpu_offload": None,
     "megatron_core": None,
     "qalora_group_size": None,  # of QALoRA, which `use_qalora` would say
 }
-
-
-def check_peft(about: Mapping[str, Any], where: str) -> None:
-    """Refuse settings that make more of a LoRA, or something else, than two matrices per layer.
-
-    Raises:
-        ValueError: The sentence names the first such setting.
-    """
-    if about.get("peft_type") != "LORA":
-        raise ValueError(f"{where} holds {about.get('peft_type')}, not a LoRA.")
-    for key, value in about.items():
-        if key in _KNOWN:
-            allowed = _KNOWN[key]
-            if allowed is None or any(value == a and type(value) is type(a) for a in allowed):
-                continue
-        elif value in (None, False, 0) or value in ("", [], {}):
-            continue
-        raise ValueError(
-            f"{where} uses {key} = {json.dumps(value)}, which changes what its matrices mean and "
-            "is not read here; only a plain LoRA is."
-        )
 
 
 def load_peft(model: Model, folder: str | os.PathLike, name: str = "default") -> Model:
@@ -404,22 +384,42 @@ def load_peft(model: Model, folder: str | os.PathLike, name: str = "default") ->
             method, or matrices that do not fit.
         FileNotFoundError: When a file is missing.
     """
-    folder = Path(folder)
-    about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    check_peft(about, folder.name)
+    about = peft_files.settings_of(folder)
+    settings, state = read_pairs(folder, about, from_peft)
+    return attach_state(model, name, "lora", settings, state)
+
+
+def read_pairs(
+    folder: str | os.PathLike,
+    about: Mapping[str, Any],
+    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of a folder with matrices A and B, under our names.
+
+    Args:
+        folder: Where the tensors lie.
+        about: The folder's settings, but those that `rename` takes account of.
+        rename: From the names of the file to ours.
+
+    Raises:
+        ValueError: A setting that is not understood or is missing, or matrices of another rank.
+        FileNotFoundError: When the tensors are missing.
+    """
+    where = Path(folder).name
+    peft_files.check(about, _KNOWN, where)
     missing = [key for key in ("r", "lora_alpha") if not isinstance(about.get(key), (int, float))]
     if missing:
-        raise ValueError(f"{folder.name} does not say {missing[0]}, without which no LoRA is read.")
+        raise ValueError(f"{where} does not say {missing[0]}, without which nothing is read.")
     settings = {
         "alpha": float(about["lora_alpha"]),
         "dropout": float(about.get("lora_dropout", 0)),
         "rank_stabilized": bool(about.get("use_rslora", False)),
     }
-    state = from_peft(load_file(folder / "adapter_model.safetensors"))
+    state = rename(peft_files.tensors_of(folder))
     ranks = {len(tensor) for key, tensor in state.items() if key.endswith(".A")}
     if ranks != {about["r"]}:
         raise ValueError(
-            f"{folder.name} says r = {about['r']}, but its matrices have "
+            f"{where} says r = {about['r']}, but its matrices have "
             f"{', '.join(map(str, sorted(ranks))) or 'no'} rows."
         )
-    return attach_state(model, name, "lora", settings, state)
+    return settings, state

@@ -28,21 +28,18 @@ Transfer Learning", 2021, arXiv 2110.04366.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from effnb.core.checks import check_loaded
 from effnb.core.delta_files import attach_state
+from effnb.core.delta_kinds import Delta
 from effnb.core.deltas import (
-    Delta,
     attach_deltas,
     check_name,
     hosts,
@@ -69,6 +66,7 @@ from effnb.core.virtual_tokens import (
     virtual_cache,
     widened,
 )
+from effnb.finetuning import peft_files
 
 _REPARAMETRIZED = ("table", "W1", "b1", "W2", "b2")
 
@@ -307,93 +305,15 @@ def _prefix(model: nn.Module, name: str) -> PrefixTuning:
 
 # --- the files of the library peft ----------------------------------------------------------------
 
-_KNOWN: dict[str, tuple | None] = {
+_KNOWN: peft_files.Known = {
     "peft_type": ("PREFIX_TUNING",),
-    "num_virtual_tokens": None,
-    "num_transformer_submodules": (1, None),
-    # Sizes, which the tensor's shape says.
-    "token_dim": None,
-    "num_attention_heads": None,
-    "num_layers": None,
+    **peft_files.VIRTUAL,
     # How training started, and what computed the prefix: files hold the prefix itself.
     "init_weights": (None, "zero"),
     "prefix_projection": (True, False),
     "encoder_hidden_size": None,
-    # What the files are for, and by what they were made.
     "task_type": (None, "CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"),
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "revision": None,
-    "inference_mode": None,
-    "peft_version": None,
 }
-
-
-def check_peft(about: dict[str, Any], known: dict[str, tuple | None], where: str) -> None:
-    """Refuse settings of a file of the library peft that are not in a list of what is understood.
-
-    Args:
-        about: The settings.
-        known: For each setting the values that are read; None for all.
-        where: The folder, for the sentence.
-
-    Raises:
-        ValueError: The sentence names the first such setting.
-    """
-    (wanted,) = known["peft_type"]
-    if about.get("peft_type") != wanted:
-        raise ValueError(f"{where} holds {about.get('peft_type')}, not {wanted}.")
-    for key, value in about.items():
-        if key in known:
-            allowed = known[key]
-            if allowed is None or any(value == a and type(value) is type(a) for a in allowed):
-                continue
-        elif value in (None, False, 0) or value in ("", [], {}):
-            continue
-        raise ValueError(
-            f"{where} uses {key} = {json.dumps(value)}, which changes what its tensors mean and is "
-            "not read here."
-        )
-
-
-def read_virtual_tokens(
-    folder: str | os.PathLike, known: dict[str, tuple | None]
-) -> Float[Tensor, "length size"]:
-    """The table of a prefix or prompt that the library peft saved.
-
-    Raises:
-        ValueError: When a setting is not understood, or the table is not what the settings say.
-        FileNotFoundError: When a file is missing.
-    """
-    folder = Path(folder)
-    about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    check_peft(about, known, folder.name)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    if set(tensors) != {"prompt_embeddings"} or tensors["prompt_embeddings"].ndim != 2:
-        raise ValueError(
-            f"{folder.name} should hold one matrix, prompt_embeddings; it holds "
-            f"{', '.join(tensors) or 'nothing'}."
-        )
-    table = tensors["prompt_embeddings"]
-    if len(table) != about.get("num_virtual_tokens"):
-        raise ValueError(
-            f"{folder.name} says num_virtual_tokens = {about.get('num_virtual_tokens')}, but its "
-            f"matrix has {len(table)} rows."
-        )
-    return table
-
-
-def write_virtual_tokens(
-    table: Float[Tensor, "length size"], about: dict[str, Any], folder: str | os.PathLike
-) -> None:
-    """Write a table and its settings as the library peft does."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {"prompt_embeddings": table.detach().contiguous().cpu()}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    sizes = {"num_virtual_tokens": len(table), "num_transformer_submodules": 1}
-    text = json.dumps(about | sizes | {"inference_mode": True}, indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
 def save_peft(model: nn.Module, name: str, folder: str | os.PathLike) -> None:
@@ -416,7 +336,7 @@ def save_peft(model: nn.Module, name: str, folder: str | os.PathLike) -> None:
         "num_layers": len(shapes),
         "prefix_projection": False,
     }
-    write_virtual_tokens(prefix.flat(), about, folder)
+    peft_files.write_virtual_tokens(prefix.flat(), about, folder)
 
 
 def _equal(shapes: tuple) -> bool:
@@ -431,6 +351,6 @@ def load_peft(model: Model, folder: str | os.PathLike, name: str = "default") ->
             of encoder-decoders, modules trained beside it), or a matrix of another model's size.
         FileNotFoundError: When a file is missing.
     """
-    table = read_virtual_tokens(folder, _KNOWN)
+    table = peft_files.read_virtual_tokens(folder, _KNOWN)
     state = {key_of(backbone(model), "prefix"): table}
     return attach_state(model, name, "prefix", {}, state)

@@ -26,14 +26,8 @@ from torch import Tensor, nn
 
 from effnb.core.checks import check_loaded
 from effnb.core.delta_files import attach_state
-from effnb.core.deltas import (
-    Delta,
-    attach_deltas,
-    check_name,
-    hosts,
-    key_of,
-    refuse_rounded_inputs,
-)
+from effnb.core.delta_kinds import Delta
+from effnb.core.deltas import attach_deltas, check_name, hosts, key_of, refuse_rounded_inputs
 from effnb.core.modules import Model
 from effnb.core.virtual_tokens import (
     Computed,
@@ -52,7 +46,7 @@ from effnb.core.virtual_tokens import (
     widened,
     widened_at_first,
 )
-from effnb.finetuning.prefix_tuning import read_virtual_tokens, write_virtual_tokens
+from effnb.finetuning import peft_files
 
 STARTS = ("vocabulary", "random")
 
@@ -271,27 +265,17 @@ def attach(
 
 # --- the files of the library peft ----------------------------------------------------------------
 
-_KNOWN: dict[str, tuple | None] = {
+_KNOWN: peft_files.Known = {
     "peft_type": ("PROMPT_TUNING",),
-    "num_virtual_tokens": None,
-    "num_transformer_submodules": (1, None),
-    # Sizes, which the tensor's shape says, or the model.
-    "token_dim": None,
-    "num_attention_heads": None,
-    "num_layers": None,
+    **peft_files.VIRTUAL,
     # How training started.
     "prompt_tuning_init": ("RANDOM", "TEXT", "SAMPLE_VOCAB"),
     "prompt_tuning_init_text": None,
     "tokenizer_name_or_path": None,
     "tokenizer_kwargs": None,
-    # What the files are for, and by what they were made. A classifier of sequences pools the first
-    # vector of the prompt there, and the first token of the text here.
+    # A classifier of sequences pools the first vector of the prompt there, and the first token of
+    # the text here.
     "task_type": (None, "CAUSAL_LM", "FEATURE_EXTRACTION", "TOKEN_CLS", "QUESTION_ANS"),
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "revision": None,
-    "inference_mode": None,
-    "peft_version": None,
 }
 
 
@@ -310,7 +294,7 @@ def save_peft(model: nn.Module, name: str, folder: str | os.PathLike) -> None:
         "token_dim": prompt.prompt.shape[1],
         "prompt_tuning_init": "RANDOM",
     }
-    write_virtual_tokens(prompt.prompt, about, folder)
+    peft_files.write_virtual_tokens(prompt.prompt, about, folder)
 
 
 def load_peft(model: Model, folder: str | os.PathLike, name: str = "default") -> Model:
@@ -321,5 +305,5 @@ def load_peft(model: Model, folder: str | os.PathLike, name: str = "default") ->
             vectors of another width than the model's embeddings.
         FileNotFoundError: When a file is missing.
     """
-    table = read_virtual_tokens(folder, _KNOWN)
+    table = peft_files.read_virtual_tokens(folder, _KNOWN)
     return attach_state(model, name, "prompt", {}, {key_of(backbone(model), "prompt"): table})

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from effnb.core.delta_files import attach_state, open_delta, read_delta, save_delta
+from effnb.core.delta_hosts import WithDeltas
+from effnb.core.delta_kinds import Delta
 from effnb.core.deltas import (
-    Delta,
-    WithDeltas,
     attach_deltas,
     attached,
     delta_parameters,
@@ -514,3 +514,18 @@ def test_a_host_shows_the_layer_under_it():
     assert (host.in_features, host.out_features) == (5, 6)
     assert host.weight is host.base.weight and host.bias is host.base.bias
     assert not hasattr(WithDeltas(nn.ReLU()), "weight")
+
+
+@torch.no_grad()
+def test_a_fused_path_of_pytorch_does_not_pass_over_a_delta():
+    """In evaluation PyTorch's encoder layer may read weights in place of calling linear layers."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+    x = torch.randn(3, 5, 8)
+    model = attach_deltas(block, "a", {"linear1": Offset(16)})
+    state = {key: tensor + 1 for key, tensor in delta_state_dict(model, "a").items()}
+    model = set_trainable(load_delta(model, "a", state))
+    expected = merge(model, "a")(x)
+    assert not torch.allclose(block(x), expected, atol=1e-2)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    assert not any(m._forward_hooks for m in detach(model, "a").modules())

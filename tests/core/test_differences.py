@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effnb.core.delta_files import attach_state, open_delta, save_delta
+from effnb.core.delta_hosts import WithDeltas
 from effnb.core.deltas import (
-    WithDeltas,
     attached,
     delta_parameters,
     delta_state_dict,

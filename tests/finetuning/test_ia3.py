@@ -11,14 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effnb.core.delta_files import attach_state, open_delta, save_delta
-from effnb.core.deltas import (
-    delta_parameters,
-    delta_state_dict,
-    detach,
-    hosts,
-    load_delta,
-    merge,
-)
+from effnb.core.deltas import delta_parameters, delta_state_dict, detach, hosts, load_delta, merge
 from effnb.core.training import TrainingSettings, train
 from effnb.finetuning import ia3, lora
 from effnb.inference.quantization import rtn

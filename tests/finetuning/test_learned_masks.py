@@ -108,10 +108,12 @@ def test_beside_other_deltas(llama, ids):
         one = merge(merge(both, "m"), "l")
         torch.testing.assert_close(one(ids).logits, both(ids).logits, atol=1e-4, rtol=1e-4)
         assert torch.equal(set_active(both)(ids).logits, llama(ids).logits)
-    with pytest.raises(ValueError, match="is masked by 'm' already"):
+    with pytest.raises(ValueError, match="two of the sort 'mask' at once, 'm' and 'again'"):
         learned_masks.attach(both, "again")
     again = learned_masks.attach(set_active(both, "l"), "again")
     assert again.model.layers[0].mlp.up_proj.active == ("l", "again")
+    with pytest.raises(ValueError, match="two of the sort 'mask' at once, 'again' and 'm'"):
+        set_active(again, "again", "m")
 
 
 def test_gpt2_s_layers_are_read_in_linear_form():

@@ -388,7 +388,7 @@ def test_what_cannot_be_read_from_peft_is_said(llama, tmp_path):
     config = tmp_path / "adapter_config.json"
     text = config.read_text()
     for old, new, message in [
-        ('"LORA"', '"IA3"', "holds IA3, not a LoRA"),
+        ('"LORA"', '"IA3"', "holds IA3, not LORA"),
         ('"bias": "none"', '"bias": "all"', "uses bias"),
         ('"bias": "none"', '"use_dora": true', "uses use_dora"),
     ]:
@@ -430,7 +430,7 @@ def test_every_setting_that_is_not_understood_is_refused(llama, tmp_path, key, v
     config = tmp_path / "adapter_config.json"
     about = json.loads(config.read_text())
     config.write_text(json.dumps(about | {key: value}))
-    with pytest.raises(ValueError, match=f"uses {key} = .*only a plain LoRA is"):
+    with pytest.raises(ValueError, match=f"uses {key} = .*only a plain LORA is"):
         lora.load_peft(llama, tmp_path)
     # The same key without a meaning, as the library writes it, is no obstacle.
     config.write_text(json.dumps(about | {"a_setting_of_next_year": None, "rank_pattern": {}}))

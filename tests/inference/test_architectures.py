@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from zoo import ZOO, make, texts, words
 
-from effnb.core.deltas import WithDeltas, detach
+from effnb.core.delta_hosts import WithDeltas
+from effnb.core.deltas import detach
 from effnb.core.linear_form import linear_form
 from effnb.core.modules import Layers, linears
 from effnb.finetuning import lora

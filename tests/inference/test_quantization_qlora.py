@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from effnb.core.deltas import WithDeltas
+from effnb.core.delta_hosts import WithDeltas
 from effnb.core.training import TrainingSettings, causal_lm_loss, train
 from effnb.evaluation import parameter_count, stored_bytes
 from effnb.finetuning import lora

@@ -265,14 +265,20 @@ def quantize(
 
 
 def quantize_on(weight: Float[Tensor, "*matrix"], grid: Grid) -> QuantizedTensor:
-    """`quantize`, with the grid as one value."""
+    r"""Round a matrix (rows, columns) to a grid: codes $q$ now, $\hat W = s\,(q - z)$ when read.
+
+    `quantize` is the same with the grid's properties as keywords, and says what they may be.
+
+    Raises:
+        ValueError: Not a matrix, entries that are not finite, or groups that do not fit.
+    """
     check_matrix(weight)
     weight = weight.detach().float()
-    scale, zero = choose_grids(weight, grid)
+    scale, zero = choose_grids(weight, grid)  # one s and one z for each row or group
     columns = weight.shape[1]
     s = spread(scale, grid.group_size, columns)
     z = None if zero is None else spread(zero, grid.group_size, columns)
-    codes = round_to_grid(weight, s, z, grid.bits)
+    codes = round_to_grid(weight, s, z, grid.bits)  # q = clamp(round(W / s) + z)
     return QuantizedTensor.from_codes(codes, scale, zero, grid)
 
 
