@@ -22,6 +22,7 @@ from effnb.core.deltas import (
     load_delta,
     modules_by_name,
 )
+from effnb.core.linear_form import linear_form, restore
 from effnb.core.modules import Model
 
 
@@ -81,6 +82,9 @@ def attach_state(
         known = ", ".join(sorted(KINDS)) or "none"
         raise ValueError(f"deltas of kind {kind!r} are not known; known: {known}.")
     check_name(model, name)
+    made: dict[str, Any] = {}
+    if KINDS[kind].on_linears:
+        model, made = linear_form(model, state)
     modules = {
         path: m.base if isinstance(m, WithDeltas) else m
         for path, m in modules_by_name(model).items()
@@ -102,7 +106,8 @@ def attach_state(
             f"the settings {', '.join(settings) or '(none)'} are not those of a delta of kind "
             f"{kind!r} here."
         ) from None
-    return load_delta(attach_deltas(model, name, deltas), name, state)
+    result = load_delta(attach_deltas(model, name, deltas), name, state)
+    return restore(result, made) if made else result
 
 
 def open_delta(model: Model, path: str | os.PathLike, name: str | None = None) -> Model:

@@ -25,6 +25,8 @@ class Delta(nn.Module):
             such deltas can be merged while others come before them.
         reads_base: Whether what it does follows from the frozen weights under it. No other delta of
             the same module can be merged into them while it is active.
+        on_linears: Whether it sits on linear layers, so that `Conv1D` layers and fused experts take
+            their linear form under it.
         alone: What it is, where a module cannot carry two of them at once ("mask"); else empty.
         in_place: Whether it changes more than an output: it then runs the module itself, in
             `around`, and `forward` is never called. It may sit on a whole block or model, whose
@@ -34,6 +36,7 @@ class Delta(nn.Module):
     kind: ClassVar[str] = ""
     additive: ClassVar[bool] = False
     reads_base: ClassVar[bool] = False
+    on_linears: ClassVar[bool] = False
     alone: ClassVar[str] = ""
     in_place: ClassVar[bool] = False
 

@@ -57,6 +57,12 @@ class Sublayers:
     norm: str = ""
 
 
+def _some(path: str, layers: dict[str, nn.Module]) -> str:
+    """The first few layers of a block, by their names in it."""
+    short = [name.removeprefix(f"{path}.") for name in layers]
+    return (", ".join(short[:6]) or "none") + (", …" if len(short) > 6 else "")
+
+
 def find_sublayers(model: nn.Module, *needed: str) -> list[Sublayers]:
     """The parts of every block of a model with one stack of blocks.
 
@@ -90,8 +96,8 @@ def find_sublayers(model: nn.Module, *needed: str) -> list[Sublayers]:
             if missing:
                 raise ValueError(
                     f"no layer of {path} could be told to be its {missing[0].replace('_', ' ')}; "
-                    f"its linear layers are {', '.join(own) or 'none'} (one matrix for several "
-                    "parts, or experts, are not understood)."
+                    f"its linear layers are {_some(path, own)} (one matrix for several parts, or "
+                    "experts, are not understood)."
                 )
             tried[alike] = found
         result.append(_moved(tried[alike], path))

@@ -64,6 +64,7 @@ class Bottleneck(Delta):
         up_bias: $b_u$, (d,), 0 at the start.
     """
 
+    on_linears = True
     down: Float[Tensor, "m d"]
     down_bias: Float[Tensor, " m"]
     up: Float[Tensor, "d m"]

@@ -57,6 +57,7 @@ class IA3(Delta):
     """
 
     kind = "ia3"
+    on_linears = True
 
     def __init__(self, base: nn.Module, side: str) -> None:
         """All ones for one side of a linear layer, "output" or "input"."""
@@ -273,7 +274,6 @@ def save_peft(model: nn.Module, name: str, folder: str | os.PathLike) -> None:
     peft_files.write(folder, about, to_peft(delta_state_dict(model, name)))
 
 
-@in_linear_form
 def load_peft(model: Model, folder: str | os.PathLike, name: str = "default") -> Model:
     """Attach an (IA)^3 that the library peft saved.
 

@@ -64,6 +64,7 @@ class _Mask(Delta):
     reads_base = True
     additive = True
     alone = "mask"
+    on_linears = True
 
     def mask(self, weight: Tensor) -> Tensor:
         """The mask, of ones and zeros, in the shape of the weight."""

@@ -93,6 +93,7 @@ class LoRA(Delta):
 
     kind = "lora"
     additive = True
+    on_linears = True
     A: Float[Tensor, "rank in"]
     B: Float[Tensor, "out rank"]
 

@@ -19,8 +19,7 @@ import torch
 import transformers
 
 from effnb.core.coverage import LeftOut
-from effnb.core.deltas import delta_state_dict, load_delta
-from effnb.finetuning import lora
+from effnb.core.delta_files import open_delta, save_delta
 from effnb.inference import low_rank, quantization
 
 TABLE = Path(__file__).resolve().parents[2] / "data" / "architectures.json"
@@ -124,10 +123,8 @@ def saved(name, method, result, batch):
         low_rank.save_factorized(result, path / "weights.safetensors")
         again = low_rank.load_factorized(architectures.build(name), path / "weights.safetensors")
     else:
-        state = delta_state_dict(result, "default")
-        again = load_delta(
-            lora.attach(architectures.build(name), rank=4, alpha=8.0, seed=3), "default", state
-        )
+        save_delta(result, "default", path / "delta.safetensors")
+        again = open_delta(architectures.build(name), path / "delta.safetensors")
     want, found = result(**batch).logits, again(**batch).logits
     assert (found - want).norm() <= 1e-3 * want.norm(), "a saved model is another one"
     return {"file": method.file}

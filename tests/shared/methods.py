@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import delta_methods
 import torch
 from torch import Tensor, nn
 
@@ -447,4 +448,5 @@ METHODS: dict[str, Method] = {
         close_function(0.5),
         file="none",
     ),
+    **{name: Method(*row, file="delta") for name, row in delta_methods.ROWS.items()},
 }
