@@ -75,6 +75,26 @@ def gathered_reference(
     return out.index_add(0, mine, update).to(x.dtype)
 
 
+def _in_tiles(
+    x: Tensor, A: Tensor, B: Tensor, batch: UserBatch, scaling: Tensor, base: Tensor | None
+) -> Tensor:
+    """What `gathered_reference` computes; a user's matrices are read once a tile, not a row."""
+    if not batch.users:
+        return gathered_reference(x, A, B, batch.index, scaling, base)
+    kind = exact(x, A, scaling, base)
+    there = (batch.rows >= 0) & (batch.owners >= 0).unsqueeze(1)
+    lines, owner = batch.rows.clamp(min=0).long(), batch.owners.clamp(min=0).long()
+    mine = torch.where(there.unsqueeze(2), x[lines], 0)  # what is no row spoils no other
+    h = torch.bmm(mine.to(kind), A[owner].to(kind).transpose(1, 2))
+    h = h * scaling[owner].to(kind)[:, None, None]
+    update = torch.bmm(h, B[owner].to(kind).transpose(1, 2))[there]
+    if base is None:
+        out = torch.zeros(len(x), B.shape[1], dtype=kind, device=x.device)
+    else:
+        out = base.to(kind)
+    return out.index_add(0, lines[there], update).to(x.dtype)
+
+
 def stack_users(updates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The matrices of users whose ranks may differ, filled up with zeros and stacked.
 
@@ -451,7 +471,7 @@ def gathered_lora(
     check_shape("scaling", scaling, (users,), f"A of shape {tuple(A.shape)}")
     tensors = (x, A, B, batch.index, scaling, base)
     if choose(backend, *tensors, obstacle=too_large(rank)) == "torch":
-        return gathered_reference(x, A, B, batch.index, scaling, base)
+        return _in_tiles(x, A, B, batch, scaling, base)
     return _Gathered.apply(x, A, B, base, scaling.float(), batch)
 
 

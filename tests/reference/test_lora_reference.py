@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from effnb.core.training import causal_lm_loss
-from effnb.finetuning import lora
+from effnb.finetuning import lora, serving
 from effnb.inference.quantization.qlora import qlora
 
 LAYERS = ["q_proj", "v_proj", "down_proj"]
@@ -155,3 +155,24 @@ def test_every_start_that_is_read_is_the_same_function_and_every_other_is_refuse
         else:
             found = lora.load_peft(llama, tmp_path)(input_ids=ids).logits
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_with_different_adapters_are_theirs(llama, ids, tmp_path):
+    """One batch in which every row names its adapter, beside peft's `adapter_names`."""
+    theirs = theirs_with_random_b(llama)
+    torch.manual_seed(1)
+    theirs.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=8, target_modules=LAYERS[1:]))
+    for name, parameter in theirs.named_parameters():
+        if "lora_B.second" in name:
+            parameter.normal_(0, 0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = lora.load_peft(llama, tmp_path, "default")
+    ours = serving.serve(lora.load_peft(ours, tmp_path / "second", "second"))
+    batch = ids[:1].repeat(4, 1)
+    who = ["second", None, "default", "second"]
+    with serving.users(ours, who):
+        found = ours(batch).logits
+    expected = theirs.eval()(batch, adapter_names=[w or "__base__" for w in who]).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[0], found[2], atol=0.1)
