@@ -40,6 +40,20 @@ CHAPTERS = {
         ),
         "04_finetuning/1_delta_tuning",
     ),
+    **dict.fromkeys(
+        ("effnb.finetuning.optimal_control", "effnb.finetuning.serving"),
+        "04_finetuning/2_delta_analysis",
+    ),
+    **dict.fromkeys(
+        (
+            "effnb.finetuning.contextual_calibration",
+            "effnb.finetuning.instructions",
+            "effnb.finetuning.mixing",
+            "effnb.finetuning.prompting",
+            "effnb.finetuning.t_few",
+        ),
+        "04_finetuning/3_multitask",
+    ),
     "effnb.evaluation": "07_evaluation/1_evaluation",
 }
 """Packages and modules whose chapter has another name than they."""
@@ -66,6 +80,13 @@ NAMES = {
     "effnb.design.retention.rwkv.RWKVLM": "RWKV-4",
     "effnb.finetuning.black_box.black_box": "Black-box tuning",
     "effnb.finetuning.intrinsic_prompt.learn_subspace": "Intrinsic prompt tuning",
+    "effnb.finetuning.contextual_calibration.calibrate": "Contextual calibration",
+    "effnb.finetuning.instructions.instruction_batches": "Instruction training (T0, FLAN)",
+    "effnb.finetuning.mixing.mixing_rates": "Task mixing (T5)",
+    "effnb.finetuning.optimal_control.successive_approximations": "Successive approximations",
+    "effnb.finetuning.prompting.label_probabilities": "Prompting with verbalizers",
+    "effnb.finetuning.serving.serve": "Many users in one batch (S-LoRA)",
+    "effnb.finetuning.t_few.t_few_loss": "T-Few",
     "effnb.hardware.codesign.gshard.moe_layer": "GShard",
     "effnb.inference.low_rank.losparse.losparse": "LoSparse",
     "effnb.inference.low_rank.losparse.low_rank_plus_sparse": "Low rank plus sparse",

@@ -1,5 +1,7 @@
 """Pontryagin's conditions, by hand, by automatic differentiation and on a language model."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -80,7 +82,7 @@ def test_both_ways_end_at_the_same_controls():
     one = successive_approximations(problem, zero, rounds=150, tolerance=1e-13)
     two = by_backpropagation(problem, zero, rounds=50, tolerance=1e-14)
     assert one.costs[-1] < 0.9 * one.costs[0]
-    assert all(b <= a for a, b in zip(one.costs, one.costs[1:]))
+    assert all(b <= a for a, b in pairwise(one.costs))
     assert max(one.residual, two.residual) < 1e-4
     for u, v in zip(one.controls, two.controls, strict=True):
         torch.testing.assert_close(u, v, atol=1e-4, rtol=1e-4)
