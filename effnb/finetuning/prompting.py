@@ -63,11 +63,11 @@ class Verbalizer:
 
 @dataclass(frozen=True)
 class Pattern:
-    """How an input, with its answer or without, is put to a model.
+    r"""How an input, with its answer or without, is put to a model.
 
     Attributes:
         text: With the word `{input}` where the input goes, and nothing behind the answer's place:
-            "Review: {input}\\nSentiment:". No space at its end: that belongs to the answer's word.
+            "Review: {input}\nSentiment:". No space at its end: that belongs to the answer's word.
         instruction: What stands once in front of everything, such as a sentence and an empty line.
         between: What separates two examples.
     """
@@ -86,7 +86,7 @@ class Pattern:
             raise ValueError("the pattern has no {input}, where the input goes.")
         if self.text != self.text.rstrip(" "):
             raise ValueError(
-                "the pattern ends with a space; leave it out, since the answer's word brings its own."
+                "the pattern ends with a space; leave it out, since the answer's word brings one."
             )
 
     def one(self, text: str) -> str:

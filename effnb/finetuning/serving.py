@@ -136,7 +136,7 @@ def serve(model: Model, *names: str) -> Model:
     """
     names = names or attached(model)
     if not names:
-        raise ValueError("no LoRA is attached, so there is nobody to serve.")
+        raise ValueError("no LoRA is attached, so there is no user to serve.")
     if len(set(names)) < len(names):
         raise ValueError(f"a delta is named twice in {', '.join(names)}.")
     layers = {name: hosts(model, name) for name in names}
@@ -176,7 +176,7 @@ def users(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         names: One for each row of the batch; None for the frozen model.
 
     Raises:
-        ValueError: When the model serves nobody, no name is given, or one is unknown.
+        ValueError: When the model serves no users, no name is given, or one is unknown.
     """
     deltas = [delta for host in hosts(model).values() for delta in host.deltas.values()]
     served = [delta for delta in deltas if isinstance(delta, ServedLoRA)]

@@ -122,7 +122,7 @@ def test_a_copy_has_rows_of_its_own(three):
 
 def test_bad_input(three):
     model = make("llama")
-    with pytest.raises(ValueError, match="nobody to serve"):
+    with pytest.raises(ValueError, match="no user to serve"):
         serving.serve(model)
     with pytest.raises(ValueError, match="no delta is named 'x'"):
         serving.serve(three, "x")
