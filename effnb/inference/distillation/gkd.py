@@ -80,8 +80,6 @@ def generalized_jsd(
 
     Raises:
         ValueError: A $\beta$ outside [0, 1], a temperature of 0 or below, scores that do not fit.
-
-    Source: Agarwal et al. 2023, eq. 1.
     """
     check_share("beta", beta)
     log_p, log_q = _both(student, teacher, temperature)

@@ -14,7 +14,7 @@ to chance; texts are drawn from $\tilde p = \alpha p + (1 - \alpha) q$ and weigh
 $w_t = q / \tilde p$ of each step; and $R_{t+1}$ is divided by the number of steps it sums.
 
 Gu, Dong, Wei, Huang, "MiniLLM: Knowledge Distillation of Large Language Models", 2023, arXiv
-2306.08543, eqs. 2 to 7.
+2306.08543.
 """
 
 from __future__ import annotations
@@ -100,8 +100,6 @@ def minillm_loss(
     Raises:
         ValueError: A share outside [0, 1], a clip of 0 or below, other vocabularies or positions,
             or no token that counts.
-
-    Source: Gu et al. 2023, eqs. 4 to 7.
     """
     check_share("teacher_share", teacher_share)
     if clip is not None and not clip > 0:
@@ -192,7 +190,7 @@ def minillm(
     return loss
 
 
-# ------------------------------------------------------------------- both directions, in one picture
+# ---------------------------------------------------------- both directions, in one picture
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ number of heads must agree. MiniLMv2 drops that too: it joins all heads of Q, K 
 into as many *relation heads* as one likes, and matches Q-Q, K-K and V-V.
 
 Wang et al., "MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained
-Transformers", 2020, arXiv 2002.10957, eqs. 6 to 9. Relation heads: Wang et al., "MiniLMv2:
+Transformers", 2020, arXiv 2002.10957. Relation heads: Wang et al., "MiniLMv2:
 Multi-Head Self-Attention Relation Distillation for Compressing Pretrained Transformers", 2020,
 arXiv 2012.15828.
 """

@@ -103,7 +103,7 @@ def bleu(text: Sequence[int], reference: Sequence[int], order: int = 4) -> float
     are raised by 1, so that one missing order does not make everything 0.
 
     Source: Lin, Och, "ORANGE: a Method for Evaluating Automatic Evaluation Metrics for Machine
-    Translation", 2004, section 4.
+    Translation", 2004.
     """
     if not text or not reference:
         return 0.0
