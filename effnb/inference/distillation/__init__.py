@@ -1,7 +1,7 @@
 """Distillation: a small student learns from a large teacher's answers, states and behaviour.
 
-What is matched: softened answers (`hinton`), answers and states (`distilbert`), attention and states
-layer by layer (`tinybert`), relations of one layer (`minilm`), whole texts (`sequence_level`), the
+What is matched: softened answers (`hinton`), answers and states (`distilbert`), attention and
+states layer by layer (`tinybert`), relations of one layer (`minilm`), whole texts (`sequence_level`), the
 student's own texts (`gkd`, `minillm`), distributions over another vocabulary (`uld`). What is
 copied as behaviour: learning from examples (`in_context`), reasoning (`step_by_step`), following
 instructions (`next_round`). Teachers that err: weights (`weighted_loss`), forward correction

@@ -15,8 +15,8 @@ weight: a student large enough to fit each example by itself ends where it would
 Weights act where examples compete, in a student that cannot fit all of them.
 
 Iliopoulos, Kontonis, Baykal, Menghani, Trinh, Vee, "Weighted Distillation with Unlabeled Examples",
-NeurIPS 2022, arXiv 2210.06711. How p and D are estimated here, from neighbours in the plane of both margins, is in
-its spirit.
+NeurIPS 2022, arXiv 2210.06711. How p and D are estimated here, from neighbours in the plane of both
+margins, is in its spirit.
 """
 
 from __future__ import annotations
