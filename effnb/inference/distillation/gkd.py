@@ -101,8 +101,14 @@ def rescaled_jsd(
     Raises:
         ValueError: As `generalized_jsd`.
     """
+    check_share("beta", beta)
+    near = min(beta, 1 - beta)
+    if near < 1e-8:  # the quotient is the limit to eight digits; computed, rounding would drown it
+        return generalized_jsd(student, teacher, round(beta), temperature=temperature, mask=mask)
+    if near < 0.01:
+        student, teacher = student.double(), teacher.double()
     value = generalized_jsd(student, teacher, beta, temperature=temperature, mask=mask)
-    return value if beta in (0, 1) else value / (beta * (1 - beta))
+    return value / (beta * (1 - beta))
 
 
 def _both(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

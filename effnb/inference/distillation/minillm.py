@@ -269,7 +269,9 @@ def fit_gaussian(
                 return left
 
             search.step(value)
-            found = GaussianFit(float(x[0]), float(x[1].exp()), float(value().detach()))
+            left = float(value().detach())
+            mean, std = x.detach()
+            found = GaussianFit(float(mean), float(std.exp()), left)
             if best is None or found.divergence < best.divergence:
                 best = found
     return best

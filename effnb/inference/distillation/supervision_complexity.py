@@ -124,8 +124,8 @@ class Complexity:
 
 
 def supervision_complexity(
-    kernel: Float[Tensor, "examples examples"],
-    targets: Float[Tensor, "examples classes"],
+    kernel: Float[Tensor, "examples columns"],
+    targets: Float[Tensor, "rows classes"],
     *,
     ridge: float = 1e-3,
     centered: bool = True,
@@ -210,8 +210,8 @@ def complexity_over_temperatures(
 
 def kernel_interpolant(
     kernel: Float[Tensor, "examples examples"],
-    targets: Float[Tensor, "examples classes"],
-    cross: Float[Tensor, "queries examples"],
+    targets: Float[Tensor, "rows classes"],
+    cross: Float[Tensor, "queries columns"],
     *,
     ridge: float = 1e-3,
 ) -> Float[Tensor, "queries classes"]:

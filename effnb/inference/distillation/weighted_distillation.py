@@ -61,8 +61,8 @@ def distortion_of(
 
 def weighted_loss(
     student: Float[Tensor, "examples classes"],
-    teacher_labels: Int[Tensor, " examples"],
-    weights: Float[Tensor, " examples"],
+    teacher_labels: Int[Tensor, " labelled"],
+    weights: Float[Tensor, " weighted"],
 ) -> Float[Tensor, ""]:
     r"""$\frac1n \sum_i w_i\, \ell(\bar y_i, f(x_i))$; the weights have no gradient.
 
