@@ -34,6 +34,8 @@ def mix(
 ) -> Float[Tensor, "examples classes"]:
     r"""$\alpha f + \frac{1 - \alpha}{k - 1} (1 - f) \ast \operatorname{top}(y_s; k)$.
 
+    It adds up to 1 where f lies within the k classes, and to a little more elsewhere.
+
     Args:
         prediction: The student's probabilities f.
         teacher: The teacher's scores or probabilities; only their order counts.
