@@ -160,7 +160,10 @@ def kl_rows(
     makes the divergence infinite.
     """
     p = log_p.exp()
-    # Both logarithms may be -inf, and inf - inf is no number: such terms are 0 before they arise.
+    rows = (p * (log_p - log_q)).sum(-1)
+    if not bool(rows.isnan().any()):
+        return rows
+    # Both logarithms may be -inf, and inf - inf is no number: such terms are made 0 beforehand.
     gone = p == 0
     return (p * (log_p.masked_fill(gone, 0) - log_q.masked_fill(gone, 0))).sum(-1)
 

@@ -348,7 +348,7 @@ def test_the_game_settles_where_both_classes_lose_the_same():
     # Nine examples of class 0 to one of class 1: losses ln(1 + exp(-2a)) and ln(1 + exp(a)).
     truth = nn.functional.one_hot(torch.tensor([0] * 9 + [1]), 2).double()
     x = torch.tensor([[1.0]] * 9 + [[0.5]], dtype=torch.float64)
-    options = TrainingSettings(200, learning_rate=0.02)
+    options = TrainingSettings(150, learning_rate=0.05)
 
     def trained(**how):
         start = OneScore(0.6)
@@ -364,13 +364,13 @@ def test_the_game_settles_where_both_classes_lose_the_same():
     assert pull(average, 0.9) == pytest.approx(0, abs=0.02)
     assert pull(even, 0.5) == pytest.approx(0, abs=0.02)
     assert pull(trained(gamma=0.0, trade=0.5), 0.7) == pytest.approx(0, abs=0.02)
-    worst = trained(gamma=0.2, update_every=1)
+    worst = trained(gamma=0.05, update_every=1)
     # Equal losses at a = 0, held there by weights of 1/3 and 2/3.
-    assert float(worst.model.a.detach()) == pytest.approx(0, abs=0.08)
-    assert worst.weights[100:].mean(0).tolist() == pytest.approx([1 / 3, 2 / 3], abs=0.05)
+    assert float(worst.model.a.detach()) == pytest.approx(0, abs=0.03)
+    assert worst.weights[75:].mean(0).tolist() == pytest.approx([1 / 3, 2 / 3], abs=0.05)
     assert float(even.model.a.detach()) > 0.3
-    assert worst.weights.shape == (200, 2)
-    torch.testing.assert_close(worst.weights.sum(1), torch.ones(200).double())
+    assert worst.weights.shape == (150, 2)
+    torch.testing.assert_close(worst.weights.sum(1), torch.ones(150).double())
     with pytest.raises(ValueError, match="update_every is 0"):
         trained(update_every=0)
     with pytest.raises(ValueError, match="gamma is -1"):
@@ -389,7 +389,7 @@ def test_accuracy_of_each_class():
 
 def surface():
     """Points near a curved band in the first two of ten directions."""
-    return randn(200, 2) @ randn(2, 10, seed=1) + 0.01 * randn(200, 10, seed=2) + 3
+    return randn(150, 2) @ randn(2, 10, seed=1) + 0.01 * randn(200, 10, seed=2) + 3
 
 
 def test_principal_components_encode_and_decode():

@@ -4,10 +4,10 @@ What is matched: softened answers (`hinton`), answers and states (`distilbert`),
 states layer by layer (`tinybert`), relations of one layer (`minilm`), whole texts
 (`sequence_level`), the student's own texts (`gkd`, `minillm`), distributions over another
 vocabulary (`uld`). What is copied as behaviour: learning from examples (`in_context`), reasoning
-(`step_by_step`), following instructions (`next_round`). Teachers that err: weights (`weighted_loss`), forward correction
-(`slam_loss`), which inputs to ask about (`robust_choice`), the worst class (`worst_class`). A
-teacher that makes inputs: `make_inputs`. Why it works, or not: `supervision_complexity` and
-`deviations`. `distill` trains a student on any of these losses.
+(`step_by_step`), following instructions (`next_round`). Teachers that err: weights
+(`weighted_loss`), forward correction (`slam_loss`), which inputs to ask about (`robust_choice`),
+the worst class (`worst_class`). A teacher that makes inputs: `make_inputs`. Why it works, or not:
+`supervision_complexity` and `deviations`. `distill` trains a student on any of these losses.
 """
 
 from effnb.inference.distillation.attention_record import (

@@ -56,7 +56,10 @@ def two_tasks(items: Sequence[Worked]) -> tuple[list[tuple[str, str]], list[tupl
 
 
 def one_task(items: Sequence[Worked]) -> list[tuple[str, str]]:
-    """Pairs (input, target) with the reasoning before the answer, in one text (fine-tune-CoT)."""
+    """Pairs (input, target) with the reasoning before the answer, in one text (fine-tune-CoT).
+
+    Source: Ho, Schmid, Yun, "Large Language Models Are Reasoning Teachers", 2022, arXiv 2212.10071.
+    """
     return [(PREDICT + i.question, i.reasoning + THEREFORE + i.answer) for i in items]
 
 
@@ -125,6 +128,9 @@ def step_by_step(weight: float = 0.5) -> Loss:
 
     Raises:
         ValueError: A weight outside [0, 1].
+
+    Source: Hsieh et al., "Distilling Step-by-Step! Outperforming Larger Language Models with Less
+    Training Data and Smaller Model Sizes", 2023, arXiv 2305.02301.
     """
     check_share("weight", weight)
 

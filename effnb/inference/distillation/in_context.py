@@ -86,6 +86,9 @@ def in_context(
     Raises:
         ValueError: A teacher in training mode, a temperature of 0 or below, a weight outside its
             range, or a batch without its parts.
+
+    Source: Huang et al., "In-context Learning Distillation: Transferring Few-shot Learning Ability
+    of Pre-trained Language Models", 2022, arXiv 2212.10670.
     """
     answers = hinton(teacher, temperature=temperature, weight=weight)
     if not text_weight >= 0:
@@ -123,6 +126,8 @@ def context_distillation(
     Raises:
         ValueError: A teacher in training mode, an empty prompt, or prompt and text longer than the
             teacher's positions.
+
+    Source: Snell, Klein, Zhong, "Learning by Distilling Context", 2022, arXiv 2209.15189.
     """
     check_teacher(teacher)
     check_temperature(temperature)

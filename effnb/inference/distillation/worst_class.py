@@ -122,7 +122,7 @@ def worst_class(
         validation: The same, held out; the weights follow the losses on it. One-hot rows give the
             vanilla loss, the teacher's probabilities the distilled one.
         settings: Steps, rates, seeds.
-        gamma: $\gamma$, how fast the weights follow.
+        gamma: $\gamma$, how fast the weights follow; a fast pursuit runs in circles.
         trade: As in `worst_class_loss`.
         update_every: Steps between two updates of the weights.
         progress: True for a progress bar; or a function of (steps done, steps, loss).
