@@ -111,6 +111,16 @@ NAMES = {
     "effnb.inference.quantization.rotation.rotate": "Rotation (QuaRot)",
     "effnb.inference.quantization.sensitivity.hessian_sensitivity": "HAWQ sensitivity",
     "effnb.inference.quantization.tables.quantize_table": "NF4, FP4 and FP8 tables",
+    "effnb.inference.retrieval_distillation.embed_distill.embed_distill": "EmbedDistill",
+    "effnb.inference.retrieval_distillation.encoders.CrossEncoder": ("Dual-pooled cross-encoder"),
+    "effnb.inference.retrieval_distillation.margin_mse.margin_mse": "MarginMSE",
+    "effnb.inference.retrieval_distillation.order_only.order_only": (
+        "Order-only margins (the workbook's own)"
+    ),
+    "effnb.inference.retrieval_distillation.pointwise.pointwise": "Pointwise score distillation",
+    "effnb.inference.retrieval_distillation.softmax_kl.softmax_kl": (
+        "Softmax divergence over documents"
+    ),
 }
 """What functions are searched for by, where the docstring does not begin with it or the function
 does not take a whole model."""

@@ -388,8 +388,8 @@ def test_accuracy_of_each_class():
 
 
 def surface():
-    """Points near a curved band in the first two of ten directions."""
-    return randn(150, 2) @ randn(2, 10, seed=1) + 0.01 * randn(200, 10, seed=2) + 3
+    """Points near a plane in ten directions."""
+    return randn(200, 2) @ randn(2, 10, seed=1) + 0.01 * randn(200, 10, seed=2) + 3
 
 
 def test_principal_components_encode_and_decode():
