@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effnb.core.losses import log_softened
 from effnb.core.modules import matches
@@ -82,8 +83,10 @@ def tangent_kernel(
         kernel = 0.0
         for c in range(classes):
             at = torch.tensor(c, device=inputs.device)
-            rows = _flat(gradients(chosen, inputs, at))  # $\nabla_\theta f_c(x_i)$
-            columns = rows if others is None else _flat(gradients(chosen, others, at))
+            # Attention by its plain formula: the fused kernels cannot be batched over examples.
+            with sdpa_kernel(SDPBackend.MATH):
+                rows = _flat(gradients(chosen, inputs, at))  # $\nabla_\theta f_c(x_i)$
+                columns = rows if others is None else _flat(gradients(chosen, others, at))
             kernel = kernel + rows @ columns.T / classes  # $\frac1C \sum_c J_c J_c^\top$
     finally:
         for module, mode in modes:
