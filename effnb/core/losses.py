@@ -173,12 +173,13 @@ def log_softened(
 ) -> Float[Tensor, "*batch classes"]:
     r"""$\ln \operatorname{softmax}(z / \tau)$.
 
-    In float32 at least, and in float64 above a temperature of 10: there the divergence of two such
+    In float32 at least, and in float64 (where the device has it) above a temperature of 10: there the divergence of two such
     rows is the small difference of numbers near $\ln N$, and float32 would lose it (at
     $\tau = 1000$ it gives 0.21 where 0.33 is right).
     """
     check_temperature(temperature)
-    wide = torch.float64 if temperature > 10 or logits.dtype == torch.float64 else torch.float32
+    narrow = temperature <= 10 or logits.device.type == "mps"
+    wide = torch.float32 if narrow and logits.dtype != torch.float64 else torch.float64
     return (logits.to(wide) / temperature).log_softmax(-1)
 
 

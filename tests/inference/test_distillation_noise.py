@@ -138,6 +138,28 @@ def test_weights_help_a_small_student_on_digits():
     assert min(gains) > -0.01
 
 
+def test_mixing_helps_against_even_noise_on_digits():
+    (x, y), (test_x, test_y) = digits()
+    draws = torch.Generator().manual_seed(0)
+    wrong = torch.rand(len(y), generator=draws) < 0.4
+    said = torch.where(wrong, (y + 1 + torch.randint(9, y.shape, generator=draws)) % 10, y)
+    alpha = torch.full((len(y),), 0.6)
+
+    def student(loss):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        search = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(200):
+            search.zero_grad()
+            loss(model(x)).backward()
+            search.step()
+        return float((model(test_x).argmax(1) == test_y).double().mean())
+
+    scores = nn.functional.one_hot(said, 10).float()
+    mixed = student(lambda z: slam_loss(z, scores, alpha, 10))  # any class may be the right one
+    assert mixed > student(lambda z: nn.functional.cross_entropy(z, said)) + 0.02
+
+
 def test_weights_are_estimated_from_a_few_labelled_examples():
     # A teacher that is wrong exactly where it is unsure.
     y = torch.randint(3, (200,), generator=torch.Generator().manual_seed(0))

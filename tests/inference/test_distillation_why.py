@@ -196,9 +196,9 @@ def test_noise_makes_labels_complex_and_teachers_grow_more_so_with_every_step(di
         supervision_complexity(kernel, nn.functional.one_hot(labels[:200], 10).double())
         for labels in (y, wrong)
     )
-    # The worked values: 2.53 and 4.66, for another start of the student.
-    assert clean.adjusted == pytest.approx(2.53, rel=0.15)
-    assert noisy.adjusted == pytest.approx(4.66, rel=0.25)
+    # The worked values: 2.53, and 4.66 for another draw of the noise.
+    assert clean.adjusted == pytest.approx(2.53, abs=0.01)
+    assert noisy.adjusted == pytest.approx(4.66, abs=0.2)
     teacher, scores, done = mlp(64, 256, 256, 10, seed=1), {}, 0
     for step in (10, 30, 100, 300):
         fit(teacher, x, lambda z, r: nn.functional.cross_entropy(z, wrong[r]), step - done)

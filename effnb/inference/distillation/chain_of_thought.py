@@ -29,7 +29,7 @@ from effnb.core.training import Loss, causal_lm_loss
 
 PREDICT, EXPLAIN = "predict: ", "explain: "
 THEREFORE = " so "
-"""What stands between a reasoning and its answer where both are one text."""
+"""What separates a reasoning from its answer where both are one text."""
 
 
 @dataclass(frozen=True)

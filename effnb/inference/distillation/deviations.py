@@ -39,9 +39,9 @@ def confidence(
     """
     if logits.shape[1] < 2:
         raise ValueError("the logit of a probability needs two classes; the scores have fewer.")
-    z = logits.double()
-    rest = z.scatter(1, classes[:, None], -torch.inf)
-    return z.gather(1, classes[:, None])[:, 0] - rest.logsumexp(1)
+    z, at = logits.cpu().double(), classes.cpu()[:, None]
+    rest = z.scatter(1, at, -torch.inf)
+    return z.gather(1, at)[:, 0] - rest.logsumexp(1)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ $$L = 5\, \tau^2 \operatorname{KL}(p^\tau \| q^\tau) + 2\, L_\text{MLM} + L_\tex
 
 with $\tau = 2$: the teacher's softened words, the masked words themselves, and the direction of the
 last hidden state of every token that is not padding. The student has the teacher's width, so no
-projection stands between them, and starts as every other layer of it.
+projection is needed, and starts as every other layer of it.
 
 Sanh, Debut, Chaumond, Wolf, "DistilBERT, a distilled version of BERT: smaller, faster, cheaper and
 lighter", 2019, arXiv 1910.01108; weights and layers as in the authors' code.

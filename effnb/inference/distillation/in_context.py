@@ -44,7 +44,7 @@ def in_context_batch(
     Args:
         tasks: For each row its examples as (question, answer) in token ids; the last is asked.
         separator: Tokens between examples.
-        pad: The token of the padding, which stands on the right.
+        pad: The token of the padding, on the right.
 
     Raises:
         ValueError: No row, a row without examples, or one whose last answer is empty.
@@ -165,7 +165,7 @@ def draw_tasks(
 
     Args:
         pools: For each task its solved examples.
-        examples: k, how many stand before the question.
+        examples: k, how many precede the question.
         rows: How many rows to draw.
         seed: Of the draws.
 

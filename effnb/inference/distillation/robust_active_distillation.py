@@ -50,7 +50,7 @@ def information_gain(student: Float[Tensor, "inputs classes"]) -> Float[Tensor, 
 
     Never quite 0: the game divides by it.
     """
-    return (1 - top_margin(student.double())).clamp(min=1e-9)
+    return (1 - top_margin(student.cpu().double())).clamp(min=1e-9)
 
 
 def robust_choice(gains: Float[Tensor, " inputs"], wrong: int) -> RobustChoice:
@@ -65,7 +65,7 @@ def robust_choice(gains: Float[Tensor, " inputs"], wrong: int) -> RobustChoice:
         ValueError: Gains that are not above 0, or a k below 0 or of at least half the inputs, where
             every choice loses.
     """
-    g = gains.double()
+    g = gains.cpu().double()
     if g.ndim != 1 or bool(((g <= 0) | ~g.isfinite()).any()):
         raise ValueError("gains must be finite numbers above 0, one for each input.")
     if not 0 <= 2 * wrong < len(g):
@@ -74,7 +74,7 @@ def robust_choice(gains: Float[Tensor, " inputs"], wrong: int) -> RobustChoice:
         )
     order = g.argsort(descending=True, stable=True)
     harmonic = (1 / g[order]).cumsum(0)  # $H_I = \sum_{i \le I} 1 / g_i$
-    size = torch.arange(1, len(g) + 1, dtype=g.dtype, device=g.device)
+    size = torch.arange(1, len(g) + 1, dtype=g.dtype)
     # $(I - 2k) / H_I$ for $I > 2k$
     value = torch.where(size > 2 * wrong, (size - 2 * wrong) / harmonic, -torch.inf)
     best = int(value.argmax())
@@ -94,7 +94,7 @@ def game_value(
     """
     if not 0 <= wrong <= len(gains):
         raise ValueError(f"wrong is {wrong}; it must lie between 0 and {len(gains)}.")
-    worth = probabilities.double() * gains.double()
+    worth = probabilities.cpu().double() * gains.cpu().double()
     return float(worth.sum() - 2 * worth.topk(wrong).values.sum())
 
 
@@ -114,7 +114,7 @@ def draw(
     Raises:
         ValueError: A budget that does not fit.
     """
-    q = choice.probabilities.cpu()
+    q = choice.probabilities
     if not 1 <= budget <= len(q):
         raise ValueError(f"budget is {budget}; it must lie between 1 and {len(q)}.")
     drawn = torch.multinomial(
@@ -124,7 +124,7 @@ def draw(
         others = (q == 0).double()
         more = torch.multinomial(others, budget - choice.support, generator=generator)
         drawn = torch.cat([drawn, more])
-    return drawn.to(choice.probabilities.device)
+    return drawn
 
 
 def margin_sampling(gains: Float[Tensor, " inputs"], budget: int) -> Int[Tensor, " budget"]:

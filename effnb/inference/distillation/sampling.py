@@ -82,8 +82,9 @@ def sample(
                 given = ids if caches[i] is None else ids[:, -1:]
                 out = writer(input_ids=given, past_key_values=caches[i], use_cache=True)
                 caches[i] = getattr(out, "past_key_values", None)
-                mixed = mixed + part * (out.logits[:, -1].double() / temperature).softmax(-1)
-            new = torch.multinomial(mixed.cpu(), 1, generator=generator).to(ids.device)
+                last = out.logits[:, -1].cpu().double()  # drawn on the CPU: alike on every device
+                mixed = mixed + part * (last / temperature).softmax(-1)
+            new = torch.multinomial(mixed, 1, generator=generator).to(ids.device)
             labels = torch.cat([labels, new.masked_fill(done[:, None], -100)], 1)
             if eos is not None:
                 new = new.masked_fill(done[:, None], eos)
@@ -124,19 +125,30 @@ def beam_search(
     check_prompts(prompt[None], max_new_tokens, model)
     quiet = share(model).eval()
     open_, ended = [([], 0.0)], []
+    given, cache = prompt[None], None
     with torch.no_grad():
         for _ in range(max_new_tokens):
-            rows = torch.stack([torch.cat([prompt, prompt.new_tensor(y)]) for y, _ in open_])
-            log_p = quiet(input_ids=rows, use_cache=False).logits[:, -1].double().log_softmax(-1)
+            out = quiet(input_ids=given, past_key_values=cache, use_cache=True)
+            cache = getattr(out, "past_key_values", None)
+            log_p = out.logits[:, -1].cpu().double().log_softmax(-1)
             best = (log_p + log_p.new_tensor([s for _, s in open_])[:, None]).flatten()
             top = best.topk(min(2 * beams, len(best)))
+            parents = [i // log_p.shape[1] for i in top.indices.tolist()]
+            words = [i % log_p.shape[1] for i in top.indices.tolist()]
             grown = [
-                ([*open_[i // log_p.shape[1]][0], i % log_p.shape[1]], score)
-                for score, i in zip(top.values.tolist(), top.indices.tolist())
+                (parent, [*open_[parent][0], word], score)
+                for parent, word, score in zip(parents, words, top.values.tolist())
             ]
-            ended += [(y, s) for y, s in grown[:beams] if y[-1] == eos]
-            open_ = [(y, s) for y, s in grown if y[-1] != eos][:beams]
+            ended += [(y, s) for _, y, s in grown[:beams] if y[-1] == eos]
+            kept = [item for item in grown if item[1][-1] != eos][:beams]
+            open_ = [(y, s) for _, y, s in kept]
             if not open_:
                 break
+            if hasattr(cache, "reorder_cache"):  # each text goes on from its own beginning
+                cache.reorder_cache(torch.tensor([p for p, _, _ in kept], device=prompt.device))
+                given = prompt.new_tensor([[y[-1]] for y, _ in open_])
+            else:
+                cache = None
+                given = torch.stack([torch.cat([prompt, prompt.new_tensor(y)]) for y, _ in open_])
     scored = [(y, s / len(y) ** length_penalty) for y, s in (*ended, *open_)]
     return sorted(scored, key=lambda pair: -pair[1])[:beams]

@@ -51,7 +51,7 @@ def sequence_level(
 ) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
     """The teacher's answers as training data for plain cross-entropy: (ids, labels).
 
-    Labels are -100 in the prompt and in padding, which stands on the right.
+    Labels are -100 in the prompt and in padding, which is on the right.
 
     Args:
         teacher: A causal language model in evaluation mode.

@@ -10,7 +10,9 @@ $$\operatorname{mix}(f; \alpha, k) = \alpha f + \frac{1 - \alpha}{k - 1}\, (1 - 
 $\operatorname{top}(y_s; k)$ being 1 at the teacher's k largest classes and 0 elsewhere, and the
 loss compares *that* with the teacher's label. For two classes it is $\alpha f + (1 - \alpha)
 (1 - f)$: `forward_correction` with a symmetric noise matrix. The optimum is the clean answer, for
-students of any size; this is what weights (`weighted_distillation`) cannot reach.
+students of any size; this is what weights (`weighted_distillation`) cannot reach. The price: where
+the teacher is right little more often than wrong, the mixture hardly depends on f, and such
+examples teach almost nothing.
 
 Kontonis, Iliopoulos, Trinh, Baykal, Menghani, Vee, "SLaM: Student-Label Mixing for Distillation
 with Unlabeled Examples", 2023, arXiv 2302.03806.

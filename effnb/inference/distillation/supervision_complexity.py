@@ -156,7 +156,7 @@ def supervision_complexity(
         )
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge}; it must not be negative.")
-    K, Y = kernel.double(), targets.double()
+    K, Y = kernel.cpu().double(), targets.cpu().double()
     n, trace = len(K), float(K.trace())
     if centered:
         Y = Y - Y.mean(0)
@@ -229,9 +229,9 @@ def kernel_interpolant(
             f"{tuple(targets.shape)} and the cross kernel {tuple(cross.shape)}; a ridge of 0 or "
             "more and one column for each example are needed."
         )
-    K = kernel.double()
+    K = kernel.cpu().double()
     damped = K + ridge * float(K.trace()) / len(K) * torch.eye(len(K)).to(K)
-    return cross.double() @ torch.linalg.solve(damped, targets.double())
+    return cross.cpu().double() @ torch.linalg.solve(damped, targets.cpu().double())
 
 
 def teacher_of_step(step: int, steps: int, checkpoints: int) -> int:

@@ -93,7 +93,7 @@ def made_queries(
 ) -> tuple[Int[Tensor, "queries time"], Bool[Tensor, "queries time"]]:
     """Queries without a generator: spans of documents with words left out; (ids, real).
 
-    They stand in for the queries that a sequence-to-sequence model writes in the paper.
+    They replace the queries that a sequence-to-sequence model writes in the paper.
 
     Args:
         documents: Token ids of each, without special tokens.
