@@ -173,9 +173,9 @@ def log_softened(
 ) -> Float[Tensor, "*batch classes"]:
     r"""$\ln \operatorname{softmax}(z / \tau)$.
 
-    In float32 at least, and in float64 (where the device has it) above a temperature of 10: there the divergence of two such
-    rows is the small difference of numbers near $\ln N$, and float32 would lose it (at
-    $\tau = 1000$ it gives 0.21 where 0.33 is right).
+    In float32 at least, and above a temperature of 10 in float64, where the device has it: the
+    divergence of two such rows is the small difference of numbers near $\ln N$, and float32 would
+    lose it (at $\tau = 1000$ it gives 0.21 where 0.33 is right).
     """
     check_temperature(temperature)
     narrow = temperature <= 10 or logits.device.type == "mps"

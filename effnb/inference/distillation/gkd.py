@@ -105,7 +105,7 @@ def rescaled_jsd(
     near = min(beta, 1 - beta)
     if near < 1e-8:  # the quotient is the limit to eight digits; computed, rounding would drown it
         return generalized_jsd(student, teacher, round(beta), temperature=temperature, mask=mask)
-    if near < 0.01:
+    if near < 0.01 and student.device.type != "mps":
         student, teacher = student.double(), teacher.double()
     value = generalized_jsd(student, teacher, beta, temperature=temperature, mask=mask)
     return value / (beta * (1 - beta))
