@@ -97,7 +97,7 @@ def split_hard(judged: Sequence[Judged], threshold: float) -> tuple[list[Lesson]
 def rouge_l(first: str, second: str) -> float:
     """How much two texts share in order: F1 of their longest common subsequence of words.
 
-    Source: Lin, "Rouge: A Package for Automatic Evaluation of Summaries", 2004.
+    Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004.
     """
     a, b = first.lower().split(), second.lower().split()
     if not a or not b:
@@ -111,7 +111,7 @@ def rouge_l(first: str, second: str) -> float:
 
 
 def unlike(candidates: Iterable[str], known: Iterable[str], limit: float = 0.7) -> list[str]:
-    """Of new instructions those whose Rouge-L with all others, old or new, is below a limit.
+    """Of new instructions those whose ROUGE-L with all others, old or new, is below a limit.
 
     Raises:
         ValueError: A limit outside (0, 1].
