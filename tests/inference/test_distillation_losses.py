@@ -20,6 +20,7 @@ from effnb.core.losses import (
     temperature_kl,
 )
 from effnb.core.training import TrainingSettings, causal_lm_loss
+from effnb.evaluation.cost import flops
 from effnb.inference.distillation import (
     LayerAttention,
     TinyBertStudent,
@@ -30,6 +31,7 @@ from effnb.inference.distillation import (
     distilbert,
     distilbert_loss,
     distill,
+    gkd,
     hidden_loss,
     hinton,
     hinton_loss,
@@ -47,6 +49,7 @@ from effnb.inference.distillation import (
     said,
     soft_gradient,
     soften,
+    steps_at_equal_compute,
     student_from_layers,
     teach,
     tinybert,
@@ -253,6 +256,44 @@ def test_a_student_comes_near_its_teacher_and_the_original_stays(tiny_llama, ids
     assert all(torch.equal(p, before[name]) for name, p in student.state_dict().items())
     assert not found.model.training
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_labels_alone_get_the_steps_that_the_teacher_costs(tiny_llama, ids):
+    student, teacher = tiny_llama(0), tiny_llama(1, num_hidden_layers=6)
+
+    def forward(model):
+        return flops(lambda: model(input_ids=ids, use_cache=False))
+
+    # A backward pass costs two forward ones, less the first layer's input, which needs no gradient.
+    expected = 1 + forward(teacher) / (3 * forward(student))
+    found = steps_at_equal_compute(student, ids, 1000, loss=hinton(teacher))
+    assert found / 1000 == pytest.approx(expected, rel=0.03)
+    assert steps_at_equal_compute(student, ids, 7, loss=causal_lm_loss) == 7
+    assert steps_at_equal_compute(student, ids, 7, loss=hinton(teacher, weight=0.0)) == 7
+    assert all(p.grad is None for p in student.parameters())
+    own = {"input_ids": ids, "prompts": ids[:, :4]}
+    drawn = gkd(teacher, on_policy=1.0, max_new_tokens=20)
+    more = steps_at_equal_compute(student, own, 1000, loss=drawn, instead=causal_text)
+    assert more > found  # the student's own text has to be written first
+    with pytest.raises(ValueError, match="steps is 0"):
+        steps_at_equal_compute(student, ids, 0, loss=causal_lm_loss)
+
+
+def causal_text(model, batch):
+    return causal_lm_loss(model, batch["input_ids"])
+
+
+def test_encoders_without_a_head_can_be_matched_inside():
+    teacher = tiny_bert(1).bert
+    student = tiny_bert(0, num_hidden_layers=2, hidden_size=8, intermediate_size=12).bert
+    ids = torch.randint(0, 64, (3, 10), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for loss, model in (
+        (tinybert(teacher), TinyBertStudent(student, teacher)),
+        (minilm(teacher), student),
+    ):
+        found = distill(model, lambda _: batch, TrainingSettings(20, learning_rate=1e-2), loss=loss)
+        assert found.training.losses[-1] < found.training.losses[0]
 
 
 def test_what_a_model_says_of_masked_words_needs_labels(ids):

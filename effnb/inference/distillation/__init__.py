@@ -151,6 +151,7 @@ from effnb.inference.distillation.tokens import (
     Tokens,
     distill,
     said,
+    steps_at_equal_compute,
     teach,
 )
 from effnb.inference.distillation.vocabularies import (
@@ -284,6 +285,7 @@ __all__ = [
     "soften",
     "split_hard",
     "step_by_step",
+    "steps_at_equal_compute",
     "student_from_layers",
     "supervision_complexity",
     "tangent_kernel",

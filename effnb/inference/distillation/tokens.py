@@ -13,10 +13,20 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from effnb.core.losses import check_teacher
 from effnb.core.modules import clone
-from effnb.core.training import Batches, Loss, TrainingResult, TrainingSettings, targets, train
+from effnb.core.training import (
+    Batches,
+    Loss,
+    TrainingResult,
+    TrainingSettings,
+    causal_lm_loss,
+    targets,
+    train,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,45 @@ def distill(
         student, batches, settings, loss=loss, evaluate=evaluate, progress=progress
     )  # fmt: skip
     return Distilled(student, training)
+
+
+def steps_at_equal_compute(
+    model: nn.Module,
+    batch: Any,
+    steps: int,
+    *,
+    loss: Loss,
+    instead: Loss = causal_lm_loss,
+) -> int:
+    r"""How many steps on labels alone take the compute of these steps with a teacher.
+
+    $\lfloor n \cdot F / F' \rfloor$, with F the floating-point operations of a step's forward and
+    backward passes, the teacher's and the drawing of texts included, and F' those of the other
+    loss, counted by PyTorch on one batch.
+
+    Args:
+        model: The student; it gets no gradients.
+        batch: A batch that both losses take.
+        steps: n.
+        loss: From (student, batch) to a scalar, such as `hinton(teacher)`.
+        instead: What it is compared with.
+
+    Raises:
+        ValueError: Fewer steps than 1, and what the losses refuse.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1.")
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def operations(of: Loss) -> int:
+        # The fused attention of CPUs is unknown to the counter.
+        counter = FlopCounterMode(display=False)
+        quiet = torch.random.fork_rng(devices=[])  # a loss may draw
+        with quiet, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            torch.autograd.grad(of(model, batch), trained, allow_unused=True)
+        return counter.get_total_flops()
+
+    return steps * operations(loss) // operations(instead)
 
 
 @dataclass(frozen=True)
