@@ -41,13 +41,13 @@ def word_level_loss(
 
 def sequence_level(
     teacher: nn.Module,
-    prompts: Sequence[Int[Tensor, " prompt"]],
+    prompts: Sequence[Int[Tensor, " _"]],
     *,
     beams: int = 5,
     max_new_tokens: int = 64,
     eos: int | None = None,
     pad: int = 0,
-    references: Sequence[Int[Tensor, " answer"]] | None = None,
+    references: Sequence[Int[Tensor, " _"]] | None = None,
 ) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
     """The teacher's answers as training data for plain cross-entropy: (ids, labels).
 

@@ -83,7 +83,7 @@ def score_gap_bound(
 
 
 def made_queries(
-    documents: Sequence[Int[Tensor, " words"]],
+    documents: Sequence[Int[Tensor, " _"]],
     count: int,
     *,
     longest: int = 16,
