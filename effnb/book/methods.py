@@ -88,6 +88,30 @@ NAMES = {
     "effnb.finetuning.serving.serve": "Many users in one batch (S-LoRA)",
     "effnb.finetuning.t_few.t_few_loss": "T-Few",
     "effnb.hardware.codesign.gshard.moe_layer": "GShard",
+    "effnb.inference.distillation.chain_of_thought.one_task": "Fine-tune-CoT",
+    "effnb.inference.distillation.chain_of_thought.step_by_step": "Distilling step by step",
+    "effnb.inference.distillation.deviations.deviations": "Student-teacher deviations",
+    "effnb.inference.distillation.distilbert.distilbert": "DistilBERT",
+    "effnb.inference.distillation.gkd.gkd": "GKD (on-policy, generalized JSD)",
+    "effnb.inference.distillation.hinton.hinton": "Knowledge distillation (temperature)",
+    "effnb.inference.distillation.in_context.context_distillation": "Context distillation",
+    "effnb.inference.distillation.in_context.in_context": "In-context learning distillation",
+    "effnb.inference.distillation.instructions.next_round": "Instruction distillation (Lion)",
+    "effnb.inference.distillation.minillm.minillm": "MiniLLM (reverse KL)",
+    "effnb.inference.distillation.minilm.minilm": "MiniLM",
+    "effnb.inference.distillation.robust_active_distillation.robust_choice": (
+        "Robust active distillation"
+    ),
+    "effnb.inference.distillation.sequence_level.sequence_level": "Sequence-level distillation",
+    "effnb.inference.distillation.slam.slam_loss": "SLaM",
+    "effnb.inference.distillation.supervision_complexity.supervision_complexity": (
+        "Supervision complexity"
+    ),
+    "effnb.inference.distillation.teacher_guided_training.make_inputs": "Teacher-guided training",
+    "effnb.inference.distillation.tinybert.tinybert": "TinyBERT",
+    "effnb.inference.distillation.vocabularies.uld": "ULD (other vocabularies)",
+    "effnb.inference.distillation.weighted_distillation.weighted_loss": "Weighted distillation",
+    "effnb.inference.distillation.worst_class.worst_class": "Worst-class distillation",
     "effnb.inference.low_rank.losparse.losparse": "LoSparse",
     "effnb.inference.low_rank.losparse.low_rank_plus_sparse": "Low rank plus sparse",
     "effnb.inference.pruning.heads.prune_heads": "Head pruning",
@@ -108,6 +132,16 @@ NAMES = {
     "effnb.inference.quantization.rotation.rotate": "Rotation (QuaRot)",
     "effnb.inference.quantization.sensitivity.hessian_sensitivity": "HAWQ sensitivity",
     "effnb.inference.quantization.tables.quantize_table": "NF4, FP4 and FP8 tables",
+    "effnb.inference.retrieval_distillation.embed_distill.embed_distill": "EmbedDistill",
+    "effnb.inference.retrieval_distillation.encoders.CrossEncoder": ("Dual-pooled cross-encoder"),
+    "effnb.inference.retrieval_distillation.margin_mse.margin_mse": "MarginMSE",
+    "effnb.inference.retrieval_distillation.order_only.order_only": (
+        "Order-only margins (the workbook's own)"
+    ),
+    "effnb.inference.retrieval_distillation.pointwise.pointwise": "Pointwise score distillation",
+    "effnb.inference.retrieval_distillation.softmax_kl.softmax_kl": (
+        "Softmax divergence over documents"
+    ),
 }
 """What functions are searched for by, where the docstring does not begin with it or the function
 does not take a whole model."""
