@@ -18,6 +18,7 @@ import train_models
 from torch import Tensor, nn
 
 from effnb.design.retention import (
+    RWKVLM,
     HyenaConfig,
     HyenaLM,
     LMConfig,
@@ -25,7 +26,6 @@ from effnb.design.retention import (
     RetNetConfig,
     RetNetLM,
     RWKVConfig,
-    RWKVLM,
 )
 
 KINDS: dict[str, tuple[type[LMConfig], type[RecurrentLM]]] = {
