@@ -1,0 +1,237 @@
+"""What the chapter and its sweeps measure: models of equal size, their states, steps and costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from effnb.design.retention import (
+    GLALM,
+    RWKVLM,
+    GLAConfig,
+    HyenaConfig,
+    HyenaLM,
+    LMConfig,
+    ModelState,
+    RecurrentLM,
+    RetNetConfig,
+    RetNetLM,
+    RWKVConfig,
+    decays,
+    retention,
+    rotate,
+)
+
+SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads
+    "300k": (64, 128, 2, 4, 2),
+    "1m": (128, 344, 4, 4, 2),
+}
+"""The Transformers mini-300k and mini-1m, whose size all models of the chapter have."""
+KINDS: dict[str, tuple[type[LMConfig], type[RecurrentLM]]] = {
+    "RetNet": (RetNetConfig, RetNetLM),
+    "RWKV": (RWKVConfig, RWKVLM),
+    "Hyena": (HyenaConfig, HyenaLM),
+    "GLA": (GLAConfig, GLALM),
+}
+FORMS = ("parallel", "recurrent", "chunkwise")
+METHODS = ("Transformer", *KINDS)
+
+
+def build(method: str, size: str = "300k", *, seed: int = 0, tokens: int = 512) -> nn.Module:
+    """An untrained model of a method, within 3 % of the Transformer's parameters.
+
+    Args:
+        method: One of `METHODS`; "Transformer, standard" computes attention without a fused kernel.
+        size: One of `SHAPES`.
+        seed: Seed of the weights.
+        tokens: The longest text, which Hyena's filters have to know.
+
+    Raises:
+        ValueError: When there is no such method or size.
+    """
+    name = method.split(",")[0]
+    if name not in METHODS or size not in SHAPES:
+        raise ValueError(
+            f"there is no {method!r} of size {size!r}; choose {', '.join(METHODS)} and "
+            f"{', '.join(SHAPES)}."
+        )
+    torch.manual_seed(seed)
+    if name != "Transformer":
+        config, kind = KINDS[name]
+        more = {"max_length": tokens} if name == "Hyena" else {}
+        return kind(config.twin_of(*SHAPES[size], **more)).eval()
+    hidden, feed_forward, layers, heads, kv_heads = SHAPES[size]
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=max(512, tokens),
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        attn_implementation="eager" if method.endswith("standard") else "sdpa",
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+# ----------------------------------------------------------------------------------- decoding
+
+
+@dataclass
+class Reader:
+    """A model in the middle of a text: what it keeps, and the step to the next token.
+
+    Attributes:
+        model: The model.
+        state: A `DynamicCache` or a `ModelState`.
+        position: Tokens read.
+    """
+
+    model: nn.Module
+    state: Any
+    position: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all that is kept of the past for one step after the other."""
+        if isinstance(self.state, DynamicCache):
+            return sum(t.nbytes for layer in self.state.layers for t in (layer.keys, layer.values))
+        return sum(
+            t.nbytes
+            for layer in self.state.layers
+            for name, t in layer.items()
+            if name != "filters"  # which all texts share
+        )
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor) -> Tensor:
+        """Logits after each of the tokens; the state goes on."""
+        self.position += ids.shape[1]
+        if isinstance(self.state, DynamicCache):
+            return self.model(input_ids=ids, past_key_values=self.state).logits
+        form = "recurrent" if ids.shape[1] == 1 else None
+        hidden, self.state = self.model.advance(ids, self.state, form=form)
+        return self.model.lm_head(hidden)
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> Tensor:
+        """One token's logits, with the state left where it is, so that a step can be repeated."""
+        if isinstance(self.state, DynamicCache):
+            logits = self.model(input_ids=ids, past_key_values=self.state).logits
+            self.state.crop(-ids.shape[1])
+            return logits
+        hidden, _ = self.model.advance(ids, self.state, form="recurrent")
+        return self.model.lm_head(hidden)
+
+
+def reader(model: nn.Module, batch: int = 1) -> Reader:
+    """A model that has read nothing."""
+    if isinstance(model, RecurrentLM):
+        return Reader(model, model.initial_state(batch), 0)
+    return Reader(model, DynamicCache(), 0)
+
+
+@torch.inference_mode()
+def after(model: nn.Module, tokens: int, batch: int = 1) -> Reader:
+    """A model that has read so many tokens, with random numbers for what it kept of them.
+
+    The time of a step depends on how large the state is and not on what is in it.
+    """
+    draw = torch.Generator().manual_seed(0)
+    if not isinstance(model, RecurrentLM):
+        config, cache = model.config, DynamicCache()
+        size = config.hidden_size // config.num_attention_heads
+        for layer in range(config.num_hidden_layers):
+            shape = batch, config.num_key_value_heads, tokens, size
+            keys, values = (torch.randn(shape, generator=draw) for _ in range(2))
+            cache.update(keys, values, layer)
+        return Reader(model, cache, tokens)
+    begun = torch.zeros(batch, 1, dtype=torch.long)
+    _, state = model.advance(begun, form="recurrent")
+    layers = tuple(
+        {
+            name: torch.randn(batch, tokens, t.shape[2], generator=draw) if name == "past" else t
+            for name, t in layer.items()
+        }
+        for layer in state.layers
+    )
+    return Reader(model, ModelState(model.config, tokens, layers), tokens)
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+def training_step(model: nn.Module, tokens: int) -> Callable[[], None]:
+    """Forward and backward of one text through the blocks, without the output head.
+
+    The head is the same in all models, and its work per token does not depend on the length.
+    """
+    ids = torch.randint(0, 4096, (1, tokens), generator=torch.Generator().manual_seed(0))
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        with torch.enable_grad():
+            if isinstance(model, RecurrentLM):
+                hidden = model.hidden(ids)
+            else:
+                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden.square().mean().backward()
+        for parameter in parameters:
+            parameter.grad = None
+
+    return step
+
+
+def processor_seconds(function: Callable[[], Any], runs: int = 1) -> float:
+    """Seconds that the processor worked on a call, the mean of a few.
+
+    Other programs on the machine do not count, unless they push data out of its caches.
+    """
+    began = time.process_time()
+    for _ in range(runs):
+        function()
+    return (time.process_time() - began) / runs
+
+
+# ----------------------------------------------------------------------------------- the trap
+
+
+@torch.inference_mode()
+def normalized_outputs(
+    model: RetNetLM,
+    x: Tensor,
+    normalize: str | None,
+    *,
+    scale: float = 1.0,
+    epsilon: float = 1e-6,
+) -> dict[str, Tensor]:
+    """Head outputs of the first layer after their norm, in all three forms, in float64.
+
+    Args:
+        model: A RetNet, of which the projections of the first layer are used.
+        x: Inputs of the layer, (batch, time, hidden).
+        normalize: Normalization of the scores, as `effnb.design.retention.retention` takes it.
+        scale: Factor of the values, and so of the outputs before the norm.
+        epsilon: Inside the norm of each head.
+    """
+    layer, config = model.blocks[0].retention, model.config
+    q, k, v = (
+        (x.double() @ one.weight.double().T).unflatten(-1, (config.heads, -1)).transpose(1, 2)
+        for one in (layer.query, layer.key, layer.value)
+    )
+    q, k = rotate(q, k, 0, config.rotation)
+    gamma, found = decays(config.heads, config.decay), {}
+    for form in FORMS:
+        out, _ = retention(
+            q, k, scale * v, gamma, form=form, chunk_size=config.chunk_size, normalize=normalize
+        )
+        found[form] = nn.functional.layer_norm(out, out.shape[-1:], eps=epsilon)
+    return found
