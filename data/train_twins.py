@@ -11,14 +11,12 @@ parameters. Batches, seed, optimizers, rates, schedule and evaluations are those
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 import train_models
-from torch import Tensor, nn
 
 from effnb.design.retention import (
     RWKVLM,
+    CausalLM,
     HyenaConfig,
     HyenaLM,
     LMConfig,
@@ -41,49 +39,12 @@ def transformer_of(name: str) -> str:
     return f"mini-{name.split('-')[1]}"
 
 
-class Trainable(nn.Module):
-    """A twin with the calls that the recipe makes of a Llama: `model`, `lm_head` and logits.
-
-    Args:
-        twin: Any model of `effnb.design.retention`.
-    """
-
-    def __init__(self, twin: RecurrentLM) -> None:
-        super().__init__()
-        self.twin = twin
-
-    @property
-    def lm_head(self) -> nn.Linear:
-        """The head, which has the embedding's matrix."""
-        return self.twin.lm_head
-
-    def model(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        """What the head reads."""
-        return SimpleNamespace(last_hidden_state=self.twin.hidden(input_ids))
-
-    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        """Logits of the next token."""
-        return SimpleNamespace(logits=self.twin(input_ids))
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The head, which Muon leaves alone."""
-        return self.twin.lm_head
-
-    def num_parameters(self) -> int:
-        """Numbers, the shared matrix once."""
-        return self.twin.config.parameters
-
-    def save_pretrained(self, folder) -> None:
-        """`config.json` and `model.safetensors`."""
-        self.twin.save_pretrained(folder)
-
-
-def build(name: str) -> Trainable:
+def build(name: str) -> CausalLM:
     """An untrained twin of the named model, its seed fixed."""
     config, kind = KINDS[name.split("-")[0]]
     shape, _ = train_models.SHAPES[transformer_of(name)]
     torch.manual_seed(0)
-    return Trainable(kind(config.twin_of(*shape)))
+    return CausalLM(kind(config.twin_of(*shape)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The measurements behind the verdicts of `notebooks/02_design/5_retention`.
 
-    python data/sweeps/02_design/5_retention_claims.py [forms] [decoding] [latency] [training] [short]
+    python data/sweeps/02_design/5_retention_claims.py                # every part
+    python data/sweeps/02_design/5_retention_claims.py forms short    # these parts
 
 forms     digits in which the three forms and their gradients agree, in float64, on 12 texts
 decoding  bytes kept and seconds per token after 64 to 8,192 tokens, at the shape of mini-1m
@@ -23,13 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from effnb.chapters.design.retention import methods, twins
-from effnb.chapters.design.retention.methods import after, build, processor_seconds, training_step
+from effnb.chapters.design.retention.methods import (
+    after,
+    build,
+    processor_seconds,
+    training_step,
+    weight_bytes,
+)
 from effnb.core.training import TrainingSettings, train
-from effnb.design.retention import RetNetLM
+from effnb.design.retention import CausalLM, RetNetLM
 from effnb.evaluation import peak_memory
 from effnb.lab import claims_bench, corpora
 from effnb.lab._files import data_folder
@@ -39,13 +46,14 @@ from effnb.lab.texts import training_batches
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 import train_models
-import train_twins
 
 SHAPES = "1m shapes"
 LENGTHS = (64, 256, 512, 1024, 2048, 4096, 8192)
 BATCHES = (1, 4, 16)
 STANDARD = 2048
-"""The longest text for attention that stores every score: 8,192 tokens would take 10 GB."""
+LONGEST = {"Transformer, standard": STANDARD, "GLA": 512}
+"""The longest texts of training steps: attention that stores every score would take 10 GB at 8,192
+tokens, and gated linear attention without a kernel takes long."""
 ROUNDS, STEPS_TIMED = 7, 6
 STEPS, SHAPE = 100, (8, 128)
 """Steps of the short training runs, and sequences and tokens of each."""
@@ -83,11 +91,6 @@ def in_turn(calls: dict[str, Callable[[], Any]], rounds: int, runs: int) -> dict
         for name, call in calls.items():
             found[name].append(round(processor_seconds(call, runs), 7))
     return found
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights as they are."""
-    return sum(p.nbytes for p in model.parameters())
 
 
 def missing(table: Table, rows: Iterable[dict[str, Any]]) -> bool:
@@ -197,11 +200,7 @@ def training(table: Table) -> None:
     for tokens in (512, 1024, 2048, 4096, 8192):
         if tokens > LENGTHS[-1]:
             continue
-        chosen = [
-            name
-            for name in names
-            if tokens <= STANDARD or name not in ("Transformer, standard", "GLA")
-        ]
+        chosen = [name for name in names if tokens <= LONGEST.get(name, tokens)]
         rows = {name: about(name, "training", tokens=tokens) for name in chosen}
         if not missing(table, rows.values()):
             continue
@@ -209,7 +208,9 @@ def training(table: Table) -> None:
         rounds = ROUNDS if tokens in (STANDARD, LENGTHS[-1]) else 3
         seconds = in_turn(steps, rounds, 1)
         for name, row in rows.items():
-            found = {"seconds": seconds[name], "peak_bytes": peak_memory(steps[name])}
+            found: dict[str, Any] = {"seconds": seconds[name]}
+            if tokens <= STANDARD:  # each tensor is followed, which takes long where there are many
+                found["peak_bytes"] = peak_memory(steps[name])
             table.add(row, lambda found=found: found)
 
 
@@ -239,7 +240,7 @@ def trained_briefly(
         schedule="wsd", weight_decay=0.05, betas=(0.9, 0.95), seed=row["seed"],
     )  # fmt: skip
     recurrent = not hasattr(model, "model")
-    wrapped = train_twins.Trainable(model) if recurrent else model
+    wrapped = CausalLM(model) if recurrent else model
     batches = [
         (ids, torch.ones(ids.shape))
         for ids in training_batches(tokenizer(), row["seed"], STEPS, SHAPE)

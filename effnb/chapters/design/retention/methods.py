@@ -166,6 +166,11 @@ def after(model: nn.Module, tokens: int, batch: int = 1) -> Reader:
     return Reader(model, ModelState(model.config, tokens, layers), tokens)
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights as they are, shared ones once."""
+    return sum(p.nbytes for p in model.parameters())
+
+
 # ----------------------------------------------------------------------------------- training
 
 
