@@ -92,8 +92,8 @@ def positions() -> dict:
 
 def by_place(found: Any, width: int = 128) -> list[float]:
     """Mean losses of stretches of a text."""
-    losses = torch.as_tensor(found.by_position)[: LONGEST - 1]
-    return [round(float(part.mean()), 4) for part in losses.split(width)]
+    starts = range(0, LONGEST, width)
+    return [round(found.between(start, start + width).nats_per_token, 4) for start in starts]
 
 
 def smollm2() -> dict:
@@ -107,11 +107,10 @@ def smollm2() -> dict:
     )  # fmt: skip
     torch.manual_seed(0)
     twin = RetNetLM(RetNetConfig.twin_of(*shape)).eval()
-    rows = []
+    rows, token = [], torch.zeros(1, 1, dtype=torch.long)
     for tokens in (64, 1024, 4096):
         readers = {"SmolLM2-135M": after(real, tokens), "RetNet": after(twin, tokens)}
         seconds: dict[str, list[float]] = {name: [] for name in readers}
-        token = torch.zeros(1, 1, dtype=torch.long)
         for _ in range(6):
             for name, one in readers.items():
                 seconds[name].append(processor_seconds(lambda one=one: one.step(token)))
