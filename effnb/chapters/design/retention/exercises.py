@@ -23,7 +23,7 @@ def _with_future(gamma: float, tokens: int) -> Tensor:
 
 def _two_powers(gamma: float, tokens: int) -> Tensor:
     index = torch.arange(tokens, dtype=torch.float32)
-    return (gamma**index[:, None] * gamma ** -index).tril()
+    return (gamma ** index[:, None] * gamma**-index).tril()
 
 
 decay = Exercise(

@@ -6,7 +6,6 @@ measured again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
@@ -127,9 +126,7 @@ def state_table(rows: Sequence[Row]) -> Table:
     lines = []
     for method in methods.METHODS:
         found = {
-            f"after {tokens:,}": amount(
-                pick(rows, method=method, tokens=tokens)[0]["state_bytes"]
-            )
+            f"after {tokens:,}": amount(pick(rows, method=method, tokens=tokens)[0]["state_bytes"])
             for tokens in chosen
         }
         lines.append({"model": method} | found)
@@ -245,7 +242,8 @@ def positions_said(rows: Sequence[Row]) -> str:
         losses = row["losses"]
         width = 2048 // len(losses)
         within = losses[512 // width - 1]
-        said.append(f"{row['model']} {losses[-1] - within:+.2f}".replace("-", "−", 0))
+        change = f"{losses[-1] - within:+.1f}".replace("-", "−")
+        said.append(f"{row['model']} {change}")
     return (
         "From the end of the trained length to the end of a text four times as long, the loss "
         f"changes by these nats: {spoken(said)}."
@@ -280,8 +278,3 @@ def smollm2_table(rows: Sequence[Row]) -> Table:
         caption="SmolLM2-135M beside a RetNet with as many parameters, in float32: bytes kept of "
         "what was read, and the processor's time of a step, that after the shortest text as 1.",
     )  # fmt: skip
-
-
-def perplexity(nats: float) -> float:
-    """Its exponential."""
-    return math.exp(nats)

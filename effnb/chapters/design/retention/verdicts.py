@@ -66,7 +66,7 @@ def r_5(*stored: StoredResult) -> Verdict:
         "R-5",
         *stored,
         note="Two billion parameters are out of reach here: 20 tokens for each parameter make "
-        "5 · 10²⁰ operations, a thousand years of one of this machine's cores. The trend is judged "
+        "5 · 10²⁰ operations, centuries of work for one core. The trend is judged "
         "on short training runs of two small sizes, five seeds each.",
     )
 
