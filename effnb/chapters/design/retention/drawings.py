@@ -67,7 +67,7 @@ def weights(decays: Mapping[str, Sequence[float]], distance: int = 300) -> Capti
     def draw(fig: Figure) -> None:
         axes = fig.subplots()
         x = torch.arange(distance)
-        for (name, gammas), line in zip(decays.items(), ("-", ":")):
+        for gammas, line in zip(decays.values(), ("-", ":")):
             for gamma, colour in zip(gammas, PALETTE):
                 label = f"γ = {gamma:.4f}" if line == "-" else None
                 axes.plot(x, gamma**x, line, color=colour, label=label, linewidth=1.8)

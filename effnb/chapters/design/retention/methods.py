@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from effnb.chapters.design.retention.twins import Twin
 from effnb.design.retention import (
     GLALM,
     RWKVLM,
@@ -27,6 +28,10 @@ from effnb.design.retention import (
     retention,
     rotate,
 )
+from effnb.lab import load
+from effnb.lab.bench import Bench
+from effnb.lab.results import NotMeasured
+from effnb.lab.sweeps import held_out_novel, windows_of
 
 SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads
     "300k": (64, 128, 2, 4, 2),
@@ -240,3 +245,99 @@ def normalized_outputs(
         )
         found[form] = nn.functional.layer_norm(out, out.shape[-1:], eps=epsilon)
     return found
+
+
+@torch.inference_mode()
+def layer_input(model: RetNetLM, ids: Tensor) -> Tensor:
+    """What the first layer of a RetNet reads for a text, (1, time, hidden)."""
+    return model.blocks[0].norm1(model.embedding(ids[None]))
+
+
+# --------------------------------------------------------------------------- what is done live
+
+
+class Written:
+    """One text that two models write: its tokens, and what each keeps of them.
+
+    Args:
+        bench: The Transformer's bench.
+        twin: Its twin; the picture has one line where the twin is missing.
+        tokens: How much of the text.
+    """
+
+    def __init__(self, bench: Bench, twin: Twin | NotMeasured, tokens: int) -> None:
+        self.tokenizer = bench.loaded.tokenizer
+        self.ids = windows_of(bench.loaded, held_out_novel(), 1, tokens)[0]
+        self.models = {f"{bench.name}, attention": bench.model}
+        if twin:
+            self.models[f"{twin.name}, retention"] = twin.model
+
+    def bytes_kept(self, piece: int = 256) -> dict[str, list[tuple[int, int]]]:
+        """For each model, tokens read and bytes kept; the text is read in pieces."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for name, model in self.models.items():
+            one, found[name] = reader(model), []
+            for ids in [self.ids[:1], self.ids[1:piece], *self.ids[piece:].split(piece)]:
+                one.read(ids[None])
+                found[name].append((one.position, one.bytes))
+        return found
+
+    def words(self, places: int = 4, tokens: int = 8) -> list[str]:
+        """What stands in the text at a few places."""
+        starts = [i * len(self.ids) // places for i in range(places)]
+        return [" ".join(self.tokenizer.decode(self.ids[s : s + tokens]).split()) for s in starts]
+
+    def documents(self, count: int, tokens: int = 512) -> list[Tensor]:
+        """Stretches of the text."""
+        return list(self.ids[: count * tokens].split(tokens))
+
+
+def agreement(twin: Twin | NotMeasured, ids: Tensor) -> str:
+    """Whether the forms of a trained twin give the same logits, to ten digits."""
+    if not twin:
+        return str(twin)
+    lines = []
+    with torch.inference_mode():
+        wanted = twin.model(ids[None], form="parallel")
+        found = {form: twin.model(ids[None], form=form) for form in FORMS[1:]}
+        first, state = twin.model.advance(ids[None, :150])
+        rest = [twin.model.advance(ids[None, 150:], state, form="recurrent")[0]]
+        found["chunkwise, then recurrent"] = twin.model.lm_head(torch.cat([first, *rest], 1))
+    for name, logits in found.items():
+        error = float((logits - wanted).abs().max() / wanted.abs().max())
+        lines.append(f"parallel = {name}: {error < 1e-10} to ten digits")
+    return "\n".join(lines)
+
+
+def growth(short: int, long: int) -> dict[str, float]:
+    """The processor's time for a long text over that for a short one, of one layer's mixing."""
+    hidden, _, _, heads, _ = SHAPES["1m"]
+    size, gamma = hidden // heads, decays(heads)
+    times: dict[str, list[float]] = {"chunkwise retention": [], "FlashAttention": []}
+    for tokens in (short, long):
+        draw = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, heads, tokens, size, generator=draw) for _ in range(3))
+        calls = {
+            "chunkwise retention": lambda q=q, k=k, v=v: retention(q, k, v, gamma),
+            "FlashAttention": lambda q=q, k=k, v=v: nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True
+            ),
+        }
+        for name, call in calls.items():
+            call()
+            times[name].append(min(processor_seconds(call) for _ in range(3)))
+    return {name: last / first for name, (first, last) in times.items()}
+
+
+def smollm2_here(tokens: int) -> str:
+    """What SmolLM2 keeps of so many tokens, and what a step after them takes, here and now."""
+    model = load("smollm2-135m", device="cpu").model
+    token, seconds = torch.zeros(1, 1, dtype=torch.long), {}
+    for read in (64, tokens):
+        one = after(model, read)
+        one.step(token)
+        seconds[read] = min(processor_seconds(lambda one=one: one.step(token)) for _ in range(3))
+    return (
+        f"After {tokens:,} tokens SmolLM2 keeps {one.bytes / 1e6:.0f} MB of them, and a step takes "
+        f"{seconds[tokens] / seconds[64]:.1f} times its time after 64."
+    )
