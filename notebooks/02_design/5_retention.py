@@ -89,11 +89,11 @@ panels.writing(mini.model, twin, written.ids, mini.loaded.tokenizer)
 # %% tags=["nbval-check-output"]
 import torch
 
-from effnb.design import retention as R
+from effnb.design import retention
 
 q, k, v = (torch.tensor(x).view(1, 1, 3, 1) for x in ([1.0, 1, 2], [1.0, 2, 1], [4.0, 2, 8]))
 for form in methods.FORMS:
-    out, state = R.retention(q, k, v, torch.tensor([0.5]), form=form, chunk_size=2)
+    out, state = retention.retention(q, k, v, torch.tensor([0.5]), form=form, chunk_size=2)
     print(f"{form:9} outputs {out.flatten().tolist()}, last state {state.item():.0f}")
 
 # %% [markdown]
@@ -106,7 +106,7 @@ for form in methods.FORMS:
 # One $\gamma$ is one length of memory. The heads of a layer therefore have different ones, $\gamma_h = 1 - 2^{-5-h}$, which look back over about 32, 64, 128 and 256 tokens:
 
 # %%
-drawings.weights({kind: R.decays(4, kind).tolist() for kind in ("paper", "lm")})
+drawings.weights({kind: retention.decays(4, kind).tolist() for kind in ("paper", "lm")})
 
 # %% [markdown]
 # Three more pieces make the layer of a RetNet. Queries and keys are turned by angles that grow with their positions, as in RoPE, so that order inside the memory can be told. Each head's output is *normalized by itself*, because a longer memory gives larger sums. And the result is multiplied by a **gate**,
@@ -135,7 +135,7 @@ from effnb.lab import show
 show(retention_step_reference, retention_chunkwise)
 
 # %%
-show(R.MultiScaleRetention.forward)
+show(retention.MultiScaleRetention.forward)
 
 # %% [markdown]
 # Do the forms agree in a whole trained model, too? Here are the logits of the twin for a stretch of the novel, in numbers of 64 bits: the parallel form against the two others, and a text that is read in chunks at first and token by token from there.
@@ -245,7 +245,7 @@ tables.twins_table(trained)
 print(tables.recall_said(trained))
 
 # %% [markdown]
-# Recall asks for longer training than any of these small models had, so the Transformer's number belongs beside it: see `training.json` in its folder. But there is one thing that a decay gives for nothing. What happens when a text is longer than those of training?
+# Recall takes a long training; where no model has learned it yet, this says nothing about the layer. Length is easier to ask about: what happens when a text is longer than those of training?
 
 # %%
 positions = tables.stored("positions").data["table"]
@@ -255,7 +255,7 @@ drawings.positions(positions)
 print(tables.positions_said(positions))
 
 # %% [markdown]
-# A RetNet looks back over a few hundred tokens and does not notice that the text is long; a Transformer meets angles between queries and keys that it has never seen. The chapter on context mends the latter.
+# Why should they differ? A decay makes what lies far back weigh next to nothing, however far it is. A Transformer of this kind gives it full weight, and turns it by angles that it has never met in training; the chapter on context mends that.
 #
 # ### SmolLM2
 #
@@ -297,7 +297,7 @@ for name, values in apart.items():
 # **Powers that overflow.** $\gamma^{n-m}$ is a small number; $\gamma^n \gamma^{-m}$ is the same on paper. In 32 bits, after 4,096 tokens:
 
 # %% tags=["nbval-check-output"]
-gamma = R.decays(1)[0].float()
+gamma = retention.decays(1)[0].float()
 n, m = 4096, 4095
 print(f"γ^(n-m) = {gamma ** (n - m):.4f}, but γ^n · γ^-m = {gamma**n * gamma**-m}")
 
@@ -306,9 +306,9 @@ print(f"γ^(n-m) = {gamma ** (n - m):.4f}, but γ^n · γ^-m = {gamma**n * gamma
 
 # %% tags=["nbval-check-output"]
 for attempt in (
-    lambda: R.retention(q, k, v, torch.tensor([1.5])),
-    lambda: R.retention(q, k, v, torch.tensor([0.5]), chunk_size=0),
-    lambda: R.RetNetConfig(hidden=12, layers=1, feed_forward=8, heads=4),
+    lambda: retention.retention(q, k, v, torch.tensor([1.5])),
+    lambda: retention.retention(q, k, v, torch.tensor([0.5]), chunk_size=0),
+    lambda: retention.RetNetConfig(hidden=12, layers=1, feed_forward=8, heads=4),
     lambda: methods.build("Hyena", tokens=8)(torch.zeros(1, 9, dtype=torch.long)),
     lambda: untrained.advance(torch.zeros(1, 2, dtype=torch.long), mask=torch.tensor([[1, 0]])),
     lambda: untrained(torch.zeros(1, 4, dtype=torch.long), mask=torch.ones(4, 4)),
@@ -406,7 +406,7 @@ exercises.chunk.solution()
 w, u = torch.tensor([0.5]), torch.tensor([0.3])
 keys, values = torch.tensor([0.1, 0.7, -0.2]).view(1, 3, 1), torch.tensor([1.0, 2, 4]).view(1, 3, 1)
 for more in (0, 100):
-    out, _ = R.wkv(w, u, keys + more, values)
+    out, _ = retention.wkv(w, u, keys + more, values)
     plain = (keys + more).exp()
     print(f"keys + {more:3}: {[round(x, 3) for x in out.flatten().tolist()]}", end="; ")
     print(f"their plain exponentials are finite: {bool(plain.isfinite().all())}")
@@ -422,9 +422,11 @@ for more in (0, 100):
 # %% tags=["nbval-check-output"]
 draw = torch.Generator().manual_seed(0)
 a, b, c = (torch.randn(1, 2, 50, 8, generator=draw, dtype=torch.float64) for _ in range(3))
-gammas = R.decays(2)
+gammas = retention.decays(2)
 gates = gammas.log().view(1, 2, 1, 1).expand(1, 2, 50, 8)
-difference = (R.gla(a, b, c, gates)[0] - R.retention(a, b, c, gammas)[0]).abs().max()
+difference = (
+    (retention.gla(a, b, c, gates)[0] - retention.retention(a, b, c, gammas)[0]).abs().max()
+)
 print("gated linear attention with constant gates is retention:", bool(difference < 1e-12))
 
 # %% [markdown]

@@ -15,6 +15,7 @@ verdicts rest on is measured by `5_retention_claims.py`.
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -26,6 +27,7 @@ from effnb.chapters.design.retention.methods import after, processor_seconds, we
 from effnb.design.retention import CausalLM, RetNetConfig, RetNetLM
 from effnb.evaluation import position_losses
 from effnb.lab import corpora, load
+from effnb.lab._files import data_folder
 from effnb.lab.claims_bench import by_document, documents_of
 from effnb.lab.sweeps import Table, held_out_novel, run, windows_of
 
@@ -68,10 +70,10 @@ def trained() -> dict:
             "parameters": sum(p.numel() for p in model.parameters()),
             "domains": {domain: by_document(model, some) for domain, some in documents.items()},
         }
-        if name in twins.NAMES:
-            history = twins.load(name).history
-            row |= {key: history[key] for key in ("tokens", "seconds")}
-            row["held out"] = history["held out"][-1]
+        path = data_folder() / "models" / name / "training.json"
+        history = json.loads(path.read_text(encoding="utf-8"))
+        row |= {key: history[key] for key in ("tokens", "seconds", "settings", "mix")}
+        row["recall"] = history["held out"][-1]["dense recall"]
         rows.append(row)
         print(name, flush=True)
     return {"table": rows}

@@ -179,6 +179,15 @@ def training_said(rows: Sequence[Row]) -> str:
 # ------------------------------------------------------------------------------------------ twins
 
 
+RECIPE = ("tokens", "settings", "mix")
+"""What two models have in common if they were trained on the same tokens by the same recipe."""
+
+
+def trained_alike(one: Row, other: Row) -> bool:
+    """Whether two rows are of models that saw the same tokens by the same recipe."""
+    return all(one[key] == other[key] for key in RECIPE)
+
+
 def _gaps(rows: Sequence[Row], name: str) -> dict[str, Change]:
     (mine,) = pick(rows, model=name)
     (other,) = pick(rows, model=twins.transformer_of(name))
@@ -221,17 +230,17 @@ def twins_said(rows: Sequence[Row]) -> str:
             continue
         gaps = _gaps(rows, name)
         parts = [f"{domain} {gap.number(2)}" for domain, gap in gaps.items()]
-        said.append(f"{name} − {twins.transformer_of(name)}, nats: {', '.join(parts)}")
+        (mine,), (other,) = (pick(rows, model=n) for n in (name, twins.transformer_of(name)))
+        alike = "" if trained_alike(mine, other) else " (not trained alike: no comparison)"
+        said.append(f"{name} − {other['model']}, nats{alike}: {', '.join(parts)}")
     return "\n".join(said)
 
 
 @if_measured
 def recall_said(rows: Sequence[Row]) -> str:
-    """How often planted and dense recall succeed at the end of training."""
-    said = [
-        f"{row['model']} {row['held out']['dense recall']:.0%}" for row in rows if "held out" in row
-    ]
-    return f"Values recalled among twelve pairs of keys and values: {spoken(said)}." if said else ""
+    """How often a value is recalled by its key at the end of training."""
+    said = [f"{row['model']} {row['recall']:.0%}" for row in rows]
+    return f"Values recalled among twelve pairs of keys and values: {spoken(said)}."
 
 
 @if_measured

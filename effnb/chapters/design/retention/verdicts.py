@@ -29,8 +29,8 @@ def r_1(*stored: StoredResult) -> Verdict:
         "R-1",
         *stored,
         note="Judged on the logits of the trained twin, after twelve texts, in float64: the "
-        "largest difference over the largest logit. The published normalization of the scores is judged "
-        "beside the claim, on a layer as it is before training.",
+        "largest difference over the largest logit. The published normalization of the scores is "
+        "judged beside the claim, on a layer as it is before training.",
     )
 
 
