@@ -73,7 +73,7 @@ def trained() -> dict:
         path = data_folder() / "models" / name / "training.json"
         history = json.loads(path.read_text(encoding="utf-8"))
         row |= {key: history[key] for key in ("tokens", "seconds", "settings", "mix")}
-        row["recall"] = history["held out"][-1]["dense recall"]
+        row["recall"] = history["held out"][-1].get("dense recall")
         rows.append(row)
         print(name, flush=True)
     return {"table": rows}

@@ -239,7 +239,9 @@ def twins_said(rows: Sequence[Row]) -> str:
 @if_measured
 def recall_said(rows: Sequence[Row]) -> str:
     """How often a value is recalled by its key at the end of training."""
-    said = [f"{row['model']} {row['recall']:.0%}" for row in rows]
+    said = [f"{row['model']} {row['recall']:.0%}" for row in rows if row["recall"] is not None]
+    if not said:
+        return "Recall was not measured at the end of any training."
     return f"Values recalled among twelve pairs of keys and values: {spoken(said)}."
 
 
