@@ -16,11 +16,10 @@ SHORT, LONG, AT_MOST = 1024, 8192, 10
 
 def measure_growth():
     """Median seconds of chunkwise retention and of a training step, at both lengths in turn."""
-    functions = {}
+    functions, gamma = {}, decays(4)
     for tokens in (SHORT, LONG):
         draw = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(1, 4, tokens, 32, generator=draw) for _ in range(3))
-        gamma = decays(4)
         functions[f"retention {tokens}"] = lambda q=q, k=k, v=v: retention(q, k, v, gamma)
         functions[f"training step {tokens}"] = training_step(build("RetNet", "300k"), tokens)
     return timing.in_turn(functions, 5)

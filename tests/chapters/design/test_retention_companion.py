@@ -131,24 +131,34 @@ def test_the_wrapper_gives_what_the_model_gives(ids):
 # --- the trap -------------------------------------------------------------------------------------
 
 
-def test_the_trap_is_the_epsilon_and_goes_with_it(ids):
+@pytest.fixture
+def long_ids():
+    """More than two chunks."""
+    return torch.randint(0, 4096, (150,), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_trap_is_the_epsilon_and_goes_with_it(long_ids):
     """Published forms disagree as initialized, with an epsilon of 10⁻⁶; plain ones never do."""
     model = methods.build("RetNet")
-    found = drawings.disagreements(model, methods.layer_input(model, ids[0]))
+    x = methods.layer_input(model, long_ids)
+    found = drawings.disagreements(model, x)
     at = drawings.SCALES.index(1.0)
-    assert found["as published"][at] > 1e-3
-    assert found["as published"][-1] < 1e-3 * found["as published"][at]
+    assert found["as published"][at] > 1e-2
+    assert found["as published"][-1] < 0.1 * found["as published"][at]
     assert max(found["as published, ε = 10⁻³⁰"]) < 1e-8
     assert max(found["not normalized"]) < 1e-9
-    assert "as published: " in drawings.trap(model, methods.layer_input(model, ids[0])).alt
+    assert "as published: " in drawings.trap(model, x).alt
 
 
-def test_two_published_forms_also_differ_from_the_recurrent_one(ids):
+@pytest.mark.parametrize("normalize", ["paper", "absolute"])
+def test_forms_of_a_layer_as_published_and_plain(long_ids, normalize):
     model = methods.build("RetNet")
-    out = methods.normalized_outputs(model, methods.layer_input(model, ids[0]), "paper")
-    assert float((out["parallel"] - out["recurrent"]).abs().max()) > 1e-3
-    plain = methods.normalized_outputs(model, methods.layer_input(model, ids[0]), None)
-    torch.testing.assert_close(plain["parallel"], plain["recurrent"], rtol=1e-9, atol=1e-9)
+    x = methods.layer_input(model, long_ids)
+    out = methods.normalized_outputs(model, x, normalize)
+    assert float((out["parallel"] - out["chunkwise"]).abs().max()) > 1e-2
+    plain = methods.normalized_outputs(model, x, None)
+    for form in ("recurrent", "chunkwise"):
+        torch.testing.assert_close(plain["parallel"], plain[form], rtol=1e-9, atol=1e-9)
 
 
 # --- twins ----------------------------------------------------------------------------------------
@@ -305,7 +315,7 @@ def test_no_chunk_changes_the_outputs():
     shown = panels.chunks()
     for chunk in panels.CHUNKS:
         found = shown.at(chunk=chunk, tokens=256).result
-        assert found["difference"] < 1e-4
+        assert found["differences"][found["chunk"]] < 1e-4
         assert found["chunk"] == min(chunk, 256)
     work = shown.at(tokens=256).result["work"]
     assert list(work.values()) == sorted(work.values())
