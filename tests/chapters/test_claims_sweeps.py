@@ -136,7 +136,7 @@ def test_retention(small, monkeypatch):
         "SHAPE": (2, 16), "FORMS_TOKENS": 24,
     }.items():  # fmt: skip
         monkeypatch.setattr(retention, name, value)
-    some = [ids(number, 24) for number in range(3)]
+    some = [ids(number, 130) for number in range(3)]  # more than two chunks
     monkeypatch.setattr(retention, "documents", lambda texts, count, length: some)
     monkeypatch.setattr(
         retention, "training_batches",
