@@ -75,7 +75,7 @@ panels.writing(mini.model, twin, written.ids, mini.loaded.tokenizer)
 #
 # $$o_n = s \sum_{m \le n} \gamma^{n-m}\, (q_n k_m^\top)\, v_m .$$
 #
-# Nothing in this sum but $q_n$ depends on $n$ in a way that cannot be carried on. Take $q_n$ out of it, and what is left is a matrix that each token changes once:
+# With each new token, all earlier weights shrink by the same factor $\gamma$. So the sum need not be computed again: without $q_n$ it is a matrix, the state, which each token changes once:
 #
 # $$S_n = \gamma\, S_{n-1} + k_n^\top v_n, \qquad o_n = s\, q_n S_n. \tag{recurrent}$$
 #
@@ -197,7 +197,7 @@ print(tables.decoding_said(decoding))
 print(tables.crossing_said(decoding))
 
 # %% [markdown]
-# So a constant cost is not a low cost. Memory is won from the first chapter of a novel on; time is won only where the cache has become long enough for reading it to matter beside everything else that a step does. With several texts at once that point comes earlier:
+# A constant cost is not a low cost. Memory is saved after a page of text; time is saved only once the cache is so long that reading it matters beside everything else that a step does. With several texts at once that point comes earlier:
 
 # %%
 latency = tables.claimed("latency").data["table"]

@@ -33,7 +33,7 @@ def kept(read: Mapping[str, Sequence[tuple[int, int]]], words: Sequence[str]) ->
 
     def draw(fig: Figure) -> None:
         axes = fig.subplots()
-        for (name, points), colour in zip(read.items(), (PALETTE[1], PALETTE[0]), strict=True):
+        for (name, points), colour in zip(read.items(), (PALETTE[1], PALETTE[0])):
             x, y = zip(*points)
             axes.plot(x, [value / 1e3 for value in y], color=colour, label=name, linewidth=3)
         for i, said in enumerate(words):
