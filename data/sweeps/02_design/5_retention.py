@@ -28,6 +28,7 @@ from effnb.design.retention import CausalLM, RetNetConfig, RetNetLM
 from effnb.evaluation import position_losses
 from effnb.lab import corpora, load
 from effnb.lab._files import data_folder
+from effnb.lab.bench import Bench
 from effnb.lab.claims_bench import by_document, documents_of
 from effnb.lab.sweeps import Table, held_out_novel, run, windows_of
 
@@ -62,8 +63,9 @@ def domains(loaded: Any) -> dict[str, list[torch.Tensor]]:
 
 
 def trained() -> dict:
-    """The loss of each document of each domain."""
+    """The loss of each document of each domain, and answers to ranked-choice questions."""
     documents, rows = domains(load("mini-300k", device="cpu")), []
+    bench = Bench("mini-300k", windows=1)
     for name, model in models().items():
         row = {
             "model": name,
@@ -73,6 +75,7 @@ def trained() -> dict:
         path = data_folder() / "models" / name / "training.json"
         history = json.loads(path.read_text(encoding="utf-8"))
         row |= {key: history[key] for key in ("tokens", "seconds", "settings", "mix")}
+        row["answers"] = "".join("01"[one] for one in bench.answers(model))
         row["recall"] = history["held out"][-1].get("dense recall")
         rows.append(row)
         print(name, flush=True)

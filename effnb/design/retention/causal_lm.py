@@ -32,13 +32,24 @@ class CausalLM(nn.Module):
         """The head, which has the embedding's matrix."""
         return self.twin.lm_head
 
-    def model(self, input_ids: Int[Tensor, "batch time"], use_cache: bool = False):
+    def model(
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        attention_mask: Tensor | None = None,
+        use_cache: bool = False,
+    ) -> SimpleNamespace:
         """What the head reads, as `last_hidden_state`."""
-        return SimpleNamespace(last_hidden_state=self.twin.hidden(input_ids))
+        hidden = self.twin.hidden(input_ids, mask=attention_mask)
+        return SimpleNamespace(last_hidden_state=hidden)
 
-    def forward(self, input_ids: Int[Tensor, "batch time"], use_cache: bool = False):
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        attention_mask: Tensor | None = None,
+        use_cache: bool = False,
+    ) -> SimpleNamespace:
         """Logits of the next token at each position, as `logits`."""
-        return SimpleNamespace(logits=self.twin(input_ids))
+        return SimpleNamespace(logits=self.twin(input_ids, mask=attention_mask))
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head."""
