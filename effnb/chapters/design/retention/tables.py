@@ -217,8 +217,8 @@ def twins_table(rows: Sequence[Row]) -> Table:
         {"model": "", "parameters": ",", **dict.fromkeys(DOMAINS, ".2f"), "right of four": ".0%"},
         caption="Nats per token on held-out documents. The first three domains were in the "
         "training, German and Spanish were not. Last, the share of right choices among four "
-        "continuations of a package description, where guessing gives 25 %. A model whose training has not finished is not "
-        "measured.",
+        "continuations of a package description, where guessing gives 25 %. A model whose "
+        "training has not finished is not measured.",
     )
 
 
