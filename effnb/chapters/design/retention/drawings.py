@@ -35,10 +35,16 @@ def kept(read: Mapping[str, Sequence[tuple[int, int]]], words: Sequence[str]) ->
         axes = fig.subplots()
         for (name, points), colour in zip(read.items(), (PALETTE[1], PALETTE[0])):
             x, y = zip(*points)
-            axes.plot(x, [value / 1e3 for value in y], color=colour, label=name, linewidth=3)
+            y = [value / 1e3 for value in y]
+            axes.fill_between(x, y, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(x, y, color=colour, label=name, linewidth=3)
+            axes.annotate(
+                tables.amount(points[-1][1]), (x[-1], y[-1]), (-8, 8), ha="right", color=colour,
+                textcoords="offset points", weight="bold",
+            )  # fmt: skip
         for i, said in enumerate(words):
             axes.text(
-                last * i / len(words), -0.30, f"… {said} …", transform=axes.get_xaxis_transform(),
+                last * i / len(words), -0.32, f"… {said} …", transform=axes.get_xaxis_transform(),
                 fontsize=8, style="italic", color="0.35", va="top",
             )  # fmt: skip
         axes.set_xlim(0, last)
@@ -103,8 +109,10 @@ def decoding(rows: Sequence[Row]) -> CaptionedFigure:
         left, right = fig.subplots(1, 2)
         for method in methods.METHODS:
             about = {"color": COLOURS[method], "markersize": 3, "linewidth": 1.8}
-            left.plot(lengths, bytes_[method], "o-", **about)
-            right.plot(lengths, times[method], "o-", label=method, **about)
+            about["zorder"] = 3 if method == "Transformer" else 2
+            line = "o--" if method == "Transformer" else "o-"
+            left.plot(lengths, bytes_[method], line, **about)
+            right.plot(lengths, times[method], line, label=method, **about)
         for axes, said in ((left, "bytes kept"), (right, "milliseconds for a token")):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
