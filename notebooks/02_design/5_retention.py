@@ -239,6 +239,12 @@ print(tables.twins_said(trained))
 tables.twins_table(trained)
 
 # %% [markdown]
+# Both were trained for less than an hour, and write like it. The RetNet writes each token from its state alone:
+
+# %%
+print(methods.continuations(mini, twin))
+
+# %% [markdown]
 # Loss is not everything. A state of fixed size has to forget, and an exact copy is what it forgets first. The training data hold lists of keys and values, and the evaluation asks for a value by its key:
 
 # %% tags=["nbval-check-output"]

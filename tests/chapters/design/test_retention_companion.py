@@ -199,6 +199,19 @@ def test_a_finished_twin_is_the_model_that_was_saved(monkeypatch, tmp_path, ids)
     assert said.count("True to ten digits") == 3
 
 
+def test_both_write_on_from_the_same_words(twin):
+    tokenizer = SimpleNamespace(
+        encode=lambda text, **_: [5, 6, 7], decode=lambda ids: f" {len(ids)}  tokens"
+    )
+    bench = SimpleNamespace(
+        name="mini-300k", model=methods.build("Transformer"),
+        loaded=SimpleNamespace(tokenizer=tokenizer),
+    )  # fmt: skip
+    lines = methods.continuations(bench, twin, tokens=6).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["mini-300k", "retnet-300k"]
+    assert all(line.endswith("surprise, and 6 tokens …") for line in lines)
+
+
 # --- tables ---------------------------------------------------------------------------------------
 
 

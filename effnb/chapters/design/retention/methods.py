@@ -293,6 +293,24 @@ class Written:
         return list(self.ids[: count * tokens].split(tokens))
 
 
+def continuations(bench: Bench, twin: Twin | NotMeasured, tokens: int = 40) -> str:
+    """What the Transformer and its twin write after the same words, each drawn with one seed."""
+    prompt = "She looked at him with surprise, and"
+    ids = torch.tensor([bench.loaded.tokenizer.encode(prompt, add_special_tokens=False)])
+    torch.manual_seed(0)
+    written = bench.model.generate(
+        ids, max_new_tokens=tokens, do_sample=True, temperature=0.7, pad_token_id=0
+    )
+    found = {bench.name: written[0, ids.shape[1] :]}
+    if twin:
+        found[twin.name] = twin.model.generate(ids, tokens, temperature=0.7)[0]
+    lines = [
+        f"{name}: {prompt} {' '.join(bench.loaded.tokenizer.decode(some).split())} …"
+        for name, some in found.items()
+    ]
+    return "\n".join(lines)
+
+
 def agreement(twin: Twin | NotMeasured, ids: Tensor) -> str:
     """Whether the forms of a trained twin give the same logits, to ten digits."""
     if not twin:
