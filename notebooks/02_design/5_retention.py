@@ -282,7 +282,7 @@ else:
 # %% [markdown]
 # ## Where it breaks
 #
-# **The trap.** The paper divides each row of scores by positive numbers, to keep them in the range of 16 bits: first $D$ by the root of its row's sum, then the scores by the sum of their absolute values, where that exceeds 1. Each head's output is normalized afterwards, which removes any factor of a row. So this changes nothing, and each of the three
+# **The trap.** The paper divides each row of scores by positive numbers, to keep them in the range of 16 bits: first $D$ by the root of its row's sum, then the scores by the sum of their absolute values, where that exceeds 1 (so the published code; the paper has the absolute value of the sum). Each head's output is normalized afterwards, which removes any factor of a row. So this changes nothing, and each of the three
 # published forms uses other factors. But the norm is $(x - \mu) / \sqrt{\sigma^2 + \epsilon}$, and the $\epsilon$ does not scale with $x$. Where outputs are as small as $\sqrt\epsilon$, the factor stays, and the forms disagree:
 
 # %%
@@ -291,7 +291,7 @@ x = methods.layer_input(untrained, written.ids[:256])
 drawings.trap(untrained, x)
 
 # %% [markdown]
-# As initialized, a model that is trained in chunks and written with token by token is *two different models*. With a smaller $\epsilon$ the published forms agree; without their normalization they agree anyhow. This package leaves it out, and computes sums in 32 bits.
+# So a model that is trained in chunks and then writes token by token is, at the start of its training, *two different models*. With a smaller $\epsilon$ the published forms agree; without their normalization they agree anyhow. This package leaves it out, and computes sums in 32 bits.
 
 # %% tags=["nbval-check-output"]
 apart = drawings.disagreements(untrained, x)
@@ -438,8 +438,7 @@ print("gated linear attention with constant gates is retention:", bool(differenc
 # %% [markdown]
 # Use it where you would use retention today, if you have a kernel for it: in plain PyTorch the gates make training slower, as the picture of training shows. **Mamba** (Gu and Dao, 2023) belongs to the same family, with $S_t = e^{\Delta_t A} \odot S_{t-1} + \dots$ per channel, a step $\Delta_t$ that the token chooses, and a trained $A$; it has no function here.
 #
-# **Which one?** For texts of a few hundred tokens, a Transformer with shared keys and values: its cache is small, and it recalls exactly. For endless texts, or many at once on one device, a layer with a fixed state; among them gated linear attention, which forgets by content. Mixing both kinds of layers in one model is what many large models do now. Measure recall on your task before you decide: it is
-# what a fixed state gives away.
+# **Which one?** For texts of a few hundred tokens, a Transformer with shared keys and values: its cache is small, and it recalls exactly. For endless texts, or many at once on one device, a layer with a fixed state; among them gated linear attention, which forgets by content. Measure recall on your task before you decide: it is what a fixed state gives away.
 #
 # ## Further reading
 #
