@@ -13,7 +13,7 @@ from typing import Any
 from effnb.chapters.design.retention import methods, twins
 from effnb.design.retention import break_even_tokens
 from effnb.lab import results
-from effnb.lab.changes import Change, Row, if_measured, pick, spoken
+from effnb.lab.changes import Change, Row, if_measured, pick, spoken, tidy
 from effnb.lab.tables import Table, table
 
 DOMAINS = {
@@ -188,9 +188,7 @@ def trained_alike(one: Row, other: Row) -> bool:
     return all(one[key] == other[key] for key in RECIPE)
 
 
-def _gaps(rows: Sequence[Row], name: str) -> dict[str, Change]:
-    (mine,) = pick(rows, model=name)
-    (other,) = pick(rows, model=twins.transformer_of(name))
+def _gaps(mine: Row, other: Row) -> dict[str, Change]:
     return {
         domain: Change.between(mine["domains"][domain], other["domains"][domain])
         for domain in DOMAINS
@@ -230,11 +228,16 @@ def twins_said(rows: Sequence[Row]) -> str:
         if not pick(rows, model=name):
             said.append(f"{name}: not measured here; `{twins.NotTrained(name).command}` trains it")
             continue
-        gaps = _gaps(rows, name)
-        parts = [f"{domain} {gap.number(2)}" for domain, gap in gaps.items()]
         (mine,), (other,) = (pick(rows, model=n) for n in (name, twins.transformer_of(name)))
-        alike = "" if trained_alike(mine, other) else " (not trained alike: no comparison)"
-        said.append(f"{name} − {other['model']}, nats{alike}: {', '.join(parts)}")
+        if not trained_alike(mine, other):
+            said.append(
+                f"{name} and {other['model']} were not trained on the same tokens by the same "
+                "recipe here, so their losses are no comparison"
+            )
+            continue
+        gaps = _gaps(mine, other)
+        parts = [f"{domain} {gap.number(2)}" for domain, gap in gaps.items()]
+        said.append(f"{name} − {other['model']}, nats: {', '.join(parts)}")
     return "\n".join(said)
 
 
@@ -255,7 +258,7 @@ def positions_said(rows: Sequence[Row]) -> str:
         losses = row["losses"]
         width = 2048 // len(losses)
         within = losses[512 // width - 1]
-        change = f"{losses[-1] - within:+.1f}".replace("-", "−")
+        change = f"{tidy(losses[-1] - within, 1):+.1f}".replace("-", "−")
         said.append(f"{row['model']} {change}")
     return (
         "From the end of the trained length to the end of a text four times as long, the loss "
