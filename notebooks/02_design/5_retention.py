@@ -103,12 +103,8 @@ for form in methods.FORMS:
 #
 # ### Many memories
 #
-# One $\gamma$ is one length of memory. The heads of a layer therefore have different ones, $\gamma_h = 1 - 2^{-5-h}$, which look back over about 32, 64, 128 and 256 tokens:
-
-# %%
-drawings.weights({kind: retention.decays(4, kind).tolist() for kind in ("paper", "lm")})
-
-# %% [markdown]
+# One $\gamma$ is one length of memory. The heads of a layer therefore have different ones, $\gamma_h = 1 - 2^{-5-h}$, which look back over about 32, 64, 128 and 256 tokens. A panel below draws them.
+#
 # Three more pieces make the layer of a RetNet. Queries and keys are turned by angles that grow with their positions, as in RoPE, so that order inside the memory can be told. Each head's output is *normalized by itself*, because a longer memory gives larger sums. And the result is multiplied by a **gate**,
 # $\operatorname{swish}(X W_G)$ with $\operatorname{swish}(x) = x\, \sigma(x)$, which brings back the non-linearity that the softmax had. Values are twice as wide as keys.
 #

@@ -63,33 +63,7 @@ def kept(read: Mapping[str, Sequence[tuple[int, int]]], words: Sequence[str]) ->
         caption="Two trained models of equal size write the same text. What each keeps of it in "
         "order to go on; below, the text itself.",
         alt=f"One line rises without end, the other is flat. {ends}.",
-        figsize=(7.0, 3.0),
-    )
-
-
-def weights(decays: Mapping[str, Sequence[float]], distance: int = 300) -> CaptionedFigure:
-    """What each head still knows of a token, over the distance."""
-
-    def draw(fig: Figure) -> None:
-        axes = fig.subplots()
-        x = torch.arange(distance)
-        for gammas, line in zip(decays.values(), ("-", ":")):
-            for gamma, colour in zip(gammas, PALETTE):
-                label = f"γ = {gamma:.4f}" if line == "-" else None
-                axes.plot(x, gamma**x, line, color=colour, label=label, linewidth=1.8)
-        axes.set_xlabel("tokens back")
-        axes.set_ylabel("weight")
-        axes.legend()
-
-    first = next(iter(decays.values()))
-    return figure(
-        draw,
-        caption="The weight of a token over its distance, for the four heads of a layer. Solid: "
-        "the paper's decays; dotted: those of its language models.",
-        alt="Curves that fall from 1. After 100 tokens the solid ones are at "
-        + ", ".join(f"{gamma**100:.2f}" for gamma in first)
-        + ".",
-        figsize=(6.2, 2.5),
+        figsize=(6.4, 2.7),
     )
 
 
@@ -132,7 +106,7 @@ def decoding(rows: Sequence[Row]) -> CaptionedFigure:
             for m in methods.METHODS
         )
         + ".",
-        figsize=(7.0, 2.9),
+        figsize=(6.0, 2.4),
     )
 
 
@@ -164,7 +138,7 @@ def latency(rows: Sequence[Row]) -> CaptionedFigure:
             for m, found in times.items()
         )
         + ".",
-        figsize=(5.4, 2.4),
+        figsize=(4.4, 1.9),
     )
 
 
@@ -209,7 +183,7 @@ def training(rows: Sequence[Row]) -> CaptionedFigure:
             for name in names
         )
         + ".",
-        figsize=(7.0, 3.0),
+        figsize=(6.0, 2.5),
     )
 
 
@@ -240,7 +214,7 @@ def positions(rows: Sequence[Row]) -> CaptionedFigure:
             for row in rows
         )
         + ".",
-        figsize=(6.2, 2.6),
+        figsize=(5.2, 2.1),
     )
 
 
@@ -291,5 +265,5 @@ def trap(model: RetNetLM, x: Tensor) -> CaptionedFigure:
             for name, values in found.items()
         )
         + ".",
-        figsize=(7.0, 2.8),
+        figsize=(5.8, 2.2),
     )
