@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
