@@ -62,7 +62,7 @@ def kept(read: Mapping[str, Sequence[tuple[int, int]]], words: Sequence[str]) ->
         caption="Two trained models of equal size write the same text. What each keeps of it in "
         "order to go on; below, the text itself.",
         alt=f"One line rises without end, the other is flat. {ends}.",
-        figsize=(6.4, 2.7),
+        figsize=(6.2, 2.5),
     )
 
 
@@ -105,7 +105,7 @@ def decoding(rows: Sequence[Row]) -> CaptionedFigure:
             for m in methods.METHODS
         )
         + ".",
-        figsize=(6.0, 2.4),
+        figsize=(5.6, 2.2),
     )
 
 
@@ -126,7 +126,7 @@ def latency(rows: Sequence[Row]) -> CaptionedFigure:
         axes.set_xticks(batches, [str(b) for b in batches])
         axes.set_ylim(0)
         axes.set_xlabel(f"texts at once, {tokens:,} tokens each")
-        axes.set_ylabel("milliseconds for a step")
+        axes.set_ylabel("ms for a step")
         axes.legend()
 
     return figure(
@@ -169,7 +169,7 @@ def training(rows: Sequence[Row]) -> CaptionedFigure:
             axes.set_xticks([512, 2048, 8192], ["512", "2,048", "8,192"])
             axes.set_xlabel("tokens of the text")
             axes.set_title(title)
-        panes[0].legend(fontsize=8)
+        panes[1].legend(fontsize=7, loc="lower right")
 
     return figure(
         draw,
@@ -182,7 +182,7 @@ def training(rows: Sequence[Row]) -> CaptionedFigure:
             for name in names
         )
         + ".",
-        figsize=(6.0, 2.5),
+        figsize=(5.8, 2.4),
     )
 
 
@@ -213,7 +213,7 @@ def positions(rows: Sequence[Row]) -> CaptionedFigure:
             for row in rows
         )
         + ".",
-        figsize=(5.2, 2.1),
+        figsize=(4.6, 1.9),
     )
 
 
@@ -264,5 +264,5 @@ def trap(model: RetNetLM, x: Tensor) -> CaptionedFigure:
             for name, values in found.items()
         )
         + ".",
-        figsize=(5.8, 2.2),
+        figsize=(5.0, 1.9),
     )

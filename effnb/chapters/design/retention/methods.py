@@ -282,11 +282,11 @@ class Written:
                 found[name].append((one.position, one.bytes))
         return found
 
-    def words(self, places: int = 4, letters: int = 21) -> list[str]:
+    def words(self, places: int = 3, letters: int = 22) -> list[str]:
         """What stands in the text at a few places, in whole words."""
         starts = [i * len(self.ids) // places for i in range(places)]
-        said = [" ".join(self.tokenizer.decode(self.ids[s : s + letters]).split()) for s in starts]
-        return [one[: letters + 1].rsplit(" ", 1)[0] for one in said]
+        said = [" ".join(self.tokenizer.decode(self.ids[s : s + 40]).split()) for s in starts]
+        return [one.lstrip(" .,;:!?-")[: letters + 1].rsplit(" ", 1)[0] for one in said]
 
     def documents(self, count: int, tokens: int = 512) -> list[Tensor]:
         """Stretches of the text."""

@@ -92,7 +92,7 @@ def writing(transformer: nn.Module, twin: Twin, ids: Tensor, tokenizer: Any) -> 
         title="Write on, and look at the memory",
         caption="Left: what each model keeps of the text in order to write on. Right: the "
         "processor's time for the next token of every text.",
-        figsize=(5.8, 1.5),
+        figsize=(5.2, 1.4),
         frames={"tokens": [16, 32, 256, 4096]},
         predict=guess(
             "The RetNet keeps the same number of bytes after any number of tokens. After how many "
@@ -177,7 +177,7 @@ def chunks() -> Panel:
         title="From one token at a time to all at once",
         caption="One layer of mini-1m's shape. A chunk of 1 is the recurrent form, a chunk as long "
         "as the text the parallel one.",
-        figsize=(5.6, 2.0),
+        figsize=(5.0, 1.7),
         frames={"chunk": [1, 64, 2048]},
         predict=guess(
             "A text of 2,048 tokens is read in chunks. Which size takes the fewest multiply-adds?",
@@ -258,7 +258,7 @@ def decay_ranges(twin: Twin, documents: Sequence[Tensor]) -> Panel:
         title="Make the twin remember longer, or shorter",
         caption="retnet-300k on a held-out novel, with the decays that it was trained with and "
         "with others. Nothing is trained again.",
-        figsize=(5.6, 1.9),
+        figsize=(4.8, 1.6),
         frames={"decay": ["the paper's", "0.5 in all heads", "1: nothing is forgotten"]},
         predict=guess(
             "The twin's heads were trained to remember about 32 to 256 tokens. With a decay of 0.5 "
