@@ -15,6 +15,7 @@ from effnb.lab.changes import Row, if_measured, pick
 from effnb.lab.figures import CaptionedFigure
 
 COLOURS = dict(zip(("RetNet", "Transformer", "RWKV", "Hyena", "GLA"), PALETTE))
+SHORT = {"Transformer, standard": "standard", "Transformer, FlashAttention": "Flash"}
 LINES = {
     "Transformer, standard": (COLOURS["Transformer"], ":"),
     "Transformer, FlashAttention": (COLOURS["Transformer"], "-"),
@@ -137,7 +138,7 @@ def latency(rows: Sequence[Row]) -> CaptionedFigure:
             for m, found in times.items()
         )
         + ".",
-        figsize=(4.4, 1.9),
+        figsize=(3.8, 1.7),
     )
 
 
@@ -161,7 +162,7 @@ def training(rows: Sequence[Row]) -> CaptionedFigure:
             for name in names:
                 colour, line = LINES.get(name, (COLOURS.get(name), "-"))
                 axes.plot(
-                    *zip(*curve(name, key)), line, marker="o", color=colour, label=name,
+                    *zip(*curve(name, key)), line, marker="o", color=colour, label=SHORT.get(name, name),
                     markersize=3, linewidth=1.8,
                 )  # fmt: skip
             axes.set_xscale("log", base=2)
@@ -169,12 +170,14 @@ def training(rows: Sequence[Row]) -> CaptionedFigure:
             axes.set_xticks([512, 2048, 8192], ["512", "2,048", "8,192"])
             axes.set_xlabel("tokens of the text")
             axes.set_title(title)
+        panes[1].set_xlim(right=2**14)  # room for the names
         panes[1].legend(fontsize=7, loc="lower right")
 
     return figure(
         draw,
         caption="A training step of models of mini-1m's size, without the output head: the "
-        "processor's time, and the most that its tensors hold at one time.",
+        "processor's time, and the most that its tensors hold at one time. “Standard” and “Flash” are the "
+        "Transformer without and with FlashAttention.",
         alt="; ".join(
             f"{name}: "
             + ", ".join(f"{y:.2f} s at {x:,}" for x, y in curve(name, "seconds"))
@@ -247,7 +250,15 @@ def trap(model: RetNetLM, x: Tensor) -> CaptionedFigure:
             found.items(), (PALETTE[1], PALETTE[4], PALETTE[0]), ("-", "--", "-")
         ):
             shown = [max(value, 1e-17) for value in values]
-            axes.plot(SCALES, shown, line, marker="o", color=colour, label=name, markersize=4)
+            axes.plot(
+                SCALES,
+                shown,
+                line,
+                marker="o",
+                color=colour,
+                label=SHORT.get(name, name),
+                markersize=4,
+            )
         axes.axvline(1, color="0.45", linestyle=":")
         axes.set_xscale("log")
         axes.set_yscale("log")

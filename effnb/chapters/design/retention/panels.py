@@ -93,7 +93,7 @@ def writing(transformer: nn.Module, twin: Twin, ids: Tensor, tokenizer: Any) -> 
         caption="Left: what each model keeps of the text in order to write on. Right: the "
         "processor's time for the next token of every text.",
         figsize=(5.2, 1.4),
-        frames={"tokens": [16, 32, 256, 4096]},
+        frames={"tokens": [16, 32, 4096]},
         predict=guess(
             "The RetNet keeps the same number of bytes after any number of tokens. After how many "
             "tokens does the Transformer's cache hold as many?",
@@ -145,7 +145,7 @@ def chunks() -> Panel:
     def draw(result: Mapping[str, Any], fig: Figure) -> None:
         left, right = fig.subplots(1, 2)
         for axes, key, scale, title in (
-            (left, "work", 1e-6, "multiply-adds, millions"),
+            (left, "work", 1e-6, "multiply-adds, 10⁶"),
             (right, "times", 1e3, "time here, ms"),
         ):
             x, y = list(result[key]), [scale * value for value in result[key].values()]
@@ -259,7 +259,7 @@ def decay_ranges(twin: Twin, documents: Sequence[Tensor]) -> Panel:
         caption="retnet-300k on a held-out novel, with the decays that it was trained with and "
         "with others. Nothing is trained again.",
         figsize=(4.8, 1.6),
-        frames={"decay": ["the paper's", "0.5 in all heads", "1: nothing is forgotten"]},
+        frames={"decay": ["the paper's", "0.5 in all heads"]},
         predict=guess(
             "The twin's heads were trained to remember about 32 to 256 tokens. With a decay of 0.5 "
             "they remember two. How many times the perplexity does it have?",
