@@ -162,8 +162,8 @@ def training(rows: Sequence[Row]) -> CaptionedFigure:
             for name in names:
                 colour, line = LINES.get(name, (COLOURS.get(name), "-"))
                 axes.plot(
-                    *zip(*curve(name, key)), line, marker="o", color=colour, label=SHORT.get(name, name),
-                    markersize=3, linewidth=1.8,
+                    *zip(*curve(name, key)), line, marker="o", color=colour,
+                    label=SHORT.get(name, name), markersize=3, linewidth=1.8,
                 )  # fmt: skip
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
@@ -176,8 +176,8 @@ def training(rows: Sequence[Row]) -> CaptionedFigure:
     return figure(
         draw,
         caption="A training step of models of mini-1m's size, without the output head: the "
-        "processor's time, and the most that its tensors hold at one time. “Standard” and “Flash” are the "
-        "Transformer without and with FlashAttention.",
+        "processor's time, and the most that its tensors hold at one time. “Standard” and “Flash” "
+        "are the Transformer without and with FlashAttention.",
         alt="; ".join(
             f"{name}: "
             + ", ".join(f"{y:.2f} s at {x:,}" for x, y in curve(name, "seconds"))
@@ -216,7 +216,7 @@ def positions(rows: Sequence[Row]) -> CaptionedFigure:
             for row in rows
         )
         + ".",
-        figsize=(4.6, 1.9),
+        figsize=(4.2, 1.8),
     )
 
 

@@ -178,7 +178,7 @@ def chunks() -> Panel:
         caption="One layer of mini-1m's shape. A chunk of 1 is the recurrent form, a chunk as long "
         "as the text the parallel one.",
         figsize=(5.0, 1.7),
-        frames={"chunk": [1, 64, 2048]},
+        frames={"chunk": [1, 64]},
         predict=guess(
             "A text of 2,048 tokens is read in chunks. Which size takes the fewest multiply-adds?",
             ["1", "64", "2,048"],
