@@ -47,10 +47,11 @@ data: ## rebuild the corpora from Debian's archive; only on Debian or Ubuntu, ne
 	@$(SETUP) install data
 	$(RUN) data/build_corpora.py
 
-models: ## train the tokenizer and the three small models again, from their checkpoints; takes hours
+models: ## train the tokenizer, the small models and their twins again, from their checkpoints; takes hours
 	@$(SETUP) install lab
 	$(RUN) data/train_tokenizer.py
 	for name in mini-300k mini-1m mini-5m; do $(RUN) data/train_models.py $$name || exit 1; done
+	for name in retnet-300k rwkv-300k hyena-300k retnet-1m; do $(RUN) data/train_twins.py $$name --steps 2500 || exit 1; done
 	$(RUN) -m effnb.lab.models --manifest
 
 results: ## compute every stored result under data/results again, each by the command it names

@@ -28,7 +28,7 @@ from baselines import HELD_OUT, encode, load_tokenizer
 
 from effnb.lab import corpora, results
 from effnb.lab._files import data_folder
-from effnb.lab.models import SHIPPED
+from effnb.lab.models import SHIPPED, TWINS
 
 HERE = Path(__file__).resolve().parent
 SHEET = HERE / "DATASHEET.md"
@@ -399,6 +399,38 @@ def table_models() -> list[str]:
         ),
         "",
         f"Nats per token on the validation splits, as training saw them. Sequences drawn: {mix}.",
+        "",
+        *_table(["file", "SHA-256"], sums, numbers=2),
+    ]  # fmt: skip
+
+
+def table_twins() -> list[str]:
+    """Size and training of the twins whose training has finished."""
+    manifest, rows, sums = _json(data_folder() / "models" / "MANIFEST.json"), [], []
+    for name in (name for name in TWINS if name in manifest):
+        folder = data_folder() / "models" / name
+        config, run = _json(folder / "config.json"), _json(folder / "training.json")
+        last = run["held out"][-1]
+        rows.append(
+            (
+                f"`{name}`", f"`{config['architecture']}`", f"{run['parameters']:,}",
+                f"{run['settings']['steps']:,}", f"{run['tokens']:,}",
+                f"{run['seconds'] / 60:.0f}", run["date"],
+                *(f"{last[text]:.3f}" for text in ("novels", "packages", "manuals")),
+            )
+        )  # fmt: skip
+        sums.append(
+            (f"`{name}/model.safetensors`", f"`{manifest[name]['model.safetensors']['sha256']}`")
+        )
+    if not rows:
+        return ["No twin has been trained yet."]
+    return [
+        *_table(
+            ["model", "class", "parameters", "steps", "tokens read", "minutes", "date",
+             "novels, nats", "packages, nats", "manuals, nats"],
+            rows,
+            numbers=2,
+        ),
         "",
         *_table(["file", "SHA-256"], sums, numbers=2),
     ]  # fmt: skip

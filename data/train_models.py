@@ -25,6 +25,7 @@ import math
 import platform
 import random
 import time
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import cache
 from importlib.metadata import version
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from effnb.core.losses import linear_cross_entropy
@@ -310,16 +312,29 @@ def pause(checkpoint: Path, kept: Path) -> None:
     print(f"{kept.name} holds {kept.stat().st_size:,} bytes; go on with the same command.")
 
 
-def main() -> None:
-    """Train one model and save it as a Hugging Face folder in bfloat16."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(SHAPES))
+def main(
+    names: Sequence[str] = tuple(SHAPES),
+    make: Callable[[str], nn.Module] = build,
+    recipe_of: Callable[[str], str] = str,
+    script: str = "data/train_models.py",
+) -> None:
+    """Train one model and save it as a folder in bfloat16.
+
+    Args:
+        names: Models that can be asked for on the command line.
+        make: From a name to an untrained model.
+        recipe_of: From a name to the one of `SHAPES` whose batches and steps it gets.
+        script: What the model's history names as the command.
+    """
+    parser = argparse.ArgumentParser(description="Train one model of the workbook.")
+    parser.add_argument("name", choices=sorted(names))
     parser.add_argument("--steps", type=int, help="optimizer steps of 16 or 8 sequences")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "training")
     parser.add_argument("--log", action="store_true", help="print a line now and then, no bar")
     parser.add_argument("--pause", action="store_true", help="only keep what a run has reached")
     arguments = parser.parse_args()
+    recipe = recipe_of(arguments.name)
     checkpoint = arguments.work / f"{arguments.name}.safetensors"
     kept = HERE / "training" / f"{checkpoint.name}.xz"
     if arguments.pause:
@@ -331,16 +346,16 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = arguments.steps or SHAPES[arguments.name][1]
+    steps = arguments.steps or SHAPES[recipe][1]
     settings = TrainingSettings(
         steps=steps, learning_rate=MUON_RATE, warmup_steps=50, schedule="wsd", decay_fraction=0.25,
         weight_decay=0.05, betas=(0.9, 0.95), clip_norm=1.0, seed=0,
-        evaluate_every=1_600 // BATCH[arguments.name],
+        evaluate_every=1_600 // BATCH[recipe],
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "tokenizer")
-    model = build(arguments.name).to(device)
+    model = make(arguments.name).to(device)
     print(f"{arguments.name}: {model.num_parameters():,} parameters, {steps:,} steps", flush=True)
-    mixture = Mixture(tokenizer, 0, device, steps, BATCH[arguments.name])
+    mixture = Mixture(tokenizer, 0, device, steps, BATCH[recipe])
     assess = evaluator(tokenizer, device)
     began = time.time()
 
@@ -365,15 +380,16 @@ def main() -> None:
     )
     folder = MODELS / arguments.name
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if recipe == arguments.name:  # twins take the tokenizer of `data/models/tokenizer`
+        tokenizer.save_pretrained(folder)
     history = {
-        "command": f"python data/train_models.py {arguments.name} --steps {steps}",
+        "command": f"python {script} {arguments.name} --steps {steps}",
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "bfloat16 autocast": faster_in_bfloat16(device),
         "versions": {"effnb": version("effnb"), "torch": torch.__version__},
         "parameters": model.num_parameters(),
-        "tokens": result.steps * BATCH[arguments.name] * CONTEXT,
+        "tokens": result.steps * BATCH[recipe] * CONTEXT,
         "seconds": round(result.seconds),
         "settings": settings.__dict__,
         "mix": MIX,

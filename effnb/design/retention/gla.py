@@ -92,8 +92,8 @@ def gla(
     step = {"parallel": max(tokens, 1), "recurrent": 1, "chunkwise": chunk_size}[form]
     run = _token if form == "recurrent" else _chunk
     outputs = [values[:, :, :0]]
-    for start in range(0, tokens, step):
-        part = (x[:, :, start : start + step] for x in (queries, keys, values, gates))
+    # Split at once: the gradient of a slice is as long as the text, for every chunk
+    for part in zip(*(x.split(step, dim=2) for x in (queries, keys, values, gates)), strict=True):
         with no_autocast(v):
             out, state = run(*part, state)
         outputs.append(q.shape[-1] ** -0.5 * out)
