@@ -90,10 +90,12 @@ class Classifier(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, "batch time"],
-        attention_mask: Int[Tensor, "batch time"],
+        attention_mask: Int[Tensor, "batch time"] | None = None,
         token_type_ids: Int[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch labels"]:
-        """The logits of each text."""
+        """The logits of each text; without a mask, all tokens are text."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         hidden = self.encoder(
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
         ).last_hidden_state
