@@ -92,7 +92,12 @@ def _adapter(model: nn.Module, size: int, seed: int) -> nn.Module:
 
 
 def _prefix(model: nn.Module, size: int, seed: int) -> nn.Module:
-    return prefix_tuning.attach(model, DELTA, length=size, hidden=0, seed=seed)
+    """A prefix that starts from the keys and values of words, without an MLP."""
+    embeddings = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+    vocabulary = embeddings.num_embeddings
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary // 10, vocabulary // 3, (size,), generator=generator)
+    return prefix_tuning.attach(model, DELTA, hidden=0, ids=ids, seed=seed)
 
 
 def _prompt(model: nn.Module, size: int, seed: int) -> nn.Module:
