@@ -186,14 +186,15 @@ def grid() -> None:
     subjects = [Subject(task(name)) for name in ENCODER_TASKS]
     writers = [Subject(task(name), "mini-1m") for name in DECODER_TASKS]
     for seed in SEEDS:
-        for name in COMPARED:
-            for subject in subjects:
+        for subject in subjects:
+            for name in COMPARED:
                 about = {"model": subject.name, "task": subject.task.name, "method": name}
                 table.add(
                     about | {"seed": seed},
                     lambda s=subject, n=name, k=seed: classified(s, n, k, s.task.train),
                 )
-            for subject in writers if name in WRITERS else ():
+        for subject in writers:
+            for name in WRITERS:
                 about = {"model": subject.name, "task": subject.task.name, "method": name}
                 table.add(
                     about | {"seed": seed}, lambda s=subject, n=name, k=seed: written(s, n, k)
