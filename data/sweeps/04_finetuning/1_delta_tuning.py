@@ -9,6 +9,7 @@ rates       learning rates: every method at two, on one task, judged on validati
 grid        the shared grid: nine methods on four tasks of `minilm-l6` and five on two of `mini-1m`,
             five seeds; 80 steps of 8 texts of at most 32 tokens (13 minutes a seed, 65 in all)
 memory      bytes that a step holds, counted, at batches of 1 and 32 (1 minute)
+smollm2     the same for SmolLM2-135M, on one text (1 minute)
 intrinsic   `minilm-l6`: random subspaces of growing dimension, five seeds (6 minutes)
 scale       the same on `mini-300k`, `mini-1m` and `mini-5m` (8 minutes)
 few         16 examples of each label in place of 2,048 examples: five methods (10 minutes)
@@ -33,9 +34,11 @@ import torch
 
 from effnb.chapters.finetuning.delta_tuning import memory, methods
 from effnb.chapters.finetuning.delta_tuning.methods import METHODS, Subject, tune
+from effnb.core.training import causal_lm_loss
 from effnb.finetuning import diff_pruning
+from effnb.lab import load
 from effnb.lab.sweeps import Table as Rows
-from effnb.lab.sweeps import chapter_of, run
+from effnb.lab.sweeps import chapter_of, held_out_novel, run, windows_of
 from effnb.lab.task_inputs import (
     as_texts,
     choose,
@@ -70,8 +73,18 @@ DOCUMENTS, WATCHED = 180, 64
 """Test documents of each task, and validation documents that a learning curve looks at."""
 WRITTEN = 48
 """Test documents for which a decoder writes its answer."""
-TRIED = ("LoRA", "prefix", "prompt", "adapter", "full", "BitFit", "last layers", "random modules")
-"""Methods whose learning rate is tried, beside a rate of its own for the new classifier."""
+TRIED = {
+    "LoRA": (2e-3, 8e-3),
+    "prefix": (1e-2, 4e-2),
+    "prompt": (1e-2, 4e-2),
+    "adapter": (2e-3, 8e-3),
+    "full": (1e-4, 4e-4),
+    "BitFit": (2e-3, 8e-3),
+    "last layers": (3e-4, 1.2e-3),
+    "random modules": (1e-3, 4e-3),
+}
+"""Learning rates that are tried; the better one on validation is `METHODS`' own. The new classifier
+has the same rate beside all of them."""
 DIMENSIONS = (4, 16, 64, 256, 1024)
 SIZES = ("mini-300k", "mini-1m", "mini-5m")
 MEMORY_TOKENS, DRAWS = 64, 6
@@ -165,8 +178,8 @@ def rates() -> None:
     validation = methods.one_per_document(subject.task.validation, WATCHED)
     watch = watched(subject, validation)
     table = Table("rates", task="section", steps=20, documents=WATCHED)
-    for name in TRIED:
-        for rate in (METHODS[name].rate, 4 * METHODS[name].rate):
+    for name, tried in TRIED.items():
+        for rate in tried:
 
             def measure(name: str = name, rate: float = rate) -> dict[str, Any]:
                 found = tune(
@@ -245,6 +258,22 @@ def training_bytes() -> None:
                 row["activations"] = [one.activations for one in drawn]
             about = {"model": subject.name, "method": name, "batch": batch}
             table.add(about, lambda row=row: row)
+
+
+def smollm2() -> None:
+    """The same for a decoder of 135 million parameters, on one text of 128 tokens."""
+    loaded = load("smollm2-135m", device="cpu")
+    ids = windows_of(loaded, held_out_novel(), 1, 128)
+    table = Table("smollm2", tokens=128)
+    for name in ("full", "LoRA", "adapter", "prefix", "prompt"):
+
+        def measure(name: str = name) -> dict[str, Any]:
+            ready = methods.prepared(loaded.model, name)
+            found = memory.training_memory(ready.model, causal_lm_loss, ids)
+            about = {"parameters": ready.parameters, "state_bytes": found.state}
+            return about | {"activations": found.activations, "bytes": found.total}
+
+        table.add({"model": "smollm2-135m", "method": name}, measure)
 
 
 def intrinsic() -> None:
@@ -339,6 +368,7 @@ PARTS: dict[str, Callable[[], dict | None]] = {
     "rates": rates,
     "grid": grid,
     "memory": training_bytes,
+    "smollm2": smollm2,
     "intrinsic": intrinsic,
     "scale": scale,
     "few": few,

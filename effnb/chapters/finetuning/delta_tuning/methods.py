@@ -41,7 +41,7 @@ from effnb.lab.task_inputs import (
     decoder_batch,
     encoder_batch,
 )
-from effnb.lab.tasks import Example, Task
+from effnb.lab.tasks import Example, Task, task
 
 DELTA = "task"
 """What every delta is called here."""
@@ -138,8 +138,8 @@ METHODS = {
     FULL: Method("", "", 0, 1e-4, None),
     "LoRA": Method("reparametrization", "rank", 8, 2e-3, _lora, (1, 2, 4, 8, 16, 32)),
     "adapter": Method("addition", "bottleneck", 16, 2e-3, _adapter, (1, 2, 4, 8, 16, 32)),
-    "prefix": Method("addition", "length", 16, 1e-2, _prefix, (1, 2, 4, 8, 16, 32)),
-    "prompt": Method("addition", "length", 24, 1e-2, _prompt, (1, 2, 4, 8, 16, 24, 32)),
+    "prefix": Method("addition", "length", 16, 4e-2, _prefix, (1, 2, 4, 8, 16, 32)),
+    "prompt": Method("addition", "length", 24, 4e-2, _prompt, (1, 2, 4, 8, 16, 24, 32)),
     "BitFit": Method("specification", "", 0, 2e-3, _bitfit),
     "last layers": Method("specification", "layers", 2, 3e-4, _last, (1, 2, 3, 4, 5, 6)),
     "random modules": Method("specification", "per cent", 1, 1e-3, _random, (1, 2, 4, 8, 16)),
@@ -341,3 +341,36 @@ def one_per_document(examples: Sequence[Example], count: int) -> list[Example]:
     if len(first) < count:
         raise ValueError(f"there are {len(first)} documents, fewer than {count}.")
     return list(first.values())[:count]
+
+
+# ----------------------------------------------------------------------------------- here and now
+
+
+def times(subject: Subject, names: Sequence[str], turns: int = 4) -> list[tuple[str, float]]:
+    """The shortest of a few training steps of each method, in seconds; methods take turns."""
+    batch = subject.batch(subject.task.train[:BATCH])
+    models = {name: prepared(subject.base, name).model for name in names}
+    settings = TrainingSettings(steps=1, learning_rate=1e-6)
+    steppers = {name: optimizers(model, settings)[0] for name, model in models.items()}
+    found: dict[str, list[float]] = {name: [] for name in names}
+    with torch.enable_grad():
+        for _ in range(turns):
+            for name, model in models.items():
+                began = time.perf_counter()
+                classification_loss(model, batch).backward()
+                steppers[name].step()
+                steppers[name].zero_grad()
+                found[name].append(time.perf_counter() - began)
+    return [(name, min(seconds)) for name, seconds in found.items()]
+
+
+def smollm2_here(steps: int = 3) -> str:
+    """A few steps of LoRA on SmolLM2-135M, on a description of a package, in a sentence."""
+    task_ = task("summary")
+    subject = Subject(task_, "smollm2-135m")
+    found = tune(subject.base, "LoRA", subject.batch, task_.train[:BATCH], steps=steps, rate=1e-3)
+    return (
+        f"SmolLM2-135M, LoRA of rank {METHODS['LoRA'].size}: {found.parameters:,} numbers; "
+        f"{found.step_seconds:.1f} s a step of {BATCH} texts; loss {found.losses[0]:.2f} before "
+        f"and {found.losses[-1]:.2f} after {steps - 1} steps, on the same texts."
+    )

@@ -140,8 +140,7 @@ def training(methods_shown: tuple[str, ...] = ("LoRA", "prompt", "full")) -> Pan
     Args:
         methods_shown: The methods whose pictures a page without a kernel holds.
     """
-    names = [name for name in methods.METHODS if name not in ("intrinsic", "random modules")]
-    names.sort(key=lambda name: name != "LoRA")
+    names = sorted(methods.METHODS, key=lambda name: name != "LoRA")
     return panel(
         compute,
         draw,
@@ -162,7 +161,7 @@ def training(methods_shown: tuple[str, ...] = ("LoRA", "prompt", "full")) -> Pan
         ),
         ignored=ignored,
         method=knob(names, default="LoRA"),
-        size=knob(SIZES, default=8, label="rank, bottleneck or length"),
+        size=knob(SIZES, default=8, label="size: rank, bottleneck, length, …"),
         rate=knob(list(RATES), default="as compared", label="learning rate"),
         data=knob(list(DATA), default="all 2,048", label="examples"),
     )

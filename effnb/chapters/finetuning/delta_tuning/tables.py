@@ -273,6 +273,28 @@ def memory_said(rows: Sequence[Row], name: str = "LoRA") -> str:
     )
 
 
+@if_measured
+def smollm2_table(rows: Sequence[Row]) -> Table:
+    """What a step of each method holds on a larger model."""
+    (full,) = pick(rows, method="full")
+    lines = [
+        {
+            "method": row["method"],
+            "numbers": row["parameters"],
+            "stored": size_said(2 * row["parameters"]),
+            "held by a step": size_said(row["bytes"]),
+            "over full": row["bytes"] / full["bytes"],
+        }
+        for row in rows
+    ]
+    return table(
+        lines,
+        {"method": "", "numbers": ",d", "stored": "", "held by a step": "", "over full": ".3f"},
+        caption="SmolLM2-135M with Adam in 32 bits: what a task stores at 16 bits a number, and "
+        "the bytes that a step on one text of 128 tokens holds.",
+    )
+
+
 # --- rates ----------------------------------------------------------------------------------------
 
 
