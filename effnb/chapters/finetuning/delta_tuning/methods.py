@@ -142,7 +142,7 @@ METHODS = {
     "prompt": Method("addition", "length", 24, 4e-2, _prompt, (1, 2, 4, 8, 16, 24, 32)),
     "BitFit": Method("specification", "", 0, 2e-3, _bitfit),
     "last layers": Method("specification", "layers", 2, 3e-4, _last, (1, 2, 3, 4, 5, 6)),
-    "random modules": Method("specification", "per cent", 1, 1e-3, _random, (1, 2, 4, 8, 16)),
+    "random modules": Method("specification", "per cent", 1, 4e-3, _random, (1, 2, 4, 8, 16)),
     "intrinsic": Method(
         "reparametrization", "dimension", 256, 3e-2, _intrinsic, (4, 16, 64, 256, 1024)
     ),
