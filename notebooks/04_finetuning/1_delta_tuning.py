@@ -101,7 +101,8 @@ x, wanted = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 2.0])
 B.data -= 0.1 * B.grad
 print("gradient of A:", A.grad.tolist(), " gradient of B:", B.grad.flatten().tolist())
 print("new output   :", [round(v, 3) for v in path(x).tolist()])
-print("merged weight:", lora.merge(path, "default")[0].weight.tolist())
+merged = lora.merge(path, "default")[0].weight
+print("merged weight:", [[round(v, 3) for v in row] for row in merged.tolist()])
 
 # %% [markdown]
 # The last line **merges** the delta: $W + \frac{\alpha}{r} B A$ has the shape of $W$, and a merged LoRA costs nothing when the model is used.

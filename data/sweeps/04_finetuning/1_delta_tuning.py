@@ -87,7 +87,12 @@ TRIED = {
 has the same rate beside all of them."""
 DIMENSIONS = (4, 16, 64, 256, 1024)
 SIZES = ("mini-300k", "mini-1m", "mini-5m")
-MEMORY_TOKENS, DRAWS = 64, 6
+MEMORY_TOKENS = 128
+MEMORY_BATCHES = {0: 1, 1: 6, 8: 1, 32: 6}
+"""Sizes of batches, and how many are drawn of each; texts are as long as they are."""
+MEASURED = (
+    "full", "LoRA", "adapter", "prefix", "prompt", "(IA)³", "BitFit", "last layers", "diff pruning"
+)  # fmt: skip
 
 
 class Table(Rows):
@@ -99,6 +104,13 @@ class Table(Rows):
 def bits(correct: Sequence[float]) -> str:
     """Answers as a string of 0 and 1."""
     return "".join("01"[int(one)] for one in correct)
+
+
+def about_run(subject: Subject, name: str, seed: int) -> dict[str, Any]:
+    """What tells a run from all others; one at another learning rate is another run."""
+    rate = METHODS[COMPARED[name][0]].rate
+    about = {"model": subject.name, "task": subject.task.name, "method": name}
+    return about | {"seed": seed, "rate": rate}
 
 
 def watched(subject: Subject, examples: Sequence[Example]) -> Callable[..., dict[str, Any]]:
@@ -201,16 +213,15 @@ def grid() -> None:
     for seed in SEEDS:
         for subject in subjects:
             for name in COMPARED:
-                about = {"model": subject.name, "task": subject.task.name, "method": name}
                 table.add(
-                    about | {"seed": seed},
+                    about_run(subject, name, seed),
                     lambda s=subject, n=name, k=seed: classified(s, n, k, s.task.train),
                 )
         for subject in writers:
             for name in WRITERS:
-                about = {"model": subject.name, "task": subject.task.name, "method": name}
                 table.add(
-                    about | {"seed": seed}, lambda s=subject, n=name, k=seed: written(s, n, k)
+                    about_run(subject, name, seed),
+                    lambda s=subject, n=name, k=seed: written(s, n, k),
                 )
 
 
@@ -222,9 +233,8 @@ def few() -> None:
         for name in WRITERS:
             for subject in subjects:
                 train, _ = subject.task.few_shot(16, seed)
-                about = {"model": subject.name, "task": subject.task.name, "method": name}
                 table.add(
-                    about | {"seed": seed},
+                    about_run(subject, name, seed),
                     lambda s=subject, n=name, k=seed, t=train: classified(s, n, k, t, 60),
                 )
 
@@ -232,32 +242,37 @@ def few() -> None:
 def training_bytes() -> None:
     """What a step holds, counted, for batches of several sizes drawn several times."""
     subject = Subject(task("match"))
-    tokenizer, train = subject.loaded.tokenizer, subject.task.train
     table = Table("memory", tokens=MEMORY_TOKENS)
-    names = dict.fromkeys(METHODS) | {"diff pruning": diff_pruning.attach}
-    for name, attach in names.items():
-        if attach is None:
-            ready = methods.prepared(subject.base, name)
-            model, parameters = ready.model, ready.parameters
-        else:
-            model = attach(subject.base, methods.DELTA, layers="encoder.*")
-            parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        for batch in (0, 1, 8, 32):
-            drawn = [
-                memory.training_memory(
-                    model,
-                    classification_loss,
-                    encoder_batch(tokenizer, train[i * size : (i + 1) * size], MEMORY_TOKENS),
-                )
-                for size in [max(1, batch)]
-                for i in range(DRAWS if batch else 1)
-            ]
-            row: dict[str, Any] = {"parameters": parameters, "state_bytes": drawn[0].state}
-            if batch:
-                row["bytes"] = [one.total for one in drawn]
-                row["activations"] = [one.activations for one in drawn]
+    for name in MEASURED:
+        for batch, draws in MEMORY_BATCHES.items():
             about = {"model": subject.name, "method": name, "batch": batch}
-            table.add(about, lambda row=row: row)
+            table.add(about, lambda n=name, b=batch, d=draws: held(subject, n, b, d))
+
+
+def held(subject: Subject, name: str, batch: int, draws: int) -> dict[str, Any]:
+    """The bytes of one method at one size of batch; for 0, those that no batch changes."""
+    if name == "diff pruning":
+        model = diff_pruning.attach(subject.base, methods.DELTA, layers="encoder.*")
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    else:
+        ready = methods.prepared(subject.base, name)
+        model, parameters = ready.model, ready.parameters
+    size, train = max(1, batch), subject.task.train
+    drawn = [
+        memory.training_memory(
+            model,
+            classification_loss,
+            encoder_batch(
+                subject.loaded.tokenizer, train[i * size : (i + 1) * size], MEMORY_TOKENS
+            ),
+        )
+        for i in range(draws)
+    ]
+    row = {"parameters": parameters, "state_bytes": drawn[0].state}
+    if batch:
+        row["bytes"] = [one.total for one in drawn]
+        row["activations"] = [one.activations for one in drawn]
+    return row
 
 
 def smollm2() -> None:

@@ -11,6 +11,7 @@ from effnb.chapters.finetuning.delta_tuning import tables
 from effnb.lab import PALETTE, figure, name_lines
 from effnb.lab.changes import Row, if_measured, pick
 from effnb.lab.figures import CaptionedFigure
+from effnb.lab.results import NotMeasured
 
 COLOURS = {
     "full": PALETTE[6],
@@ -28,15 +29,16 @@ BEFORE = {"section": 1 / 6, "language": 1 / 12, "match": 1 / 2, "origin": 1 / 2}
 
 
 @if_measured
-def result(rows: Sequence[Row]) -> CaptionedFigure:
+def result(rows: Sequence[Row]) -> CaptionedFigure | NotMeasured:
     """Accuracy over the bytes that a task has to store."""
     runs = tables.common(rows)
+    if not runs:
+        return tables.unfinished()
     points = {
         name: (2 * tables.parameters(rows, name) / 1024, 100 * tables.accuracy(rows, name, runs))
         for name in tables.SHOWN
-        if runs
     }
-    guessing = 100 * fmean(BEFORE[task] for task, _ in runs) if runs else 0.0
+    guessing = 100 * fmean(BEFORE[task] for task, _ in runs)
 
     def draw(fig: Figure) -> None:
         axes = fig.subplots()
@@ -57,7 +59,7 @@ def result(rows: Sequence[Row]) -> CaptionedFigure:
     return figure(
         draw,
         caption="MiniLM-L6: test texts that are right over what has to be stored for a task; mean "
-        f"of {tables.basis(runs) if runs else 'no task yet'}. Dotted: guessing. Each method is "
+        f"of {tables.basis(runs)}. Dotted: guessing. Each method is "
         "named at its point.",
         alt="; ".join(f"{n}: {y:.1f} per cent at {x:,.0f} KiB" for n, (x, y) in points.items())
         + f"; guessing {guessing:.0f} per cent.",
@@ -66,12 +68,14 @@ def result(rows: Sequence[Row]) -> CaptionedFigure:
 
 
 @if_measured
-def learning(data: Row) -> CaptionedFigure:
+def learning(data: Row) -> CaptionedFigure | NotMeasured:
     """Accuracy on validation texts over the steps."""
     rows, steps = data["table"], data["points"]
     runs = tables.common(rows)
+    if not runs:
+        return tables.unfinished()
     shown = (*tables.IN_ORDER, "LoRA, rank 1")
-    curves = {n: [100 * x for x in tables.curve(rows, n, runs)] for n in shown if runs}
+    curves = {n: [100 * x for x in tables.curve(rows, n, runs)] for n in shown}
 
     def draw(fig: Figure) -> None:
         axes = fig.subplots()
@@ -88,7 +92,7 @@ def learning(data: Row) -> CaptionedFigure:
     return figure(
         draw,
         caption="MiniLM-L6: validation texts that are right after so many steps, mean of "
-        f"{tables.basis(runs) if runs else 'no task yet'}.",
+        f"{tables.basis(runs)}.",
         alt="; ".join(
             f"{name} " + ", ".join(f"{y:.0f} after {s}" for s, y in zip(steps, found, strict=True))
             for name, found in curves.items()

@@ -68,18 +68,19 @@ def training_memory(
         kept: Numbers that the optimizer keeps for each trained one: 2 for Adam, 0 for plain SGD.
     """
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, tuple[int, Tensor]] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            # The tensor is held on to, so that its address is not given to another meanwhile.
-            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
+            # Held on to, so that its address is not given to another; a tensor with its graph would
+            # hold itself, and never be freed.
+            saved[storage.data_ptr()] = storage
+        return tensor.detach()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         value = loss(model, batch)
-    found = sum(size for size, _ in saved.values())
+    found = sum(storage.nbytes() for storage in saved.values())
     del value
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -135,7 +135,7 @@ def _present(model: nn.Module) -> list[str]:
 
 FULL = "full"
 METHODS = {
-    FULL: Method("", "", 0, 4e-4, None),
+    FULL: Method("", "", 0, 1e-4, None),
     "LoRA": Method("reparametrization", "rank", 8, 2e-3, _lora, (1, 2, 4, 8, 16, 32)),
     "adapter": Method("addition", "bottleneck", 16, 2e-3, _adapter, (1, 2, 4, 8, 16, 32)),
     "prefix": Method("addition", "length", 16, 4e-2, _prefix, (1, 2, 4, 8, 16, 32)),

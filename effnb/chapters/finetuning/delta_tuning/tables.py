@@ -59,6 +59,11 @@ def common(rows: Sequence[Row], names: Sequence[str] = SHOWN) -> list[tuple[str,
     return sorted((t, s) for t, s in both if t in TASKS)
 
 
+def unfinished() -> NotMeasured:
+    """What stands for a comparison while no task has been measured with all its methods."""
+    return NotMeasured(f"{CHAPTER}/grid")
+
+
 def basis(runs: Sequence[tuple[str, int]]) -> str:
     """On what a mean rests, in words."""
     tasks, seeds = {t for t, _ in runs}, {s for _, s in runs}
@@ -91,11 +96,11 @@ def parameters(rows: Sequence[Row], name: str) -> int:
 
 
 @if_measured
-def cost_said(rows: Sequence[Row], small: str = "LoRA, rank 1") -> str:
+def cost_said(rows: Sequence[Row], small: str = "LoRA, rank 1") -> str | NotMeasured:
     """What the smallest LoRA stores and how accurate it is, beside full tuning, in sentences."""
     runs = common(rows)
     if not runs:
-        return "The grid has no task yet on which every method was measured."
+        return unfinished()
     change = Change.between(answers(rows, small, runs), answers(rows, "full", runs))
     held = [2 * parameters(rows, name) for name in (small, "full")]
     return (
@@ -139,11 +144,11 @@ def pair_said(rows: Sequence[Row], one: str, other: str, runs: Sequence[tuple[st
 
 
 @if_measured
-def order_said(rows: Sequence[Row]) -> str:
+def order_said(rows: Sequence[Row]) -> str | NotMeasured:
     """Each method against the next of the article's order, in a sentence."""
     runs = common(rows, IN_ORDER)
     if not runs:
-        return "The grid has no task yet on which these methods were measured."
+        return unfinished()
     parts = [pair_said(rows, a, b, runs) for a, b in pairwise(IN_ORDER)]
     return f"On {basis(runs)}: {'; '.join(parts)}. Intervals are over documents alone."
 
@@ -182,12 +187,12 @@ def curve(rows: Sequence[Row], name: str, runs: Sequence[tuple[str, int]]) -> li
 
 
 @if_measured
-def speed_said(data: Row, share: float = 0.9) -> str:
+def speed_said(data: Row, share: float = 0.9) -> str | NotMeasured:
     """After how many steps each method is within a share of its own best, in a sentence."""
     rows, points = data["table"], data["points"]
     runs = common(rows)
     if not runs:
-        return "The grid has no task yet on which every method was measured."
+        return unfinished()
     parts = []
     for name in IN_ORDER:
         found = curve(rows, name, runs)
@@ -309,7 +314,7 @@ def rates_table(rows: Sequence[Row]) -> Table:
             )
     return table(
         lines,
-        {"method": "", "rate": ".0e", "accuracy": ".1f"},
+        {"method": "", "rate": ".1e", "accuracy": ".1f"},
         caption="MiniLM-L6 on topics: per cent right on validation texts after 20 steps.",
     )
 

@@ -111,12 +111,27 @@ def scaled(rows: Sequence[Row], small: str = "mini-300k") -> list[dict[str, Any]
     return every
 
 
-def _converted(stored: Sequence[StoredResult]) -> list[StoredResult]:
-    make = {"grid": averaged, "intrinsic": subspaces, "scale": scaled}
-    return [
-        _with_rows(one, make[part]) if (part := one.name.rpartition("/")[2]) in make else one
-        for one in stored
+MADE: dict[str, Callable[[Sequence[Row]], list[dict]]] = {
+    "grid": averaged,
+    "memory": lambda rows: [dict(row) for row in rows],
+    "intrinsic": subspaces,
+    "scale": scaled,
+}
+PARTS = {"D-4": ("memory",), "D-6": ("memory",), "D-7": ("intrinsic", "scale")}
+"""Which of the tables a claim rests on; on the grid where it is not named."""
+
+
+def _judged(name: str, stored: Sequence[StoredResult], note: str) -> Verdict:
+    """A claim from its own tables; rows of others would be taken for runs of the same method."""
+    others = {
+        f"04_finetuning/1_delta_tuning/{p}" for p in MADE if p not in PARTS.get(name, ("grid",))
+    }
+    own = [one for one in stored if one.name not in others]
+    made = [
+        _with_rows(one, MADE[part]) if (part := one.name.rpartition("/")[2]) in MADE else one
+        for one in own
     ]
+    return judge(name, *made, note=note)
 
 
 def d_1(*stored: StoredResult) -> Verdict:
@@ -129,10 +144,6 @@ def d_1(*stored: StoredResult) -> Verdict:
     )
 
 
-def _grid(name: str, stored: Sequence[StoredResult], note: str) -> Verdict:
-    return judge(name, *_converted(stored), note=note)
-
-
 SETTING = (
     "MiniLM-L6 on four tasks, each judged on equally many documents, one example a document. Every "
     "method trains for the same number of short steps at a rate chosen on a validation set. The "
@@ -142,12 +153,12 @@ SETTING = (
 
 def d_2(*stored: StoredResult) -> Verdict:
     """The order of methods by average quality."""
-    return _grid("D-2", stored, SETTING)
+    return _judged("D-2", stored, SETTING)
 
 
 def d_3(*stored: StoredResult) -> Verdict:
     """The order of methods by how fast they learn."""
-    return _grid(
+    return _judged(
         "D-3",
         stored,
         f"{SETTING} Speed is the mean accuracy on validation texts over all points of the learning "
@@ -157,7 +168,7 @@ def d_3(*stored: StoredResult) -> Verdict:
 
 def d_4(*stored: StoredResult) -> Verdict:
     """Memory at small and at large batches."""
-    return _grid(
+    return _judged(
         "D-4",
         stored,
         "Counted from the tensors that a step of MiniLM-L6 keeps on texts of up to 64 tokens. What "
@@ -167,7 +178,7 @@ def d_4(*stored: StoredResult) -> Verdict:
 
 def d_5(*stored: StoredResult) -> Verdict:
     """What BitFit, the last layers and random modules keep."""
-    return _grid(
+    return _judged(
         "D-5",
         stored,
         f"{SETTING} MiniLM has six layers, so that a quarter of them would be one and a half: two "
@@ -177,13 +188,13 @@ def d_5(*stored: StoredResult) -> Verdict:
 
 def d_6(*stored: StoredResult) -> Verdict:
     """Diff pruning's memory while it trains."""
-    return _grid("D-6", stored, "Counted as for D-4. Diff pruning trains a difference and a gate "
+    return _judged("D-6", stored, "Counted as for D-4. Diff pruning trains a difference and a gate "
         "for every weight.")  # fmt: skip
 
 
 def d_7(*stored: StoredResult) -> Verdict:
     """The dimension that adaptation needs."""
-    return _grid(
+    return _judged(
         "D-7",
         stored,
         "Random subspaces of the query and value weights. The half of the claim that is about "
