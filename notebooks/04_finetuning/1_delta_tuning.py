@@ -45,7 +45,7 @@ run_time("04_finetuning/1_delta_tuning")
 # %% [markdown]
 # ## The picture
 #
-# MiniLM-L6 is a published encoder of 22.7 million parameters that turns a text into vectors. Here it learns four small tasks with labels: the topic of a package's
+# MiniLM-L6 is a published **encoder**: a model that turns a text into vectors, one for each token. It has some twenty million parameters. Here it learns four small tasks with labels: the topic of a package's
 # description, the language of a sentence, whether a short description belongs to a long one, and whether two packages come from one source. Every point is a way of
 # teaching it. All of them train a new **classifier**, one linear layer on top that turns the vectors into labels. They differ in what else they train, and therefore in what has to be stored for each task.
 
@@ -149,7 +149,7 @@ for kind in ("query", "key", "value"):
 #
 # $$\theta = \theta_0 + P v, \qquad v \in \mathbb{R}^k.$$
 #
-# The smallest $k$ that reaches 90 % of full tuning's score is called the task's **intrinsic dimension** (Aghajanyan et al., 2020). The matrix would be far too large to store, so it is computed as a product of fast transforms (*Fastfood*).
+# The smallest $k$ that reaches nine tenths of full tuning's score is called the task's **intrinsic dimension** (Aghajanyan et al., 2020). The matrix would be far too large to store, so it is computed as a product of fast transforms (*Fastfood*).
 
 # %% [markdown]
 # ### Counting
@@ -255,7 +255,7 @@ print(tables.speed_said(grid.data))
 tables.writing_table(grid.data["table"])
 
 # %% [markdown]
-# **Intrinsic dimension.** The query and value weights of MiniLM, 1.8 million numbers, may move in a random subspace only:
+# **Intrinsic dimension.** The query and value weights of MiniLM, nearly two million numbers, may move in a random subspace only:
 
 # %%
 intrinsic = tables.stored("intrinsic").data["table"]
@@ -457,6 +457,6 @@ exercises.gate.solution()
 #
 # ## Further reading
 #
-# Ding et al., *Parameter-efficient fine-tuning of large-scale pre-trained language models*, Nature Machine Intelligence, 2023, doi 10.1038/s42256-023-00626-4. Houlsby et al., 2019, arXiv 1902.00751. Pfeiffer et al., *AdapterFusion*, 2020, arXiv 2005.00247.
+# Ding et al., *Parameter-efficient fine-tuning of large-scale pre-trained language models*, Nature Machine Intelligence, 2023. Houlsby et al., 2019, arXiv 1902.00751. Pfeiffer et al., *AdapterFusion*, 2020, arXiv 2005.00247.
 # He et al., *Towards a Unified View*, 2022, arXiv 2110.04366. Li and Liang, *Prefix-Tuning*, 2021, arXiv 2101.00190. Lester et al., *The Power of Scale*, 2021, arXiv 2104.08691. Liu et al., *(IA)³*, 2022, arXiv 2205.05638. Ben Zaken et al., *BitFit*, 2021, arXiv 2106.10199.
 # Lee et al., 2019, arXiv 1911.03090. Guo et al., 2020, arXiv 2012.07463. Zhao et al., 2020, arXiv 2004.12406. Aghajanyan et al., 2020, arXiv 2012.13255, after Li et al., 2018, arXiv 1804.08838. Hu et al., *LoRA*, 2021, arXiv 2106.09685. Liu et al., *DoRA*, 2024, arXiv 2402.09353. Qin et al., 2021, arXiv 2110.07867. Sun et al., 2022, arXiv 2201.03514.

@@ -128,7 +128,7 @@ def memory(rows: Sequence[Row]) -> CaptionedFigure:
                 start += width
         axes.set_yticks(range(len(bars)), list(reversed(bars)))
         axes.set_xlabel("MiB")
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
     return figure(
         draw,
