@@ -316,7 +316,7 @@ else:
 # %% [markdown]
 # ## Where it breaks
 #
-# **Full tuning's learning rate.** Deltas need rates ten to a hundred times as large, and too much ruins them as well. A comparison at one rate for all is worthless. The rates of the grid were chosen by this table; each method was tried at two:
+# **Full tuning's learning rate.** Deltas need rates ten to a hundred times as large, and too much ruins them as well. A comparison at one rate for all is worthless. The rates of the grid were chosen by this table; each method was tried at three:
 
 # %% tags=["nbval-check-output"]
 tables.rates_table(tables.stored("rates").data["table"])

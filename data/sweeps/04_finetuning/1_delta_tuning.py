@@ -5,7 +5,7 @@
 
 Each part is written to `data/results/04_finetuning/1_delta_tuning/<part>.json`, row by row:
 
-rates       learning rates: every method at two, on one task, judged on validation (3 minutes)
+rates       learning rates: every method at three, on one task, judged on validation (4 minutes)
 grid        the shared grid: nine methods on four tasks of `minilm-l6` and five on two of `mini-1m`,
             five seeds; 80 steps of 8 texts of at most 32 tokens (13 minutes a seed, 65 in all)
 memory      bytes that a step holds, counted, at batches of 1 and 32 (1 minute)
@@ -74,17 +74,17 @@ DOCUMENTS, WATCHED = 180, 64
 WRITTEN = 48
 """Test documents for which a decoder writes its answer."""
 TRIED = {
-    "LoRA": (2e-3, 8e-3),
-    "prefix": (1e-2, 4e-2),
-    "prompt": (1e-2, 4e-2),
-    "adapter": (2e-3, 8e-3),
-    "full": (1e-4, 4e-4),
-    "BitFit": (2e-3, 8e-3),
-    "last layers": (3e-4, 1.2e-3),
-    "random modules": (1e-3, 4e-3),
+    "adapter": (5e-4, 2e-3, 8e-3),
+    "LoRA": (5e-4, 2e-3, 8e-3),
+    "prompt": (1e-2, 4e-2, 1.6e-1),
+    "prefix": (1e-2, 4e-2, 1.6e-1),
+    "full": (2.5e-5, 1e-4, 4e-4),
+    "BitFit": (5e-4, 2e-3, 8e-3),
+    "last layers": (7.5e-5, 3e-4, 1.2e-3),
+    "random modules": (1e-3, 4e-3, 1.6e-2),
 }
-"""Learning rates that are tried; the better one on validation is `METHODS`' own. The new classifier
-has the same rate beside all of them."""
+"""Learning rates that are tried; the best on validation is `METHODS`' own. The new classifier has
+the same rate beside all of them."""
 DIMENSIONS = (4, 16, 64, 256, 1024)
 SIZES = ("mini-300k", "mini-1m", "mini-5m")
 MEMORY_TOKENS = 128
@@ -185,7 +185,7 @@ def written(subject: Subject, name: str, seed: int) -> dict[str, Any]:
 
 
 def rates() -> None:
-    """Two learning rates for every method, on one task, after 20 steps."""
+    """Three learning rates for every method, on one task, after 20 steps."""
     subject = Subject(task("section"))
     validation = methods.one_per_document(subject.task.validation, WATCHED)
     watch = watched(subject, validation)

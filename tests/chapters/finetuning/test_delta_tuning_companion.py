@@ -322,6 +322,14 @@ def test_pictures_of_a_grid():
     assert drawings.result(first) == tables.unfinished()
 
 
+def test_names_keep_apart():
+    found = drawings.apart({"a": 80.0, "b": 80.5, "c": 60.0}, least=12, points_each=2)
+    places = {"a": 160 + found["a"], "b": 161 + found["b"], "c": 120 + found["c"]}
+    assert places["b"] - places["a"] == pytest.approx(12)
+    assert places["a"] - places["c"] > 12
+    assert sum(found.values()) == pytest.approx(0)
+
+
 def test_pictures_and_words_of_subspaces_and_memory(subject):
     rows = [{"dimension": d, "accuracy": a} for d, a in ((0, 0.8), (4, 0.5), (64, 0.75))]
     assert "64 numbers keep 90%" in tables.intrinsic_said(rows)

@@ -28,6 +28,35 @@ BEFORE = {"section": 1 / 6, "language": 1 / 12, "match": 1 / 2, "origin": 1 / 2}
 """What guessing scores on each task."""
 
 
+BESIDE = {
+    "LoRA, rank 1": (-8, 0, "right"),
+    "prompt": (-8, 0, "right"),
+    "BitFit": (0, -13, "center"),
+    "last layers": (0, -13, "center"),
+    "random modules": (0, -13, "center"),
+    "full": (-8, 0, "right"),
+}
+"""Where a name is written beside its point: shifts in printer's points, and its aligned side."""
+
+
+def apart(heights: dict[str, float], least: float = 12.0, points_each: float = 2.2) -> dict:
+    """Shifts, in printer's points, that keep names of neighbouring points from each other.
+
+    Args:
+        heights: Of the points, in units of the axis.
+        least: Smallest distance between two names.
+        points_each: Printer's points that one unit of the axis takes.
+    """
+    found: dict[str, float] = {}
+    last = None
+    for name in sorted(heights, key=lambda n: heights[n]):
+        wanted = heights[name] * points_each
+        placed = wanted if last is None else max(wanted, last + least)
+        found[name], last = placed - wanted, placed
+    middle = fmean(found.values())
+    return {name: shift - middle for name, shift in found.items()}
+
+
 @if_measured
 def result(rows: Sequence[Row]) -> CaptionedFigure | NotMeasured:
     """Accuracy over the bytes that a task has to store."""
@@ -39,18 +68,22 @@ def result(rows: Sequence[Row]) -> CaptionedFigure | NotMeasured:
         for name in tables.SHOWN
     }
     guessing = 100 * fmean(BEFORE[task] for task, _ in runs)
+    lifted = apart({name: points[name][1] for name in ("LoRA", "adapter", "prefix")})
 
     def draw(fig: Figure) -> None:
         axes = fig.subplots()
         for name, (x, y) in points.items():
             axes.plot([x], [y], "o", color=COLOURS[name], markersize=9)
-            left = x > 1000
+            dx, dy, side = BESIDE.get(name, (8, 0, "left"))
+            if name in lifted:
+                dy = lifted[name]
             axes.annotate(
-                name, (x, y), xytext=(-8 if left else 8, -3), textcoords="offset points",
-                ha="right" if left else "left", fontsize=9,
+                name, (x, y), xytext=(dx, dy), textcoords="offset points", ha=side, va="center",
+                fontsize=9,
             )  # fmt: skip
         axes.axhline(guessing, color="0.45", linestyle=":")
         axes.set_xscale("log")
+        axes.set_xlim(2.5, 70_000)
         axes.set_xticks([10, 100, 1024, 10240, 44000], ["10", "100", "1 MiB", "10 MiB", "43 MiB"])
         axes.minorticks_off()
         axes.set_xlabel("to store for a task, KiB")

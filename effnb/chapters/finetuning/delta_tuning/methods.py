@@ -1,8 +1,8 @@
 """The methods that the chapter compares, each by one number for its size, and one run of training.
 
 The panel, the pictures and the stored grid all train through `tune`: the same batches in the same
-order for every method at a seed, AdamW with a constant rate after a short warm-up, the new
-classifier trained beside every method and counted with none.
+order for every method at a seed, AdamW with a rate that warms up and falls to 0, the new classifier
+trained beside every method and counted with none.
 """
 
 from __future__ import annotations
@@ -276,6 +276,7 @@ def tune(
         steps=steps,
         learning_rate=METHODS[method].rate if rate is None else rate,
         warmup_steps=min(WARMUP, steps),
+        schedule="linear",
         seed=seed,
     )
     loss = classification_loss if isinstance(base, Classifier) else causal_lm_loss

@@ -171,8 +171,8 @@ def d_4(*stored: StoredResult) -> Verdict:
     return _judged(
         "D-4",
         stored,
-        "Counted from the tensors that a step of MiniLM-L6 keeps on texts of up to 64 tokens. What "
-        "an allocator adds to that is not counted.",
+        "Counted from the tensors that a step of MiniLM-L6 keeps on texts of up to 128 tokens, for "
+        "six batches of each size. What an allocator adds to that is not counted.",
     )
 
 
