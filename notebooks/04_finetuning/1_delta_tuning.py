@@ -160,7 +160,7 @@ for kind in ("query", "key", "value"):
 tables.counted_table(topics.base, layers=6, d=384)
 
 # %% [markdown]
-# Three sizes were chosen to be equal: a LoRA of rank 1, a prompt of 24 vectors and a prefix of 2 positions train 9,216 numbers each. If numbers were all that mattered, these would be equally good.
+# Sizes can be chosen to be equal: a LoRA of rank 1, a prompt of 24 vectors and a prefix of 2 positions train 9,216 numbers each. If numbers were all that mattered, these would be equally good.
 
 # %% [markdown]
 # ## The code
@@ -181,6 +181,8 @@ show(adapters.HoulsbyAdapter.forward, bitfit.is_bias, prefix_tuning.PrefixTuning
 show(intrinsic_dimension.Fastfood.forward)
 
 # %% [markdown]
+# LoRA, DoRA, (IA)³, prompts and prefixes are tested against the library `peft`: the same weights give the same outputs, and each reads the other's files.
+#
 # All methods share one protocol: `attach` returns a new model on the same frozen tensors, and the delta can be read, merged or taken off again. To swap methods, change one line. Is each model unchanged before it is trained?
 
 # %% tags=["nbval-check-output"]
@@ -249,6 +251,12 @@ drawings.learning(grid.data)
 print(tables.speed_said(grid.data))
 
 # %% [markdown]
+# **With few examples.** Often there are no thousands of labeled texts. Sixteen of each label can be written by hand:
+
+# %% tags=["nbval-check-output"]
+tables.few_table(tables.stored("few").data["table"], grid.data["table"])
+
+# %% [markdown]
 # **Where a model writes.** `mini-1m`, a small decoder trained for this book, gets the same deltas, except for BitFit: it has no biases.
 
 # %% tags=["nbval-check-output"]
@@ -282,7 +290,7 @@ print(tables.memory_said(memory))
 tables.memory_table(memory)
 
 # %% [markdown]
-# Diff pruning, in the last row, trains a difference *and* a gate for every weight and keeps only the differences whose gates stay open. The result is small; the training is not.
+# (IA)³ trains fewer numbers than LoRA and saves less: for the gradient of a factor, it has to keep what the factor multiplies. Diff pruning, in the last row, trains a difference *and* a gate for every weight and keeps only the differences whose gates stay open. The result is small; the training is not.
 #
 # **In time**, the backward pass of a frozen layer computes one matrix product instead of two, and the optimizer has little to do. One step of 8 texts, here and now:
 
@@ -316,7 +324,7 @@ else:
 # %% [markdown]
 # ## Where it breaks
 #
-# **Full tuning's learning rate.** Deltas need rates ten to a hundred times as large, and too much ruins them as well. A comparison at one rate for all is worthless. The rates of the grid were chosen by this table; each method was tried at three:
+# **Full tuning's learning rate.** A delta has few numbers to move and needs a far larger rate, each method a different one; too large a rate ruins it. A comparison at one rate for all is worthless. The rates of the grid were chosen by this table, in which each method was tried at three:
 
 # %% tags=["nbval-check-output"]
 tables.rates_table(tables.stored("rates").data["table"])

@@ -296,7 +296,11 @@ def test_tables_of_a_whole_and_of_a_broken_off_grid():
     assert "not measured" in str(tables.grid_table(first))
     nothing = [row for row in first if row["method"] == "full"]
     assert tables.cost_said(nothing) == tables.order_said(nothing) == tables.unfinished()
-    assert "as far as measured" in str(tables.grid_table(nothing))
+    assert "1 task and 1 seed" in str(tables.grid_table(nothing))
+    apart = nothing + [r for r in rows if r["method"] == "LoRA" and r["task"] == "match"]
+    assert "as far as measured" in str(tables.grid_table(apart))
+    assert "not measured" in str(tables.few_table(rows, nothing))
+    assert "not measured" not in str(tables.few_table(rows, rows))
     assert "not measured" in str(tables.writing_table(nothing))
 
 
@@ -318,8 +322,11 @@ def test_pictures_of_a_grid():
     assert "after 80" in drawings.learning(data).alt
     assert "after" in tables.speed_said(data)
     first = [r for r in data["table"] if r["method"] == "full"]
-    assert drawings.result(first) == drawings.learning(data | {"table": first})
     assert drawings.result(first) == tables.unfinished()
+    assert drawings.learning(data | {"table": first}) == tables.unfinished()
+    two = [r for r in data["table"] if r["method"] in ("full", "prompt")]
+    assert drawings.result(two).alt.count("per cent") == 3  # and guessing
+    assert "LoRA" not in drawings.learning(data | {"table": two}).alt
 
 
 def test_names_keep_apart():
@@ -352,7 +359,7 @@ def test_pictures_and_words_of_subspaces_and_memory(subject):
     assert "LoRA" in str(tables.memory_table(held))
     rows = [{"method": "full", "parameters": 10, "bytes": 100}]
     assert "1.000" in str(tables.smollm2_table(rows))
-    assert "2e-03" in str(
+    assert "2.0e-03" in str(
         tables.rates_table([{"method": "LoRA", "rate": 2e-3, "accuracy": 0.5, "loss": 1.0}])
     )
 
@@ -370,6 +377,7 @@ def test_what_is_not_measured_says_so():
         tables.memory_said,
         tables.smollm2_table,
         tables.rates_table,
+        lambda none: tables.few_table(none, []),
         drawings.result,
         drawings.learning,
         drawings.memory,
@@ -405,9 +413,9 @@ def test_the_panel_answers_at_every_method(subject, monkeypatch):
     panels.whole.cache_clear()
 
 
-def test_a_sweep_over_positions_trains_two_steps(monkeypatch):
+def test_a_sweep_over_positions_trains_one_step(monkeypatch):
     monkeypatch.setenv("EFFNB_SWEEP", "1")
-    assert panels.steps() == 2
+    assert panels.steps() == 1
     monkeypatch.delenv("EFFNB_SWEEP")
     assert panels.steps() == panels.STEPS
 

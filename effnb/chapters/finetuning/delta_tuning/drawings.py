@@ -53,22 +53,23 @@ def apart(heights: dict[str, float], least: float = 12.0, points_each: float = 2
         wanted = heights[name] * points_each
         placed = wanted if last is None else max(wanted, last + least)
         found[name], last = placed - wanted, placed
-    middle = fmean(found.values())
+    middle = fmean(found.values()) if found else 0.0
     return {name: shift - middle for name, shift in found.items()}
 
 
 @if_measured
 def result(rows: Sequence[Row]) -> CaptionedFigure | NotMeasured:
     """Accuracy over the bytes that a task has to store."""
-    runs = tables.common(rows)
-    if not runs:
+    names = tables.measured(rows)
+    runs = tables.common(rows, names)
+    if len(names) < 2 or not runs:
         return tables.unfinished()
     points = {
         name: (2 * tables.parameters(rows, name) / 1024, 100 * tables.accuracy(rows, name, runs))
-        for name in tables.SHOWN
+        for name in names
     }
     guessing = 100 * fmean(BEFORE[task] for task, _ in runs)
-    lifted = apart({name: points[name][1] for name in ("LoRA", "adapter", "prefix")})
+    lifted = apart({n: points[n][1] for n in ("LoRA", "adapter", "prefix") if n in points})
 
     def draw(fig: Figure) -> None:
         axes = fig.subplots()
@@ -104,10 +105,10 @@ def result(rows: Sequence[Row]) -> CaptionedFigure | NotMeasured:
 def learning(data: Row) -> CaptionedFigure | NotMeasured:
     """Accuracy on validation texts over the steps."""
     rows, steps = data["table"], data["points"]
-    runs = tables.common(rows)
-    if not runs:
+    shown = [n for n in (*tables.IN_ORDER, "LoRA, rank 1") if n in tables.measured(rows)]
+    runs = tables.common(rows, shown)
+    if len(shown) < 2 or not runs:
         return tables.unfinished()
-    shown = (*tables.IN_ORDER, "LoRA, rank 1")
     curves = {n: [100 * x for x in tables.curve(rows, n, runs)] for n in shown}
 
     def draw(fig: Figure) -> None:

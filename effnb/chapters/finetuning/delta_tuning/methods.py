@@ -137,7 +137,7 @@ FULL = "full"
 METHODS = {
     FULL: Method("", "", 0, 1e-4, None),
     "LoRA": Method("reparametrization", "rank", 8, 2e-3, _lora, (1, 2, 4, 8, 16, 32)),
-    "adapter": Method("addition", "bottleneck", 16, 2e-3, _adapter, (1, 2, 4, 8, 16, 32)),
+    "adapter": Method("addition", "bottleneck", 16, 8e-3, _adapter, (1, 2, 4, 8, 16, 32)),
     "prefix": Method("addition", "length", 16, 4e-2, _prefix, (1, 2, 4, 8, 16, 32)),
     "prompt": Method("addition", "length", 24, 4e-2, _prompt, (1, 2, 4, 8, 16, 24, 32)),
     "BitFit": Method("specification", "", 0, 2e-3, _bitfit),

@@ -32,8 +32,8 @@ BYTES = {"less than a hundredth": 0.01, "a hundredth to a tenth": 0.1, "more tha
 
 
 def steps() -> int:
-    """Steps of a run; two where every position is only tried, because each would take seconds."""
-    return 2 if os.environ.get("EFFNB_SWEEP") == "1" else STEPS
+    """Steps of a run; one where every position is only tried, because each would take seconds."""
+    return 1 if os.environ.get("EFFNB_SWEEP") == "1" else STEPS
 
 
 @cache
@@ -51,7 +51,7 @@ def compute(method: str, size: int, rate: str, data: str) -> dict[str, Any]:
     """Train, watch, and count."""
     about, one = methods.METHODS[method], subject()
     size = min(size, 6) if method == "last layers" else size
-    judged = methods.one_per_document(one.task.test, JUDGED if steps() == STEPS else 8)
+    judged = methods.one_per_document(one.task.test, JUDGED if steps() == STEPS else 4)
 
     def watch(model: torch.nn.Module) -> dict[str, float]:
         found = one.judged(model, judged)
@@ -66,7 +66,7 @@ def compute(method: str, size: int, rate: str, data: str) -> dict[str, Any]:
         size=size,
         rate=RATES[rate] * about.rate,
         watch=watch,
-        points=POINTS if steps() == STEPS else (0, steps()),
+        points=POINTS if steps() == STEPS else (steps(),),
     )
     batch = one.batch(one.task.train[: methods.BATCH])
     held = training_memory(found.model, classification_loss, batch)
