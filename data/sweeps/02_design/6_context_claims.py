@@ -86,15 +86,24 @@ def zero_shot(table: Table) -> None:
     for name in ("mini-5m", "mini-1m"):
         loaded = load(name, device="cpu")
         rows = texts(loaded.tokenizer)
+        original: list[float] = []
         for method, make in METHODS.items():
             longer = make(loaded.model, FACTOR)
             for context in (TRAINED, TARGET):
                 about = {"table": "zero_shot", "model": name, "method": method, "context": context}
-                table.add(
-                    about,
-                    lambda longer=longer, context=context: judged(longer, rows, context)
-                    | divisors(loaded.model, longer),
-                )
+
+                def measure(longer=longer, context=context, original=original) -> dict:
+                    found = judged(longer, rows, context) | divisors(loaded.model, longer)
+                    rises = [
+                        a - b for a, b in zip(found["documents"], original or found["documents"])
+                    ]
+                    return found | {"rise_documents": [round(x, 5) for x in rises]}
+
+                table.add(about, measure)
+                if not original:  # RoPE with 512 tokens comes first
+                    original += next(r for r in table.rows if about.items() <= r.items())[
+                        "documents"
+                    ]
 
 
 def tuned(table: Table) -> None:
@@ -104,7 +113,7 @@ def tuned(table: Table) -> None:
     training = long_texts(loaded.tokenizer, TARGET, "train")
     for seed in SEEDS:
         for method, make in TUNED.items():
-            about = {"table": "tuned", "model": "mini-300k", "method": method, "seed": seed}
+            about = {"model": "mini-300k", "method": method, "seed": seed}
             have = {row["steps"] for row in table.rows if about.items() <= row.items()}
             if have >= set(STEPS):
                 continue

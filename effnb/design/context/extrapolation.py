@@ -38,5 +38,9 @@ def extrapolation(model: Model, factor: float, *, trained_length: int | None = N
     factor = check_factor(factor)
     table = rotary_table(model, trained_length)
     return with_table(
-        model, table, table.inv_freq, {"rope_type": "default"}, length=extended_length(table, factor)
+        model,
+        table,
+        table.inv_freq,
+        {"rope_type": "default"},
+        length=extended_length(table, factor),
     )
