@@ -1,0 +1,1 @@
+"""Companions of the chapters on model design."""
