@@ -6,7 +6,7 @@
 Each part is written to `data/results/02_design/6_context/<part>.json`. Idle times on one core:
 
 positions  `mini-5m` from 512 to 4,096 tokens: loss by place, every method at a scale of 8 (1 min)
-factors    `mini-5m` at 2,048 tokens: every method at scales from 1 to 16, ramps, temperature (4 min)
+factors    `mini-5m` at 2,048 tokens: all methods at scales 1 to 16, ramps, temperature (4 min)
 recall     key-value recall by depth and length, on the first model that recalls (2 min)
 smollm2    `smollm2-135m` past its 8,192 tokens, three methods; run it last (10 min, 4 GB)
 

@@ -13,6 +13,7 @@ are not measured again; `--fresh` forgets them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -84,26 +85,35 @@ def divisors(before: nn.Module, after: nn.Module) -> dict[str, float]:
 def zero_shot(table: Table) -> None:
     """No training: the same weights, with other frequencies."""
     for name in ("mini-5m", "mini-1m"):
-        loaded = load(name, device="cpu")
-        rows = texts(loaded.tokenizer)
+        model, rows = _loaded(name)
         original: list[float] = []
         for method, make in METHODS.items():
-            longer = make(loaded.model, FACTOR)
+            longer = make(model, FACTOR)
             for context in (TRAINED, TARGET):
                 about = {"table": "zero_shot", "model": name, "method": method, "context": context}
-
-                def measure(longer=longer, context=context, original=original) -> dict:
-                    found = judged(longer, rows, context) | divisors(loaded.model, longer)
-                    rises = [
-                        a - b for a, b in zip(found["documents"], original or found["documents"])
-                    ]
-                    return found | {"rise_documents": [round(x, 5) for x in rises]}
-
-                table.add(about, measure)
+                table.add(about, partial(compared, model, longer, rows, context, tuple(original)))
                 if not original:  # RoPE with 512 tokens comes first
-                    original += next(r for r in table.rows if about.items() <= r.items())[
-                        "documents"
-                    ]
+                    first = next(row for row in table.rows if about.items() <= row.items())
+                    original += first["documents"]
+
+
+def compared(
+    model: nn.Module,
+    longer: nn.Module,
+    rows: torch.Tensor,
+    context: int,
+    original: tuple[float, ...],
+) -> dict:
+    """The loss of each chapter, and by how much it is above the original's with 512 tokens."""
+    found = judged(longer, rows, context)
+    before = original or found["documents"]
+    rises = [round(a - b, 5) for a, b in zip(found["documents"], before, strict=True)]
+    return found | {"rise_documents": rises} | divisors(model, longer)
+
+
+def _loaded(name: str) -> tuple[nn.Module, torch.Tensor]:
+    loaded = load(name, device="cpu")
+    return loaded.model, texts(loaded.tokenizer)
 
 
 def tuned(table: Table) -> None:

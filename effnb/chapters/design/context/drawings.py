@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from matplotlib.figure import Figure
 
-from effnb.chapters.design.context import methods, tables
+from effnb.chapters.design.context import tables
 from effnb.design.context import code_ramp, paper_ramp, rope_frequencies, rotations
 from effnb.lab import PALETTE, figure, name_lines
 from effnb.lab.changes import Row, if_measured, pick

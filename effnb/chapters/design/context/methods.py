@@ -1,4 +1,4 @@
-"""What the chapter on context computes live: reading with other frequencies, caches, saved files."""
+"""What the chapter on context computes live: other frequencies, caches, saved files."""
 
 from __future__ import annotations
 
