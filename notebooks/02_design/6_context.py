@@ -46,7 +46,7 @@ run_time("02_design/6_context")
 # %% [markdown]
 # ## The picture
 #
-# `mini-5m` was trained on texts of 512 tokens. Here it reads chapters of 4,096. The upper curve is the model as it is. For the lower one, a single line was run first: `model = yarn(model, 8)`. It changes 16 numbers, none of them a weight.
+# `mini-5m` was trained on texts of 512 tokens. Here it reads chapters of 4,096. The upper curve is the model as it is. For the lower one, a single line was run first: `model = yarn(model, 8)`. It changes 16 frequencies and one factor in attention, and no weight.
 
 # %%
 from effnb.chapters.design.context import drawings, tables
@@ -248,7 +248,7 @@ print(tables.zero_shot_said(zero_shot))
 tables.zero_shot_table(zero_shot)
 
 # %% [markdown]
-# **With a short training.** The paper says that YaRN reaches its goal with 2.5 times fewer steps than Position Interpolation, and with a tenth of the tokens that Code Llama used, which changed the base to $10^6$ and trained for long. The sizes here are thousands of times smaller. What can be tested is the *ratio*: the same texts, in the same order, for all.
+# **With a short training.** The paper says that YaRN reaches its goal with 2.5 times fewer steps than Position Interpolation, and with a tenth of the tokens that Code Llama used, which changed the base to $10^6$ and trained for long. The model here is more than ten thousand times smaller. What can be tested is the *ratio*: the same texts, in the same order, for all.
 
 # %%
 claims_table(verdicts.y_3(*evidence))

@@ -139,7 +139,7 @@ def live(bench: Bench, text: int = 0) -> Panel:
             "NTK-by-parts": ("temperature",),
             "YaRN": (),
         }[method]
-        return {name: f"{method} does not use it" for name in unused}
+        return dict.fromkeys(unused, f"{method} does not use it")
 
     return panel(
         compute,

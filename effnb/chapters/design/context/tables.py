@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -58,13 +59,13 @@ def positions_table(data: Row) -> Table:
     """Perplexity by region of the text, for each method."""
     end, trained = end_of(data), data["trained"]
     edges = [0, trained, 2 * trained, 4 * trained, end]
-    names = [f"{a + 1:,}-{b:,}" for a, b in zip(edges, edges[1:])]
+    names = [f"{a + 1:,}-{b:,}" for a, b in pairwise(edges)]
     return table(
         [
             {"method": method}
             | {
                 name: math.exp(region(data, method, a, b))
-                for name, a, b in zip(names, edges, edges[1:])
+                for name, a, b in zip(names, edges, edges[1:], strict=False)
             }
             for method in ORDER
         ],
@@ -116,7 +117,7 @@ def zero_shot_said(rows: Sequence[Row]) -> str:
     """How the methods follow each other at the target length, in sentences."""
     near, far = sorted({row["context"] for row in rows})
     model = rows[0]["model"]
-    steps = zip(ORDER[1:], ORDER[2:])
+    steps = pairwise(ORDER[1:])
     parts = []
     for before, after in steps:
         change = between(rows, model, (after, far), (before, far))
