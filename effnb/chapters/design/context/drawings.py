@@ -79,7 +79,8 @@ def slowest_angle(head_dim: int = 32, trained: int = 512, end: int = 4096) -> Ca
             axes.set_title(f"pair {i}: {float(turns[i]):.1f} rotations")
             axes.set_xlabel("position")
         panes[0].set_ylabel("sine of the angle")
-        panes[1].legend(loc="lower right")
+        handles, labels = panes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=2)
 
     return figure(
         draw,
