@@ -61,7 +61,7 @@ def result(data: Row) -> CaptionedFigure:
     )
 
 
-def slowest_angle(head_dim: int = 32, trained: int = 512, end: int = 4096) -> CaptionedFigure:
+def slowest_angle(head_dim: int = 32, trained: int = 512, end: int = 2048) -> CaptionedFigure:
     """The angles that three pairs of a head take, inside the trained length and beyond."""
     theta = rope_frequencies(head_dim)
     places = torch.arange(0, end, 4)
@@ -73,7 +73,7 @@ def slowest_angle(head_dim: int = 32, trained: int = 512, end: int = 4096) -> Ca
     def draw(fig: Figure) -> None:
         panes = fig.subplots(1, 2)
         for axes, i in zip(panes, shown, strict=True):
-            for s, colour, label in ((1, PALETTE[1], "as trained"), (8, PALETTE[0], "s = 8")):
+            for s, colour, label in ((1, PALETTE[1], "as trained"), (4, PALETTE[0], "s = 4")):
                 axes.plot(places, torch.sin(places * theta[i] / s), color=colour, label=label)
             axes.axvspan(0, trained, color="0.9", zorder=0)
             axes.set_title(f"pair {i}: {float(turns[i]):.1f} rotations")
@@ -86,11 +86,11 @@ def slowest_angle(head_dim: int = 32, trained: int = 512, end: int = 4096) -> Ca
         draw,
         caption=f"Two of the {len(theta)} pairs of a head of {head_dim}. Grey: the trained length. "
         "A pair that rotates several times there has shown all its angles; a slower one goes on to "
-        "angles that no training text has shown. Divided by 8, it stays among those it knows.",
+        "angles that no training text has shown. Divided by 4, it stays among those it knows.",
         alt=f"Pair {nearest} makes {float(turns[nearest]):.1f} rotations within {trained} tokens, "
         f"pair {last} {float(turns[last]):.2f}, so that beyond them it meets new angles. Divided "
-        "by 8, both reach only angles of the trained length.",
-        figsize=(6.8, 2.5),
+        "by 4, both reach only angles of the trained length.",
+        figsize=(6.2, 2.3),
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging
 
 from effnb.design.context import (
     dynamic_ntk,
@@ -153,13 +155,25 @@ def round_trips(model: nn.Module, ids: Int[Tensor, " time"]) -> dict[str, tuple[
     found = {}
     for name in METHODS:
         extended = longer(model, name, 4.0, length=len(ids))
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _no_bars():
             extended.save_pretrained(folder)
             again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         before, after = (m(input_ids=ids[None], use_cache=False).logits for m in (extended, again))
         kind = again.config.rope_parameters["rope_type"]
         found[name] = (kind, float((before - after).abs().max()))
     return found
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Saving and loading without progress bars, which a notebook would keep."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def cache_bytes(model: nn.Module, tokens: int, bytes_: int = 2) -> int:

@@ -71,7 +71,7 @@ def reading(data: Row) -> Panel:
         caption=f"Perplexity of {data['model']} by place. Grey: the length of its training texts. "
         "All methods have the scale 8; none is trained.",
         figsize=(6.4, 2.2),
-        frames={"method": ["RoPE", "PI", "YaRN"], "length": [lengths[0], lengths[-1]]},
+        frames={"method": ["RoPE", "YaRN"], "length": [lengths[0], lengths[-1]]},
         predict=guess(
             f"A model has read nothing longer than {trained} tokens. What is its perplexity on the "
             f"last {trained} of {lengths[-1]:,}, compared with the first {trained}?",
@@ -150,7 +150,7 @@ def live(bench: Bench, text: int = 0) -> Panel:
         f"grey is the trained length. Each point is the mean of {methods.BIN} places.",
         figsize=(7.0, 2.5),
         main="factor",
-        frames={"factor": [1, 4, 8, 16], "method": ["PI", "NTK-aware", "YaRN"]},
+        frames={"factor": [4, 16], "method": ["PI", "YaRN"]},
         predict=guess(
             "mini-5m is to read 2,048 tokens, four times its trained length. Which method has the "
             "lower loss on the last 512 of them, at s = 4, without training?",
