@@ -87,6 +87,7 @@ def reading(data: Row) -> Panel:
 def live(bench: Bench, text: int = 0) -> Panel:
     """mini-5m reads a chapter with whatever frequencies the knobs make."""
     ids = long_texts(bench.tokenizer, max(LENGTHS))[text]
+    known: list[methods.Reading] = []
 
     def compute(
         method: str, factor: int, length: int, alpha: float, beta: int, temperature: str, ramp: str
@@ -95,7 +96,11 @@ def live(bench: Bench, text: int = 0) -> Panel:
             bench.model, method, float(factor), ramp=ramp, alpha=float(alpha), beta=float(beta),
             temperature=temperature, length=length,
         )  # fmt: skip
-        return {"length": length, "reading": methods.read(bench.model, model, method, ids[:length])}
+        if not known:  # once: what stands before a token does not depend on the length read
+            plain = methods.longer(bench.model, "RoPE", 1.0, length=max(LENGTHS))
+            known.append(methods.read(bench.model, plain, "RoPE", ids))
+        found = methods.read(bench.model, model, method, ids[:length])
+        return {"length": length, "reading": found, "plain": known[0]}
 
     def draw(
         found: Mapping[str, Any], fig: Figure, pinned: Mapping[str, Any] | None = None
@@ -109,6 +114,10 @@ def live(bench: Bench, text: int = 0) -> Panel:
             left.plot(how.divisors, f"o{style}", color=colour, markersize=3)
             places = [methods.BIN * (i + 0.5) for i in range(len(how.curve))]
             right.plot(places, how.curve, style, color=colour)
+        plain = found["plain"].curve[: len(found["reading"].curve)]
+        places = [methods.BIN * (i + 0.5) for i in range(len(plain))]
+        right.plot(places, plain, color="0.6", linewidth=1.5, label="as trained", zorder=1)
+        right.legend(loc="upper left")
         left.set_xlabel("pair, fastest first")
         left.set_title("frequency divided by")
         left.set_ylim(0, 16.8)
@@ -124,6 +133,7 @@ def live(bench: Bench, text: int = 0) -> Panel:
         lines = [
             f"First {methods.TRAINED} tokens: {how.between(0, methods.TRAINED):.3f} nats",
             f"Last {methods.TRAINED} tokens read: {last:.3f} nats, perplexity {math.exp(last):.1f}",
+            f"As trained, there: {found['plain'].between(end - methods.TRAINED, end):.3f} nats",
             f"Queries and keys times: {how.temperature:.4f}",
             f"Slowest frequency divided by: {how.divisors[-1]:.3g}",
             f"Left alone: {sum(d < 1.001 for d in how.divisors)} of {len(how.divisors)} pairs",
@@ -147,7 +157,8 @@ def live(bench: Bench, text: int = 0) -> Panel:
         text=text_of,
         title="Stretch mini-5m",
         caption="Left: by what each frequency is divided. Right: the loss by place in one chapter; "
-        f"grey is the trained length. Each point is the mean of {methods.BIN} places.",
+        "the grey band is the trained length, the grey curve the model as trained. Each point is "
+        f"the mean of {methods.BIN} places.",
         figsize=(7.0, 2.5),
         main="factor",
         frames={"factor": [4, 16], "method": ["PI", "YaRN"]},
