@@ -367,6 +367,44 @@ def dense_recall(tokenizer, rng: random.Random, length: int, pairs: int) -> Reca
     return Recall(ids[:length], answers, distances)
 
 
+def recall_at(
+    tokenizer, rng: random.Random, length: int, depth: float, pairs: int = 12
+) -> tuple[list[int], int]:
+    """Records of `dense_recall`, of which one stands alone at a given depth and is asked for.
+
+    All other pairs are drawn again and again. The last record repeats the key that was told once.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        rng: Source of randomness.
+        length: Tokens at most; as many whole records as fit.
+        depth: Where the record stands: 0 for the first, 1 for the last before the question.
+        pairs: Pairs of keys and values in all.
+
+    Returns:
+        The token ids, which end with the answer and its bracket, and the answer's place in them.
+
+    Raises:
+        ValueError: A depth outside 0 … 1, fewer than two pairs, or no room for two records.
+    """
+    words = recall_words(tokenizer)
+    keys, values = rng.sample(words, pairs), rng.choices(words, k=pairs)
+    records = [
+        tokenizer.encode(f"[ {key} {value}]\n", add_special_tokens=False)
+        for key, value in zip(keys, values)
+    ]
+    count = length // max(map(len, records))
+    if not 0 <= depth <= 1 or pairs < 2 or count < 2:
+        raise ValueError(
+            f"depth is {depth}, with {pairs} pairs in {length} tokens; a depth lies between 0 and "
+            "1, and at least two pairs and two records are needed."
+        )
+    order = [rng.randrange(1, pairs) for _ in range(count - 2)]
+    order.insert(round(depth * (count - 2)), 0)
+    ids = [token for number in [*order, 0] for token in records[number]]
+    return ids, len(ids) - len(records[0]) + 2  # after "[" and the key
+
+
 def planted_recall(
     tokenizer,
     rng: random.Random,

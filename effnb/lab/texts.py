@@ -167,3 +167,32 @@ def domain_windows(
         number = min(count, len(windows))
         found[name] = windows[[i * len(windows) // number for i in range(number)]]
     return found
+
+
+def long_texts(
+    tokenizer: PreTrainedTokenizerBase, length: int, split: str = "test", count: int | None = None
+) -> Int[Tensor, "chapters time"]:
+    """The first tokens of each chapter of the novels that is long enough, in order.
+
+    Args:
+        tokenizer: Cuts the text into tokens.
+        length: Tokens of each.
+        split: "test" for the novel that no model was trained on, or "train".
+        count: How many chapters, spread evenly over those there are; all when None.
+
+    Raises:
+        ValueError: When no chapter is so long, or fewer are than were asked for.
+    """
+    rows = []
+    for chapter in corpora.novels(split):
+        if chapter.kind == "novel":
+            ids = tokenizer.encode(chapter.text, add_special_tokens=False, verbose=False)
+            if len(ids) >= length:
+                rows.append(torch.tensor(ids[:length]))
+    wanted = len(rows) if count is None else count
+    if not 1 <= wanted <= len(rows):
+        raise ValueError(
+            f"{wanted} chapters of {length:,} tokens were asked for; the {split} split has "
+            f"{len(rows)}."
+        )
+    return torch.stack([rows[i * len(rows) // wanted] for i in range(wanted)])

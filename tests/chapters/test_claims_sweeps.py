@@ -17,13 +17,14 @@ from effnb.lab import claims_bench, corpora, load
 from effnb.lab.claims import chosen, ledger
 
 SWEEPS = Path(__file__).resolve().parents[2] / "data" / "sweeps"
-FOLDERS = [str(SWEEPS / room) for room in ("02_design", "05_inference", "06_hardware")]
+FOLDERS = [str(SWEEPS / name) for name in ("02_design", "05_inference", "06_hardware")]
 MODULES = {
     "pruning": "1_pruning_claims",
     "low_rank": "2_low_rank_claims",
     "quantization": "3_quantization_claims",
     "codesign": "2_codesign_claims",
     "retention": "5_retention_claims",
+    "context": "6_context_claims",
 }
 NAMES = tuple(MODULES)
 
@@ -151,6 +152,25 @@ def test_retention(small, monkeypatch):
     digits = {row["method"]: min(row["digits"]) for row in rows if "digits" in row}
     assert min(digits[name] for name in ("recurrent", "chunkwise", "gradients")) > 10
     assert digits["published"] < 3
+
+
+def test_context(small, monkeypatch):
+    script = small.context
+
+    def at_once(model, sequences, settings, evaluate):
+        for _ in range(settings.steps // settings.evaluate_every):
+            evaluate(model)
+
+    few = script.judged(load("mini-300k", device="cpu").model, ids(0, 2, 300), 280)
+    assert len(few["documents"]) == 2
+    monkeypatch.setattr(script, "load", lambda name, device: load("mini-300k", device=device))
+    monkeypatch.setattr(script, "long_texts", lambda *_, **__: ids(0, 2, 300))
+    monkeypatch.setattr(script, "judged", lambda *_: dict(few))
+    monkeypatch.setattr(script, "fine_tune", at_once)
+    rows = measured(small, "context", ["zero_shot", "tuned"])
+    assert wanting(rows, "02_design/6_context") == {}
+    tuned = [row["training_tokens"] for row in rows if row.get("steps") == 8]
+    assert set(tuned) == {8 * script.TARGET}
 
 
 def test_codesign(small):

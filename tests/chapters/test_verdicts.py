@@ -3,6 +3,7 @@
 import pytest
 from planted_rows import planted_groups, planted_rows, stored
 
+from effnb.chapters.design.context import verdicts as context
 from effnb.chapters.design.retention import verdicts as retention
 from effnb.chapters.hardware.codesign import verdicts as codesign
 from effnb.chapters.inference.low_rank import verdicts as low_rank
@@ -19,6 +20,9 @@ JUDGES = {
     "C-3": quantization.c_3,
     "S-H3": codesign.s_h3,
     **{f"R-{number}": judge for number, judge in enumerate(retention.ALL, 1)},
+    "Y-1": context.y_1,
+    "Y-2": context.y_2,
+    "Y-3": context.y_3,
 }
 
 

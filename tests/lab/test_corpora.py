@@ -358,3 +358,22 @@ def test_the_manifest_counts_what_is_there():
 def test_unknown_names_list_the_known_ones(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_a_record_stands_once_at_its_depth_and_is_asked_for(words, depth):
+    ids, answer = corpora.recall_at(words, random.Random(0), 300, depth)
+    assert 280 < len(ids) <= 300
+    key = ids[answer - 1]
+    told = [at for at in range(answer - 1) if ids[at] == key and ids[at - 1] == ids[answer - 2]]
+    assert len(told) == 1
+    assert ids[told[0] + 1] == ids[answer]
+    size = len(ids) - answer + 2
+    last = len(ids) - 2 * size
+    assert (told[0] - 1) / last == pytest.approx(depth, abs=0.03)
+
+
+def test_records_without_room_are_refused(words):
+    for length, depth, pairs in ((6, 0.5, 12), (300, 1.5, 12), (300, 0.5, 1)):
+        with pytest.raises(ValueError, match="at least two pairs"):
+            corpora.recall_at(words, random.Random(0), length, depth, pairs)

@@ -3,7 +3,8 @@
 `rope` has the frequencies, layouts and angles. Fixed tables: `position_interpolation`, `ntk_aware`,
 `ntk_by_parts`, `yarn`. A table that follows the text: `dynamic_ntk`. Each is a function of a
 model's own frequencies, and a function on a model; `extend` chooses one by name. `rotary_table`
-reads a model's frequencies and puts others in their place. `fine_tune` trains on longer texts.
+reads a model's frequencies and puts others in their place; `extrapolation` only lifts the limit of
+its length. `fine_tune` trains on longer texts.
 
 How well an extended model reads is measured by `effnb.evaluation.long_context`.
 """
@@ -15,6 +16,7 @@ from effnb.design.context.dynamic_ntk import (
     transformers_scale,
 )
 from effnb.design.context.extend import METHODS, extend
+from effnb.design.context.extrapolation import extrapolation
 from effnb.design.context.fine_tune import ContextTuned, fine_tune
 from effnb.design.context.ntk_aware import ntk_aware, ntk_aware_base, ntk_aware_frequencies
 from effnb.design.context.ntk_by_parts import (
@@ -53,6 +55,7 @@ __all__ = [
     "dynamic_ntk_frequencies",
     "dynamic_scale",
     "extend",
+    "extrapolation",
     "fine_tune",
     "interpolation_error_bound",
     "ntk_aware",
