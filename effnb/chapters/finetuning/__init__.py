@@ -1,0 +1,1 @@
+"""Companions of the chapters on fine-tuning."""

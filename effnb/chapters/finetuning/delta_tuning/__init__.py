@@ -1,0 +1,1 @@
+"""What the chapter on delta tuning shows besides the methods themselves."""
