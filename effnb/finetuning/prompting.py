@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -179,7 +178,8 @@ class _Reader:
 
     def __init__(self, model: nn.Module, heads: Sequence[Sequence[int]]) -> None:
         self.model, self.device = model, next(model.parameters()).device
-        shared = len(os.path.commonprefix([list(head[:-1]) for head in heads]))
+        alike = (len(set(column)) == 1 for column in zip(*(head[:-1] for head in heads)))
+        shared = len(list(itertools.takewhile(bool, alike)))
         self.shared = shared if len(heads) > 1 else 0  # every row keeps a token to read
         self.cache = None
         if self.shared:
