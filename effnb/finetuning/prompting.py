@@ -16,6 +16,7 @@ arXiv 2005.14165.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def word_log_probs(
         raise ValueError(
             f"a prompt with its word takes {longest} tokens; the model reads {context} at most."
         )
-    device = next(model.parameters()).device
+    reader = _Reader(model, heads)
     found = torch.zeros(len(heads), len(tails))
     order = sorted(range(len(heads)), key=lambda i: len(heads[i]))
     # Words that are one token need no pass of their own: the prompt's last logits have them all.
@@ -161,29 +162,52 @@ def word_log_probs(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         if single:
-            ends = torch.tensor([len(heads[i]) - 1 for i in rows])
-            logits = _logits(model, [heads[i] for i in rows], device)
-            last = logits[torch.arange(len(rows)), ends.to(device)].log_softmax(-1)
-            tokens = torch.tensor([tails[k][0] for k in single], device=device)
-            found[torch.tensor(rows)[:, None], torch.tensor(single)] = last[:, tokens].cpu()
+            last = reader.log_probs([heads[i] for i in rows], 1)
+            tokens = torch.tensor([tails[k][0] for k in single])
+            found[torch.tensor(rows)[:, None], torch.tensor(single)] = last[:, 0, tokens]
         for k in several:
-            tail = tails[k]
-            logits = _logits(model, [heads[i] + tail[:-1] for i in rows], device)
-            for place, i in enumerate(rows):
-                at = torch.arange(len(heads[i]) - 1, len(heads[i]) - 1 + len(tail))
-                logs = logits[place, at.to(device)].log_softmax(-1)
-                mine = logs[torch.arange(len(tail)), torch.tensor(tail)]
-                found[i, k] = float(mine.sum())
+            tail = torch.tensor(tails[k])
+            logs = reader.log_probs([heads[i] + tails[k][:-1] for i in rows], len(tail))
+            # $\log p(w \mid P) = \sum_t \log p(w_t \mid P, w_{<t})$
+            found[rows, k] = logs.gather(2, tail.expand(len(rows), -1)[:, :, None]).sum((1, 2))
     return found
 
 
-def _logits(model: nn.Module, rows: list[list[int]], device: torch.device) -> Tensor:
-    """Logits of rows padded on the right, where a causal model does not look."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    result = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-    return result.logits.float()
+class _Reader:
+    """A model that has read what all prompts begin with, once."""
+
+    def __init__(self, model: nn.Module, heads: Sequence[Sequence[int]]) -> None:
+        self.model, self.device = model, next(model.parameters()).device
+        alike = (len(set(column)) == 1 for column in zip(*(head[:-1] for head in heads)))
+        shared = len(list(itertools.takewhile(bool, alike)))
+        self.shared = shared if len(heads) > 1 else 0  # every row keeps a token to read
+        self.cache = None
+        if self.shared:
+            ids = torch.tensor([list(heads[0][: self.shared])], device=self.device)
+            self.cache = model(input_ids=ids, use_cache=True).past_key_values
+            if not hasattr(self.cache, "batch_repeat_interleave"):
+                self.shared, self.cache = 0, None
+
+    def log_probs(
+        self, rows: list[list[int]], count: int
+    ) -> Float[Tensor, "rows count vocabulary"]:
+        """Of what follows the last `count` tokens of each row; padding is on the right."""
+        parts = [torch.tensor(row[self.shared :]) for row in rows]
+        ids = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        lengths = torch.tensor([len(part) for part in parts])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        how = {"use_cache": False}
+        if self.cache is not None:
+            cache = copy.deepcopy(self.cache)
+            cache.batch_repeat_interleave(len(rows))
+            how = {"past_key_values": cache, "use_cache": True}
+            mask = torch.cat([torch.ones(len(rows), self.shared, dtype=torch.long), mask], 1)
+        logits = self.model(
+            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **how
+        ).logits
+        at = (lengths - count)[:, None] + torch.arange(count)
+        chosen = logits[torch.arange(len(rows))[:, None], at.to(self.device)]
+        return chosen.float().log_softmax(-1).cpu()
 
 
 def label_probabilities(

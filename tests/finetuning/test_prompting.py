@@ -32,9 +32,13 @@ def test_prompts():
     assert len(list(orders("abcd"))) == 24 and len(list(orders(range(9), 5))) == 5
 
 
-def test_odds_of_words_against_one_pass_each(loaded):
+@pytest.mark.parametrize("shared", [False, True])
+def test_odds_of_words_against_one_pass_each(loaded, shared):
     model, tokenizer = loaded.model, loaded.tokenizer
     prompts = ["It is a truth universally acknowledged", "a library for", "the lord said unto the"]
+    if shared:  # what all prompts begin with is read once
+        shots = [("alpha", "people"), ("beta", "and")]
+        prompts = [Pattern("Word: {input}\nKind:").prompt(text, shots) for text in prompts]
     words = ["people", "incomprehensibilities", "and", "graphical user interfaces"]
     lengths = [len(tokenizer.encode(f" {w}", add_special_tokens=False)) for w in words]
     assert min(lengths) == 1 < max(lengths)

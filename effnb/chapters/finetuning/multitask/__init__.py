@@ -1,0 +1,1 @@
+"""What `notebooks/04_finetuning/3_multitask` shows, asks and judges."""
