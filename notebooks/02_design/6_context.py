@@ -26,7 +26,7 @@
 # - compute by hand what Position Interpolation, NTK-aware scaling, NTK-by-parts and YaRN do to each frequency;
 # - choose a method and a scale, and know what they cost inside the old length;
 # - tell a model that reads a long text from one that uses it;
-# - avoid two bugs that many libraries ship: a cache that disagrees with its model, and a scale that is silently ignored.
+# - avoid two known bugs: a cache that disagrees with its model, and a scale that is silently ignored.
 #
 # You need the tour (`00_start_here`), and to know that attention compares a *query* with *keys* by scalar products. RoPE, Position Interpolation, NTK-aware scaling, NTK-by-parts and YaRN are taught in depth;
 # dynamic NTK follows where things break.
@@ -74,7 +74,7 @@ panels.reading(measured)
 #
 # $$m\,\theta_i, \qquad \theta_i = b^{-2i/d}, \qquad i = 0, 1, \dots, d/2 - 1.$$
 #
-# The **base** $b$ is 10,000 in most models. Turning both points of a scalar product by the same angle does not change it, so what a query at $m$ sees of a key at $n$ depends on the distance $m - n$ alone. The first pair turns by one radian per token and tells neighbours apart.
+# The **base** $b$ is 10,000 in `mini-5m` and larger in many recent models. Turning both points of a scalar product by the same angle does not change it, so what a query at $m$ sees of a key at $n$ depends on the distance $m - n$ alone. The first pair turns by one radian per token and tells neighbours apart.
 # The last pair has hardly moved after a thousand tokens.
 #
 # Two numbers describe a pair. Its **wavelength** $\lambda_i = 2\pi / \theta_i$ is the number of tokens of one full turn, and $r_i = L / \lambda_i$ is how many **rotations** it completes within the trained length $L$. Here are those of `mini-5m`:
@@ -181,7 +181,7 @@ show(context.ntk_aware_frequencies, context.ntk_by_parts_frequencies)
 show(context.yarn)
 
 # %% [markdown]
-# Do the tables agree with the library that people use? `transformers` has Position Interpolation as "linear", and "yarn" with the code's ramp. NTK-aware scaling needs no type of its own: a larger `rope_theta` is all there is to it.
+# Do the tables agree with the library that people use? `transformers` has Position Interpolation as "linear", and "yarn" with the code's ramp. NTK-aware scaling needs no type: a larger `rope_theta` is all there is to it.
 
 # %% tags=["nbval-check-output"]
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -328,7 +328,7 @@ for name, gap in methods.cache_gaps(small.model, ids, start=480).items():
     print(f"{name:28}", "same logits" if gap < 1e-3 else f"differ by more than {gap // 0.5 / 2}")
 
 # %% [markdown]
-# Here `dynamic_ntk` caches keys *before* they are turned, and gives each query a table of its own: that of a text which ends with it. One pass and any number of cached steps then agree. The price is work: beyond $L$, each query turns all keys for itself.
+# Here `dynamic_ntk` caches keys *before* they are turned, and gives each query its own table: that of a text which ends with it. One pass and any number of cached steps then agree. The price is work: beyond $L$, each query turns all keys for itself.
 #
 # The formula differs too. `transformers` computes $s = f\,l/L - (f - 1)$ with a factor $f$. Only $f = 1$ gives $l / L$. At four times the length, $f = 4$ gives:
 

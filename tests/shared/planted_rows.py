@@ -79,6 +79,8 @@ def _measured(part, level, base, rng):
     if part.role == "construction":
         return level
     noise = 0.002 * rng.normal(size=DOCUMENTS)
+    if part.value == "rise_documents":  # a difference already: documents' own levels are gone
+        return (level + noise - noise.mean()).tolist()
     if part.value == "documents" or part.value.endswith("_documents"):
         return (level + base + noise - noise.mean()).tolist()
     if part.seeds and part.value == "seconds":

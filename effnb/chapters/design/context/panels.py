@@ -96,7 +96,7 @@ def live(bench: Bench, text: int = 0) -> Panel:
             bench.model, method, float(factor), ramp=ramp, alpha=float(alpha), beta=float(beta),
             temperature=temperature, length=length,
         )  # fmt: skip
-        if not known:  # once: what stands before a token does not depend on the length read
+        if not known:  # once: later tokens do not change earlier losses
             plain = methods.longer(bench.model, "RoPE", 1.0, length=max(LENGTHS))
             known.append(methods.read(bench.model, plain, "RoPE", ids))
         found = methods.read(bench.model, model, method, ids[:length])
