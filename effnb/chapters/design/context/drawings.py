@@ -90,7 +90,7 @@ def slowest_angle(head_dim: int = 32, trained: int = 512, end: int = 2048) -> Ca
         alt=f"Pair {nearest} makes {float(turns[nearest]):.1f} rotations within {trained} tokens, "
         f"pair {last} {float(turns[last]):.2f}, so that beyond them it meets new angles. Divided "
         "by 4, both reach only angles of the trained length.",
-        figsize=(6.2, 2.3),
+        figsize=(5.8, 2.1),
     )
 
 
@@ -188,7 +188,7 @@ def recall(data: Row) -> CaptionedFigure:
             for row in rows
         )
         + " tokens, over all depths.",
-        figsize=(7.0, 2.5),
+        figsize=(6.0, 2.2),
     )
 
 

@@ -71,7 +71,7 @@ def reading(data: Row) -> Panel:
         caption=f"Perplexity of {data['model']} by place. Grey: the length of its training texts. "
         "All methods have the scale 8; none is trained.",
         figsize=(6.4, 2.2),
-        frames={"method": ["RoPE", "YaRN"], "length": [lengths[0], lengths[-1]]},
+        frames={"method": ["RoPE", "YaRN"]},
         predict=guess(
             f"A model has read nothing longer than {trained} tokens. What is its perplexity on the "
             f"last {trained} of {lengths[-1]:,}, compared with the first {trained}?",
@@ -159,7 +159,7 @@ def live(bench: Bench, text: int = 0) -> Panel:
         caption="Left: by what each frequency is divided. Right: the loss by place in one chapter; "
         "the grey band is the trained length, the grey curve the model as trained. Each point is "
         f"the mean of {methods.BIN} places.",
-        figsize=(7.0, 2.5),
+        figsize=(6.2, 2.2),
         main="factor",
         frames={"factor": [4, 16], "method": ["PI", "YaRN"]},
         predict=guess(
