@@ -5,6 +5,7 @@ from planted_rows import planted_groups, planted_rows, stored
 
 from effnb.chapters.design.context import verdicts as context
 from effnb.chapters.design.retention import verdicts as retention
+from effnb.chapters.finetuning.multitask import verdicts as multitask
 from effnb.chapters.hardware.codesign import verdicts as codesign
 from effnb.chapters.inference.low_rank import verdicts as low_rank
 from effnb.chapters.inference.pruning import verdicts as pruning
@@ -18,6 +19,8 @@ JUDGES = {
     "C-4": low_rank.c_4,
     "S-I3": quantization.s_i3,
     "C-3": quantization.c_3,
+    "S-F1": multitask.s_f1,
+    "S-F2": multitask.s_f2,
     "S-H3": codesign.s_h3,
     **{f"R-{number}": judge for number, judge in enumerate(retention.ALL, 1)},
     "Y-1": context.y_1,
