@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from effnb.chapters.finetuning.multitask import methods
-from effnb.chapters.finetuning.multitask.methods import QUESTIONS, ask, both_ways
+from effnb.chapters.finetuning.multitask.methods import QUESTIONS, Question, ask, both_ways
 from effnb.finetuning.instructions import hold_out, instruction_batches
-from effnb.finetuning.prompting import Pattern
+from effnb.finetuning.prompting import Pattern, label_probabilities
 from effnb.lab import claims_bench, load
 from effnb.lab.claims_bench import SEEDS, Table
 from effnb.lab.task_inputs import choose
@@ -52,6 +51,26 @@ def apart(names: Sequence[str], count: int = JUDGED) -> dict[str, list[Example]]
     for name in names:
         fresh = [e for e in task(name).test if e.document not in used]
         found[name] = methods.one_per_document(fresh, count)
+        used |= {e.document for e in found[name]}
+    return found
+
+
+def questioned() -> dict[str, list[Example]]:
+    """As many validation texts of each label of both questions; none shares a document.
+
+    The pictures of the chapter rest on test texts, these verdicts on others.
+
+    Raises:
+        ValueError: When a label has too few texts.
+    """
+    used: set[str] = set()
+    found: dict[str, list[Example]] = {}
+    for name, question in reversed(QUESTIONS.items()):  # languages first, of which there are fewer
+        every = [e for e in question.examples("validation", 1000, 7) if e.document not in used]
+        own = [[e for e in every if question.label(e) == k][: JUDGED // 2] for k in (0, 1)]
+        found[name] = [*own[0], *own[1]]
+        if len(found[name]) < JUDGED // 2 * 2:
+            raise ValueError(f"the question {name!r} has fewer than {JUDGED // 2} texts a label.")
         used |= {e.document for e in found[name]}
     return found
 
@@ -149,27 +168,39 @@ def instructions(table: Table) -> None:
 def smollm2(table: Table) -> None:
     """The same texts as they are, in a pattern, and behind examples."""
     loaded = load("smollm2-135m", device="cpu")
-    # Texts of an own draw; the sweep of the chapter's pictures uses draw 0.
-    texts = {name: q.examples("validation", JUDGED, 7) for name, q in QUESTIONS.items()}
+    texts = questioned()
 
-    def answered(bare: bool = False, seed: int | None = None) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = {"raw": [], "calibrated": []}
+    def right(question: Question, found: Any, own: list[Example]) -> list[float]:
+        return [float(one) for one in methods.right(question, found, own)]
+
+    def asked(bare: bool) -> dict[str, Any]:
+        rows: list[float] = []
         for name, question in QUESTIONS.items():
-            shown = replace(question, pattern=Pattern("{input}")) if bare else question
-            shots = [] if seed is None else question.examples("train", SHOTS, 100 + seed)
-            rows, nothing = ask(loaded.model, loaded.tokenizer, shown, shots, texts[name])
-            for way, correct in both_ways(shown, rows, nothing, texts[name]).items():
-                found[way] += [float(one) for one in correct]
-        return found
+            pattern = Pattern("{input}") if bare else question.pattern
+            prompts = [pattern.prompt(methods.short(one)) for one in texts[name]]
+            found = label_probabilities(
+                loaded.model, loaded.tokenizer, prompts, question.verbalizer
+            )
+            rows += right(question, found, texts[name])
+        return {"documents": rows}
+
+    def answered(seed: int) -> dict[str, list[float]]:
+        rows: dict[str, list[float]] = {"raw": [], "calibrated": []}
+        for name, question in QUESTIONS.items():
+            shots = question.examples("train", SHOTS, 100 + seed)
+            found, nothing = ask(loaded.model, loaded.tokenizer, question, shots, texts[name])
+            for way, correct in both_ways(question, found, nothing, texts[name]).items():
+                rows[way] += [float(one) for one in correct]
+        return rows
 
     about = {"model": loaded.name}
-    table.add(about | {"method": "words"}, lambda: {"documents": answered()["raw"]})
+    table.add(about | {"method": "words"}, lambda: asked(bare=False))
     for seed in SEEDS:
         made: dict[str, list[float]] = {}
 
         def measure(way: str, seed: int = seed, made: dict = made) -> dict[str, Any]:
             if not made:
-                made.update(answered(seed=seed))
+                made.update(answered(seed))
             return {"documents": made[way]}
 
         for method, way in (("examples", "raw"), ("examples, calibrated", "calibrated")):
@@ -177,7 +208,7 @@ def smollm2(table: Table) -> None:
                 about | {"method": method, "seed": seed},
                 lambda way=way, measure=measure: measure(way),
             )
-    table.add(about | {"method": "bare text"}, lambda: {"documents": answered(bare=True)["raw"]})
+    table.add(about | {"method": "bare text"}, lambda: asked(bare=True))
 
 
 PARTS = {"tasks": tasks, "instructions": instructions, "smollm2": smollm2}

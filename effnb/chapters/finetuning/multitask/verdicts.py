@@ -25,8 +25,8 @@ def s_f1(*stored: StoredResult) -> Verdict:
     return judge(
         "S-F1",
         *stored,
-        note="A decoder of one million parameters, trained for a few hundred short steps. T0 has 11 "
-        "billion parameters and FLAN 137 billion, and FLAN's authors report that instruction "
+        note="A decoder of one million parameters, trained for a few hundred short steps. T0 has "
+        "11 billion parameters and FLAN 137 billion, and FLAN's authors report that instruction "
         "training made their smaller models worse on new tasks. New wordings of trained tasks are "
         "judged beside the claim: a small model can gain there without learning any new task.",
     )
