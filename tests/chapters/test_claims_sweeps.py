@@ -227,7 +227,7 @@ def test_each_kind_of_text_is_whole(sweeps):
 def test_multitask(small, monkeypatch):
     script = small.multitask
     real = load("mini-300k", device="cpu")
-    for name, value in {"JUDGED": 4, "EXAMPLES": 8, "STEPS": 1}.items():
+    for name, value in {"JUDGED": 4, "TEXTS": 4, "EXAMPLES": 8, "STEPS": 1}.items():
         monkeypatch.setattr(script, name, value)
     monkeypatch.setattr(
         script, "load",
@@ -240,6 +240,8 @@ def test_multitask(small, monkeypatch):
     (together,) = chosen(rows, {"table": "tasks", "method": "mixture"})
     (each,) = chosen(rows, {"table": "tasks", "method": "one for each"})
     assert together["steps"] == each["steps"] == len(script.LABELLED)
+    asked = [e.document for own in script.questioned().values() for e in own]
+    assert len(set(asked)) == len(asked) == 2 * 4
     found = script.apart(script.LABELLED, 4)
     documents = [e.document for own in found.values() for e in own]
     assert len(set(documents)) == len(documents) == len(together["documents"])

@@ -35,7 +35,9 @@ LABELLED = ("section", "match", "work", "language", "origin")
 INSTRUCTED = ("section", "work", "language", "summary", "expand", "match", "origin")
 HELD_OUT = "pair"
 JUDGED = 40
-"""Test documents of each task or question."""
+"""Test documents of each task."""
+TEXTS = 32
+"""Validation documents of each question."""
 EXAMPLES = 512
 STEPS = 40
 """Steps for each task that is trained; one model for all takes the sum."""
@@ -67,11 +69,15 @@ def questioned() -> dict[str, list[Example]]:
     found: dict[str, list[Example]] = {}
     for name, question in reversed(QUESTIONS.items()):  # languages first, of which there are fewer
         every = [e for e in question.examples("validation", 1000, 7) if e.document not in used]
-        own = [[e for e in every if question.label(e) == k][: JUDGED // 2] for k in (0, 1)]
-        found[name] = [*own[0], *own[1]]
-        if len(found[name]) < JUDGED // 2 * 2:
-            raise ValueError(f"the question {name!r} has fewer than {JUDGED // 2} texts a label.")
-        used |= {e.document for e in found[name]}
+        own: list[Example] = []
+        for label in (0, 1):
+            seen = {e.document for e in own}
+            fresh = [e for e in every if question.label(e) == label and e.document not in seen]
+            own += fresh[: TEXTS // 2]
+        if len(own) < TEXTS // 2 * 2:
+            raise ValueError(f"the question {name!r} has fewer than {TEXTS // 2} texts a label.")
+        found[name] = own
+        used |= {e.document for e in own}
     return found
 
 
