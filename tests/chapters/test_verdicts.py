@@ -5,7 +5,6 @@ from planted_rows import planted_groups, planted_rows, stored
 
 from effnb.chapters.design.context import verdicts as context
 from effnb.chapters.design.retention import verdicts as retention
-from effnb.chapters.finetuning.multitask import verdicts as multitask
 from effnb.chapters.hardware.codesign import verdicts as codesign
 from effnb.chapters.inference.low_rank import verdicts as low_rank
 from effnb.chapters.inference.pruning import verdicts as pruning
@@ -19,7 +18,6 @@ JUDGES = {
     "C-4": low_rank.c_4,
     "S-I3": quantization.s_i3,
     "C-3": quantization.c_3,
-    "S-F1": multitask.s_f1,
     "S-H3": codesign.s_h3,
     **{f"R-{number}": judge for number, judge in enumerate(retention.ALL, 1)},
     "Y-1": context.y_1,
@@ -31,7 +29,7 @@ JUDGES = {
 def test_every_registered_claim_has_a_function():
     # Those on delta tuning (D-) are judged from a grid, in tests/chapters/finetuning.
     others = {n for n, one in ledger().items() if one.parts and not n.startswith("D-")}
-    assert others == {*JUDGES, "C-7", "S-H4", "S-F2"}  # two parts of S-F2 share one level
+    assert others == {*JUDGES, "C-7", "S-H4", "S-F1", "S-F2"}
     assert quantization.c_7 is pruning.c_7
 
 

@@ -19,7 +19,7 @@ def wanted_change(part, outcome):
     low, high = (part.bound + sign * part.margin for sign in (-1, 1))
     if part.ratio:
         low, high = part.bound / (1 + part.margin), part.bound * (1 + part.margin)
-    far = 0.5 * abs(part.bound or 1)
+    far = 0.5 * (part.bound or 1)
     if part.role in ("construction", "context"):
         outcome = "shown"
     if part.expect == "higher":
@@ -67,13 +67,12 @@ def _drawn(about):
     """Whether a method draws anything: text to calibrate or to train with, or the choice itself."""
     if "choose" in about:
         return about["choose"] == "random"
-    fixed = ("original", "SVD", "RTN", "bits", "packed int4", "untrained")
-    drawn = about.get("table") in (None, "tasks", "instructions")
-    return about.get("method") not in fixed and drawn
+    fixed = ("original", "SVD", "RTN", "bits", "packed int4")
+    return about.get("method") not in fixed and "table" not in about
 
 
 def _conditions():
-    return {"calibration_tokens": 8192, "training_tokens": 100_000, "start": "GPTQ", "steps": 200}
+    return {"calibration_tokens": 8192, "training_tokens": 100_000, "start": "GPTQ"}
 
 
 def _measured(part, level, base, rng):
