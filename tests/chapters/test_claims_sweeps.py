@@ -17,7 +17,9 @@ from effnb.lab import claims_bench, corpora, load
 from effnb.lab.claims import chosen, ledger
 
 SWEEPS = Path(__file__).resolve().parents[2] / "data" / "sweeps"
-FOLDERS = [str(SWEEPS / name) for name in ("02_design", "05_inference", "06_hardware")]
+FOLDERS = [
+    str(SWEEPS / name) for name in ("02_design", "04_finetuning", "05_inference", "06_hardware")
+]
 MODULES = {
     "pruning": "1_pruning_claims",
     "low_rank": "2_low_rank_claims",
@@ -25,6 +27,7 @@ MODULES = {
     "codesign": "2_codesign_claims",
     "retention": "5_retention_claims",
     "context": "6_context_claims",
+    "multitask": "3_multitask_claims",
 }
 NAMES = tuple(MODULES)
 
@@ -219,3 +222,26 @@ def test_each_kind_of_text_is_whole(sweeps):
     assert {name: len(of) for name, of in found.items()} == {
         "novel": 24, "Bible": 46, "packages": 96,
     }  # fmt: skip
+
+
+def test_multitask(small, monkeypatch):
+    script = small.multitask
+    real = load("mini-300k", device="cpu")
+    for name, value in {"JUDGED": 4, "TEXTS": 4, "EXAMPLES": 8, "STEPS": 1}.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(
+        script, "load",
+        lambda name, device: SimpleNamespace(
+            name=name, model=real.model, tokenizer=real.tokenizer
+        ),
+    )  # fmt: skip
+    rows = measured(small, "multitask", list(script.PARTS))
+    assert wanting(rows, "04_finetuning/3_multitask") == {}
+    (together,) = chosen(rows, {"table": "tasks", "method": "mixture"})
+    (each,) = chosen(rows, {"table": "tasks", "method": "one for each"})
+    assert together["steps"] == each["steps"] == len(script.LABELLED)
+    asked = [e.document for own in script.questioned().values() for e in own]
+    assert len(set(asked)) == len(asked) == 2 * 4
+    found = script.apart(script.LABELLED, 4)
+    documents = [e.document for own in found.values() for e in own]
+    assert len(set(documents)) == len(documents) == len(together["documents"])

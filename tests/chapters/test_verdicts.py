@@ -29,7 +29,7 @@ JUDGES = {
 def test_every_registered_claim_has_a_function():
     # Those on delta tuning (D-) are judged from a grid, in tests/chapters/finetuning.
     others = {n for n, one in ledger().items() if one.parts and not n.startswith("D-")}
-    assert others == {*JUDGES, "C-7", "S-H4"}
+    assert others == {*JUDGES, "C-7", "S-H4", "S-F1", "S-F2"}
     assert quantization.c_7 is pruning.c_7
 
 

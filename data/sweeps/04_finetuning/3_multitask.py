@@ -14,7 +14,7 @@ mixing        one `mini-1m` for six tasks at four temperatures, with a cap, and 
 few           16 examples of each label on `mini-1m`: (IA)³ by the language-model loss alone and
               with each of T-Few's other losses, five seeds (6 minutes)
 instructions  `mini-1m` trained on instructions without pair tasks, in one wording of each task and
-              in three: judged by new examples, new wordings and new tasks, five seeds (10 minutes)
+              in two: judged by new examples, new wordings and new tasks, five seeds (10 minutes)
 
 Minutes are estimates for one idle core. Answers are stored as strings of 0 and 1, one for each
 document.
@@ -109,9 +109,8 @@ def majority() -> None:
             pool = question.examples("train", 16, seed + 1)
             own = [[e for e in pool if question.label(e) == k] for k in (0, 1)]
             for first in range(5):
-                # The label that there is more of stands everywhere, and last where it is a tie.
                 shots = [*own[0][:first], *own[1][: 4 - first]]
-                shots = sorted(shots, key=lambda e: e.text)
+                shots = sorted(shots, key=lambda e: e.text)  # an order that no label decides
                 about = {"model": loaded.name, "question": name, "first": first, "seed": seed}
                 table.add(
                     about,

@@ -178,7 +178,9 @@ def many_tasks(
         return decoder_batch(tokenizer, prompts, answers, TOKENS)
 
     tuned = ia3.attach(model) if method == "(IA)³" else clone(model)
-    settings = TrainingSettings(steps=steps, learning_rate=rate, warmup_steps=10, seed=seed)
+    settings = TrainingSettings(
+        steps=steps, learning_rate=rate, warmup_steps=min(10, steps), seed=seed
+    )
     train(tuned, batch, settings, loss=causal_lm_loss, progress=progress)
     return tuned.eval()
 
@@ -234,7 +236,9 @@ def t_few(
         return few(found, tokenizer, chosen)
 
     tuned = ia3.attach(model)
-    settings = TrainingSettings(steps=steps, learning_rate=1e-2, warmup_steps=4, seed=seed)
+    settings = TrainingSettings(
+        steps=steps, learning_rate=1e-2, warmup_steps=min(4, steps), seed=seed
+    )
     train(tuned, batch, settings, loss=lambda m, b: t_few_loss(m, b, losses), progress=progress)
     return tuned.eval()
 
@@ -287,6 +291,8 @@ def follow(
         return decoder_batch(tokenizer, prompts, [f" {a}" for a in answers], TOKENS)
 
     tuned = clone(model)
-    settings = TrainingSettings(steps=steps, learning_rate=rate, warmup_steps=10, seed=seed)
+    settings = TrainingSettings(
+        steps=steps, learning_rate=rate, warmup_steps=min(10, steps), seed=seed
+    )
     train(tuned, batch, settings, loss=causal_lm_loss, progress=progress)
     return tuned.eval()
