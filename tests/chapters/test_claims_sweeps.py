@@ -242,6 +242,6 @@ def test_multitask(small, monkeypatch):
     assert together["steps"] == each["steps"] == len(script.LABELLED)
     asked = [e.document for own in script.questioned().values() for e in own]
     assert len(set(asked)) == len(asked) == 2 * 4
-    found = script.apart(script.LABELLED, 4)
+    found = script.apart(script.LABELLED)
     documents = [e.document for own in found.values() for e in own]
     assert len(set(documents)) == len(documents) == len(together["documents"])

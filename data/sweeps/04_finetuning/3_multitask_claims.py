@@ -46,13 +46,13 @@ WORDINGS = 2
 SHOTS = 4
 
 
-def apart(names: Sequence[str], count: int = JUDGED) -> dict[str, list[Example]]:
+def apart(names: Sequence[str]) -> dict[str, list[Example]]:
     """Test examples of each task, of documents that no other of the tasks is judged by."""
     used: set[str] = set()
     found: dict[str, list[Example]] = {}
     for name in names:
         fresh = [e for e in task(name).test if e.document not in used]
-        found[name] = methods.one_per_document(fresh, count)
+        found[name] = methods.one_per_document(fresh, JUDGED)
         used |= {e.document for e in found[name]}
     return found
 
