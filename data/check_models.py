@@ -28,6 +28,7 @@ from baselines import HELD_OUT, encode, held_out, score
 from effnb.evaluation.quality import perplexity, ranked_choice
 from effnb.lab import corpora, results
 from effnb.lab._files import data_folder, note_use
+from effnb.lab.bench import QUESTIONS
 from effnb.lab.models import SHIPPED, LoadedModel, load
 
 CONTEXT, STRIDE, BATCH = 512, 256, 8
@@ -35,7 +36,6 @@ BINS = tuple((low, low + 64) for low in range(32, 480, 64))
 """Ranges of distances, in tokens from the planted value to its answer: 32 to 95, …, 416 to 479."""
 PER_BIN = 128
 PAIRS = 4
-QUESTIONS = 400
 
 
 def stream(tokenizer, texts: list[str]) -> np.ndarray:
@@ -102,19 +102,29 @@ def check(name: str) -> dict:
         nats = measured.nats_per_token * measured.tokens
         found[text] = {**score(nats, measured.tokens, size), "tokens": measured.tokens}
         print(f"{time.perf_counter() - began:4.0f} s  {name} on {text}: {found[text]}", flush=True)
-    choice = ranked_choice(
-        loaded.model, loaded.tokenizer, corpora.choice_items(QUESTIONS), batch_size=BATCH
-    )
-    found["ranked_choice"] = {
-        "accuracy": round(choice.accuracy, 4),
-        "standard_error": round(choice.standard_error, 4),
-        "questions": choice.questions,
-    }
+    found["ranked_choice"] = answers(loaded)
     print(f"{time.perf_counter() - began:4.0f} s  {name}: {found['ranked_choice']}", flush=True)
     found["recall"] = recall_by_distance(loaded)
     accuracies = [part["accuracy"] for part in found["recall"]]
     print(f"{time.perf_counter() - began:4.0f} s  {name} recalls {accuracies}", flush=True)
     return found
+
+
+def answers(loaded: LoadedModel) -> dict[str, float]:
+    """Share of the bench's questions answered right, each scored as the bench scores it."""
+    choice = ranked_choice(
+        loaded.model,
+        loaded.tokenizer,
+        corpora.choice_items(QUESTIONS),
+        batch_size=BATCH,
+        scoring="pmi",
+        start=loaded.tokenizer.eos_token_id,
+    )
+    return {
+        "accuracy": round(choice.accuracy, 4),
+        "standard_error": round(choice.standard_error, 4),
+        "questions": choice.questions,
+    }
 
 
 def fingerprint(name: str) -> str:

@@ -94,8 +94,8 @@ print(f"perplexity  {math.exp(loss):.1f}")
 # per cent. Compare perplexities only on the same text, and only between models that use the same list of tokens.
 #
 # The second measure, the share of *right answers*, comes from *ranked choice*. The model sees the beginning of a software
-# package's description and four continuations, one of which is the true one. Its answer is right when it finds that one
-# the likeliest. Guessing would be right a quarter of the time.
+# package's description and four continuations, one of which is the true one. Its answer is the continuation that the
+# beginning makes more likely than it was, by the largest factor. Guessing would be right a quarter of the time.
 #
 # Perplexity registers changes too small to alter a single answer. Ranked choice shows whether a change
 # matters for a task. You need both.
@@ -203,8 +203,8 @@ print("read back ", [round(v, 2) for v in stored.dequantize()[0].tolist()])
 # %% [markdown]
 # ## Turn the knob
 #
-# Here is `mini-5m` in a panel. It was trained on novels, the Bible and descriptions of software packages, and its weights
-# have 32 bits.
+# Here is `mini-5m` in a panel. It was trained on novels, the Bible, descriptions of software packages and
+# manuals, and its file stores each weight in 16 bits.
 #
 # This panel asks for a guess before it answers; you may skip it. Then move the slider. How few bits can you use before the text it writes changes? And before it stops being English?
 
@@ -217,14 +217,16 @@ start_here.rounding_panel("mini-5m", frames=[2, 3, 4], predict=start_here.TWO_BI
 #
 # The text behaves differently. It can change while perplexity does not: the model always writes its likeliest
 # token (here a penalty keeps it from repeating itself), and where two tokens are almost equally likely, a tiny change of the weights decides between them and changes everything
-# that follows. A *different* text is not always a *worse* one. Nor do 40 questions reveal a small loss: compare
-# the change with the ± beside it, the standard error, which says how far the share would typically move if 40 other questions
-# were asked. This is why panels show several measures.
+# that follows. A *different* text is not always a *worse* one. Nor do a few dozen questions reveal a small loss: compare
+# the change with the range in brackets, a 95 % *interval*. If the experiment were repeated with other questions again and again, 95 of 100 such
+# intervals would contain the true share. This is why panels show several measures.
 #
-# These two functions do the measuring:
+# Every panel and every table of the workbook measures quality in this way, on the same texts and questions:
 
 # %%
-show(start_here.bench, start_here.look)
+from effnb.lab.bench import Bench
+
+show(Bench.look, Bench.answers)
 
 # %% [markdown]
 # ## Does it hold?
@@ -236,11 +238,9 @@ show(start_here.bench, start_here.look)
 # Here is a first example: round every weight of `mini-5m` to four bits, in groups of 64, and look at three numbers, computed just now.
 
 # %%
-from effnb.lab import load
-
-mini = load("mini-5m")
-packed = quantization.rtn(mini.model, bits=4, group_size=64)
-start_here.saved(mini, packed)
+bench = Bench("mini-5m", windows=12, questions=0)
+packed = quantization.rtn(bench.model, bits=4, group_size=64)
+start_here.saved(bench, packed)
 
 # %% [markdown]
 # The second line is the lesson. Weights that are *stored* in four bits but read back before the multiplication save memory and
@@ -267,9 +267,9 @@ claims_table(verdicts.s_i3(*verdicts.stored()))
 from effnb.evaluation import measure
 from effnb.lab import cost_card
 
-prompt = start_here.bench(mini)[0][None, :256]
+prompt = bench.windows[:1, :256]
 cost_card(
-    measure(mini.model, prompt, decode_tokens=8, runs=3),
+    measure(bench.model, prompt, decode_tokens=8, runs=3),
     measure(packed, prompt, decode_tokens=8, runs=3),
     labels=("original", "four bits, packed"),
 )
@@ -284,8 +284,10 @@ cost_card(
 # Bad input gets one sentence, before any work starts:
 
 # %% tags=["nbval-check-output"]
+from effnb.lab import load
+
 for attempt in (
-    lambda: quantization.rtn(mini.model, bits=12),
+    lambda: quantization.rtn(bench.model, bits=12),
     lambda: quantization.rtn(packed, bits=4),
     lambda: load("mini-6m"),
 ):

@@ -7,16 +7,16 @@ what `data/sweeps/00_start_here.py` stored, and so does a kernel where the model
 from __future__ import annotations
 
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from effnb.core.modules import linears
-from effnb.evaluation import flops, perplexity, ranked_choice, stored_bytes
-from effnb.evaluation.quality import token_losses
+from effnb.evaluation import flops, stored_bytes
 from effnb.inference import quantization
-from effnb.lab import PALETTE, Exercise, corpora, figure, knob, load, panel, results
-from effnb.lab.bench import file_bytes
+from effnb.lab import PALETTE, Exercise, figure, knob, load, panel, results
+from effnb.lab.bench import PANEL_QUESTIONS, PANEL_WINDOWS, Bench, file_bytes
 from effnb.lab.devices import Machine
 from effnb.lab.figures import CaptionedFigure
 from effnb.lab.models import LoadedModel, ModelUnavailable
@@ -202,8 +202,8 @@ def sweep_figure() -> CaptionedFigure:
     """The tour's result: what fewer bits cost `mini-5m`, by both measures."""
     return figure(
         draw_sweep,
-        caption="Fewer bits per weight, for three ways to share a scale: perplexity on a held-out "
-        "novel, and how often the model prefers the true continuation of a software package's "
+        caption="Fewer bits per weight, for three ways to share a scale: perplexity on held-out "
+        "text, and how often the model prefers the true continuation of a software package's "
         "description among four.",
         alt=describe_sweep(),
     )
@@ -235,38 +235,12 @@ def what_it_means(here: Machine) -> None:
 
 # --- rounding any model ---------------------------------------------------------------------------
 
-OPENING = "Anne was"
 GROUPS = {"matrix": "tensor", "row": "row", "128 weights": 128, "64 weights": 64, "32 weights": 32}
-
-
-def bench(loaded: LoadedModel) -> tuple[torch.Tensor, list]:
-    """2,045 tokens of a held-out novel, and 40 questions about held-out software packages."""
-    text = "\n\n".join(corpora.documents("novels", "test")[:3])
-    ids = loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False)[:2045]
-    return torch.tensor(ids), corpora.choice_items(40, context_characters=120, choice_characters=40)
-
-
-def look(model: torch.nn.Module, loaded: LoadedModel, data: tuple) -> dict[str, Any]:
-    """Perplexity, ranked choice and a few words of one model."""
-    ids, questions = data
-    prompt = loaded.tokenizer(OPENING, return_tensors="pt", add_special_tokens=False)
-    words = model.generate(
-        **prompt.to(model.device),
-        max_new_tokens=20,
-        do_sample=False,
-        repetition_penalty=1.3,
-        pad_token_id=0,
-    )
-    return {
-        "perplexity": perplexity(model, ids).perplexity,
-        "choice": ranked_choice(model, loaded.tokenizer, questions),
-        "text": loaded.tokenizer.decode(words[0], skip_special_tokens=True).replace("\n", " "),
-    }
 
 
 def _times(found: dict[str, Any]) -> float:
     """Perplexity as a multiple of the original's, in three digits."""
-    return float(f"{found['perplexity'] / found['before']['perplexity']:.3g}")
+    return float(f"{found['look'].perplexity.value / found['before'].perplexity.value:.3g}")
 
 
 TWO_BITS = Guess(
@@ -287,17 +261,15 @@ def rounding_panel(
         frames: The numbers of bits that a page without a kernel stores.
         predict: What is asked before the panel answers.
     """
-    loaded = load(name)
-    data = bench(loaded)
-    with torch.inference_mode():
-        before = look(loaded.model, loaded, data) | {"bytes": stored_bytes(loaded.model)}
-    layer_name, layer = next(iter(linears(loaded.model).items()))
+    bench = Bench(name, windows=PANEL_WINDOWS, questions=PANEL_QUESTIONS)
+    before = bench.look(bench.model, panel=True)
+    layer_name, layer = next(iter(linears(bench.model).items()))
 
     def compute(bits: int, scale: str) -> dict[str, Any]:
-        packed = quantization.rtn(loaded.model, bits, group_size=GROUPS[scale])
-        after = look(quantization.dequantized(packed), loaded, data)
+        packed = quantization.rtn(bench.model, bits, group_size=GROUPS[scale])
+        after = bench.look(quantization.dequantized(packed), panel=True, stored=packed)
         one = packed.get_submodule(layer_name).quantized
-        return after | {"bits": bits, "bytes": stored_bytes(packed), "one": one, "before": before}
+        return {"bits": bits, "look": after, "one": one, "before": before}
 
     def draw(found: dict[str, Any], figure: Any) -> None:
         _draw_rounding(found, layer.weight[0].detach(), figure)
@@ -308,7 +280,7 @@ def rounding_panel(
         text=_rounding_words,
         title=f"Round {name} to nearest",
         caption="Left: one row of weights, and the grid that the chosen bits put it on. Right: "
-        "what the whole model saves in size and loses in perplexity.",
+        f"what the whole model saves in size and loses in perplexity, on {before.sample}.",
         frames=frames,
         predict=predict,
         bits=knob(2, 8, default=4),
@@ -324,9 +296,9 @@ def _draw_rounding(found: dict[str, Any], row: torch.Tensor, figure: Any) -> Non
     left.set_title(f"one row of weights on its {found['bits']}-bit grid")
     left.set_xlabel("weight")
     left.set_ylabel("weights")
-    before = found["before"]
-    size = found["bytes"] / before["bytes"]
-    loss = found["perplexity"] / before["perplexity"]
+    before, after = found["before"], found["look"]
+    size = after.bytes / before.bytes
+    loss = after.perplexity.value / before.perplexity.value
     for y, times, colour in ((1, size, PALETTE[2]), (0, loss, PALETTE[1])):
         right.barh(y, times - 1, left=1, color=colour, height=0.5)
         right.annotate(f"{times:.2f} ×", (max(times, 1) * 1.08, y), va="center")
@@ -340,18 +312,18 @@ def _draw_rounding(found: dict[str, Any], row: torch.Tensor, figure: Any) -> Non
 
 
 def _rounding_words(found: dict[str, Any]) -> str:
-    before, was, now = found["before"], found["before"]["choice"], found["choice"]
+    before, after = found["before"], found["look"]
     return "\n".join(
         [
-            f"Perplexity: {found['perplexity']:.4g}",
-            f"Original's: {before['perplexity']:.4g}",
-            f"Right answers: {now.accuracy:.0%} ± {now.standard_error:.0%}",
-            f"Original's right answers: {was.accuracy:.0%}",
-            f"Size: {found['bytes'] / 2**20:.2f} MiB",
-            f"Original's size: {before['bytes'] / 2**20:.2f} MiB",
+            f"Perplexity: {after.perplexity}",
+            f"Original's: {before.perplexity}",
+            f"Right answers: {after.accuracy:.0%}",
+            f"Original's right answers: {before.accuracy:.0%}",
+            f"Size: {after.bytes / 2**20:.2f} MiB",
+            f"Original's size: {before.bytes / 2**20:.2f} MiB",
             f"Bits per weight: {found['one'].bits_per_weight:.2f}",
-            f"The original writes: {before['text']} …",
-            f"Rounded, it writes: {found['text']} …",
+            f"The original writes: {before.text} …",
+            f"Rounded, it writes: {after.text} …",
         ]
     )
 
@@ -360,19 +332,19 @@ def _rounding_words(found: dict[str, Any]) -> str:
 
 
 @torch.inference_mode()
-def saved(loaded: LoadedModel, packed: torch.nn.Module) -> None:
+def saved(bench: Bench, packed: torch.nn.Module) -> None:
     """Print what a packed model saves in memory and operations, and what it loses.
 
     Args:
-        loaded: The original.
+        bench: The original's bench.
         packed: The same model, with packed weights in its layers.
     """
-    windows = bench(loaded)[0][:2040].view(17, 120)
-    after = token_losses(quantization.dequantized(packed), windows).mean().item()
-    loss = after - token_losses(loaded.model, windows).mean().item()
-    memory = file_bytes(packed) / file_bytes(loaded.model)
+    after = fmean(bench.losses(quantization.dequantized(packed)))
+    loss = after - fmean(bench.losses(bench.model))
+    windows = bench.windows[:4]
+    memory = file_bytes(packed) / file_bytes(bench.model)
     operations = flops(lambda: packed(input_ids=windows))
-    operations /= flops(lambda: loaded.model(input_ids=windows))
+    operations /= flops(lambda: bench.model(input_ids=windows))
     print(f"memory       {memory:.2f} of the bytes of the file with 16 bits a weight")
     print(f"operations   {operations:.2f} of the original's, counted")
     print(f"loss        {loss:+.3f} nats a token")

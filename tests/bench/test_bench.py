@@ -1,73 +1,66 @@
 """Speed that is promised, measured as ratios in one run (`make bench`)."""
 
-import ast
+from __future__ import annotations
+
 import statistics
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-import torch
+import timing
 
+from effnb.chapters.design.context import methods
 from effnb.evaluation import perplexity
+from effnb.evaluation.long_context import chunked_losses
 from effnb.inference.quantization import dequantized, rtn
-from effnb.lab import corpora, load
+from effnb.lab import load
+from effnb.lab.bench import PANEL_QUESTIONS, PANEL_WINDOWS, Bench
+from effnb.lab.texts import long_texts
 
 pytestmark = pytest.mark.bench
-TOUR = Path(__file__).parents[2] / "notebooks" / "00_start_here.py"
+AT_MOST = 1.5
+"""Passes that the answer of a panel may take."""
+LENGTHS = (512, 2048, 4096)
 
 
-def functions_of_the_tour(*names):
-    """The named functions as the tour defines them, and what it imports."""
-    tree = ast.parse(TOUR.read_text(encoding="utf-8"))
-    wanted = [
-        node
-        for node in tree.body
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        or (isinstance(node, ast.FunctionDef) and node.name in names)
-        or (
-            isinstance(node, ast.Assign)
-            and getattr(node.targets[0], "id", "") in ("PROMPT", "GROUPS")
-        )
-    ]
-    scope: dict = {}
-    exec(compile(ast.Module(wanted, []), TOUR.name, "exec"), scope)
-    return [scope[name] for name in names]
+def measure_bench():
+    """What a panel on quality asks of a model, and one pass over 4,096 tokens."""
+    bench = Bench("mini-5m", windows=PANEL_WINDOWS, questions=PANEL_QUESTIONS)
+    model = dequantized(rtn(bench.model, 4))
+    ids = long_texts(bench.tokenizer, 4096, count=1)[0]
+    answer = lambda: bench.look(model, panel=True)  # noqa: E731
+    return timing.in_turn({"answer": answer, "pass": lambda: perplexity(model, ids)}, 7)
 
 
-def median_ratio(a, b, pairs=7):
-    """Median over pairs of time(a) / time(b), the two in turn."""
-    a(), b()
-    ratios = []
-    for _ in range(pairs):
-        times = []
-        for function in (a, b):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        ratios.append(times[0] / times[1])
-    return statistics.median(ratios)
+def measure_context():
+    """What the panel that stretches a model asks of it, and one pass over as many tokens."""
+    loaded = load("mini-5m", device="cpu")
+    ids = long_texts(loaded.tokenizer, max(LENGTHS), count=1)[0]
+    functions = {}
+    for length in LENGTHS:
+
+        def answer(length=length):
+            longer = methods.longer(loaded.model, "YaRN", 8.0, length=length)
+            methods.read(loaded.model, longer, "YaRN", ids[:length])
+
+        functions[f"answer {length}"] = answer
+        functions[f"pass {length}"] = lambda n=length: chunked_losses(loaded.model, ids[None, :n])
+    return timing.in_turn(functions, 5)
 
 
-def test_a_panel_answers_within_one_and_a_half_passes():
-    """Everything the first panel asks of a model, against one pass over 4,096 tokens."""
-    bench, look = functions_of_the_tour("bench", "look")
-    loaded = load("mini-5m")
-    data = bench(loaded)
-    model = dequantized(rtn(loaded.model, 4))
-    text = "\n\n".join(corpora.documents("novels", "test")[:6])
-    ids = torch.tensor(loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False))[
-        :4096
-    ]
-
-    def answer():
-        with torch.inference_mode():
-            look(model, loaded, data)
-
-    ratio = median_ratio(answer, lambda: perplexity(model, ids))
+def test_a_panel_on_quality_answers_within_one_and_a_half_passes():
+    seconds = timing.measured(__file__, "bench")
+    ratio = seconds["answer"] / seconds["pass"]
     print(f"\npanel's answer / one evaluation pass over 4,096 tokens: {ratio:.2f}")
-    assert ratio <= 1.5
+    assert ratio <= AT_MOST
+
+
+def test_a_stretched_model_answers_within_one_and_a_half_passes():
+    seconds = timing.measured(__file__, "context")
+    for length in LENGTHS:
+        ratio = seconds[f"answer {length}"] / seconds[f"pass {length}"]
+        print(f"\nstretched model's answer / one pass over {length:,} tokens: {ratio:.2f}")
+        assert ratio <= AT_MOST
 
 
 def test_corpora_load_in_under_a_second():
@@ -82,3 +75,7 @@ def test_corpora_load_in_under_a_second():
     )
     print(f"\nloading the largest corpus: {seconds:.2f} s")
     assert seconds < 1.0
+
+
+if __name__ == "__main__":
+    timing.answer(globals())

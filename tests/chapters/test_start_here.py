@@ -1,6 +1,7 @@
 """The tour's companion: what its first panel shows with the model, and without."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from effnb.inference import quantization
 from effnb.inference.quantization.formats import choose_grid
 from effnb.inference.quantization.grid import Grid
 from effnb.lab import machine, results
+from effnb.lab.bench import Measured
 from effnb.lab.models import ModelUnavailable
 
 
@@ -124,8 +126,8 @@ def test_what_a_machine_means_is_said_for_any_machine(capsys):
 
 
 def test_what_four_bits_save_is_counted_against_a_file_of_16_bits(capsys):
-    loaded = start_here.load("mini-300k")
-    start_here.saved(loaded, quantization.rtn(loaded.model, bits=4, group_size=64))
+    bench = start_here.Bench("mini-300k", windows=4, questions=0)
+    start_here.saved(bench, quantization.rtn(bench.model, bits=4, group_size=64))
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     found = {name: float(value) for name, value, *_ in said}
     assert 4.5 / 16 < found["memory"] < 1  # embedding and norms stay as they are
@@ -137,5 +139,7 @@ def test_the_first_panel_stores_both_knobs_and_the_second_asks_first(monkeypatch
     monkeypatch.delenv("EFFNB_SWEEP", raising=False)
     frames = start_here.capital_panel().frames
     assert frames == {"bits": (2, 3, 4, 8), "scale": tuple(start_here.SCALES)}
-    answer = start_here.TWO_BITS.answer({"perplexity": 12.0, "before": {"perplexity": 8.0}})
+    look = {key: SimpleNamespace(perplexity=Measured(value, value, value))
+            for key, value in (("look", 12.0), ("before", 8.0))}  # fmt: skip
+    answer = start_here.TWO_BITS.answer(look)
     assert answer == pytest.approx(1.5)

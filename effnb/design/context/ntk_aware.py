@@ -8,7 +8,7 @@ with the exponent chosen such that the fastest point ($i = 0$) stays as it is an
 ($i = d/2 - 1$) is divided by exactly $s$. Points between them are slowed by less than $s$, so some
 of them leave the range they were trained in before the context is $s L$ tokens long: in practice
 $s$ has to be larger than $L'/L$. A base of $10^6$ in the place of $10^4$, with heads of 128
-numbers, is this with $s = 100^{126/128} = 93$.
+numbers, is this with $s = 100^{126/128} \approx 93$.
 
 It was published as a post by bloc97 in r/LocalLLaMA, June 2023; the equation is in Peng, Quesnelle,
 Fan, Shippole, "YaRN: Efficient Context Window Extension of Large Language Models", 2023, arXiv
