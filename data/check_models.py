@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from baselines import HELD_OUT, encode, held_out, score
 
-from effnb.evaluation.quality import perplexity, ranked_choice
+from effnb.evaluation.quality import perplexity
 from effnb.lab import corpora, results
 from effnb.lab._files import data_folder, note_use
-from effnb.lab.bench import QUESTIONS
+from effnb.lab.bench import Bench
 from effnb.lab.models import SHIPPED, LoadedModel, load
 
 CONTEXT, STRIDE, BATCH = 512, 256, 8
@@ -102,7 +102,7 @@ def check(name: str) -> dict:
         nats = measured.nats_per_token * measured.tokens
         found[text] = {**score(nats, measured.tokens, size), "tokens": measured.tokens}
         print(f"{time.perf_counter() - began:4.0f} s  {name} on {text}: {found[text]}", flush=True)
-    found["ranked_choice"] = answers(loaded)
+    found["ranked_choice"] = answers(name)
     print(f"{time.perf_counter() - began:4.0f} s  {name}: {found['ranked_choice']}", flush=True)
     found["recall"] = recall_by_distance(loaded)
     accuracies = [part["accuracy"] for part in found["recall"]]
@@ -110,20 +110,15 @@ def check(name: str) -> dict:
     return found
 
 
-def answers(loaded: LoadedModel) -> dict[str, float]:
+def answers(name: str) -> dict[str, float]:
     """Share of the bench's questions answered right, each scored as the bench scores it."""
-    choice = ranked_choice(
-        loaded.model,
-        loaded.tokenizer,
-        corpora.choice_items(QUESTIONS),
-        batch_size=BATCH,
-        scoring="pmi",
-        start=loaded.tokenizer.eos_token_id,
-    )
+    bench = Bench(name, windows=1)
+    found = bench.answers(bench.model)
+    share = sum(found) / len(found)
     return {
-        "accuracy": round(choice.accuracy, 4),
-        "standard_error": round(choice.standard_error, 4),
-        "questions": choice.questions,
+        "accuracy": round(share, 4),
+        "standard_error": round(math.sqrt(share * (1 - share) / len(found)), 4),
+        "questions": len(found),
     }
 
 
