@@ -218,7 +218,7 @@ start_here.rounding_panel("mini-5m", frames=[2, 3, 4], predict=start_here.TWO_BI
 # The text behaves differently. It can change while perplexity does not: the model always writes its likeliest
 # token (here a penalty keeps it from repeating itself), and where two tokens are almost equally likely, a tiny change of the weights decides between them and changes everything
 # that follows. A *different* text is not always a *worse* one. Nor do a few dozen questions reveal a small loss: compare
-# the change with the range in brackets, a 95 % *interval*. If the experiment were repeated with other questions again and again, 95 of 100 such
+# the change with the range in brackets, an *interval*. If the experiment were repeated with other questions again and again, nineteen of twenty such
 # intervals would contain the true share. This is why panels show several measures.
 #
 # Every panel and every table of the workbook measures quality in this way, on the same texts and questions:

@@ -315,8 +315,8 @@ def _rounding_words(found: dict[str, Any]) -> str:
     before, after = found["before"], found["look"]
     return "\n".join(
         [
-            f"Perplexity: {after.perplexity}",
-            f"Original's: {before.perplexity}",
+            f"Perplexity: {after.perplexity.value:.4g}",
+            f"Original's: {before.perplexity.value:.4g}",
             f"Right answers: {after.accuracy:.0%}",
             f"Original's right answers: {before.accuracy:.0%}",
             f"Size: {after.bytes / 2**20:.2f} MiB",

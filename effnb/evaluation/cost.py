@@ -46,7 +46,7 @@ class Cost:
     Attributes:
         parameters: Numbers the model is made of; a quantized weight counts as many as it stands
             for.
-        bytes: Bytes of everything that is stored: parameters and buffers, as they are.
+        bytes: Bytes of the model's file: parameters and buffers, plain weights in 16 bits.
         flops_per_token: Floating-point operations of a forward pass, per token of the given prompt.
         prefill_seconds: Median time to read the prompt.
         decode_tokens_per_second: Tokens generated per second, one sequence, with a key-value cache.
@@ -84,6 +84,17 @@ def stored_bytes(model: nn.Module) -> int:
         if isinstance(tensor, Tensor):
             seen[(tensor.data_ptr(), tensor.shape)] = tensor.numel() * tensor.element_size()
     return sum(seen.values())
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Bytes of a model's file, with its plain weights in 16 bits.
+
+    The models ship in 16 bits and are loaded in 32: a parameter in float32 counts 2 bytes a number,
+    so that no compression is credited with undoing that. Packed weights, scales and other buffers
+    count as they are held.
+    """
+    shared = {(p.data_ptr(), p.shape): p for p in model.parameters() if p.dtype == torch.float32}
+    return stored_bytes(model) - 2 * sum(p.numel() for p in shared.values())
 
 
 def flops(function: Callable[[], Any]) -> int:
@@ -237,7 +248,7 @@ def measure(
     memory = peak_memory(read)
     return Cost(
         parameters=parameter_count(model),
-        bytes=stored_bytes(model),
+        bytes=file_bytes(model),
         flops_per_token=flops(read) / prompt.numel(),
         prefill_seconds=latency(read, runs=runs).median_seconds,
         decode_tokens_per_second=decode_tokens_per_second(model, prompt, tokens=decode_tokens),

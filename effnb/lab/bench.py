@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from effnb.evaluation.cost import stored_bytes
+from effnb.evaluation.cost import file_bytes
 from effnb.evaluation.quality import choice_likelihoods, token_losses
 from effnb.lab import corpora
 from effnb.lab.models import load
@@ -284,17 +284,6 @@ class Bench:
 
 
 # ----------------------------------------------------------------------------- the numbers
-
-
-def file_bytes(model: nn.Module) -> int:
-    """Bytes of a model's file, with its plain weights in 16 bits.
-
-    The models ship in 16 bits and are loaded in 32: a parameter in float32 counts 2 bytes a number,
-    so that no compression is credited with undoing that. Packed weights, scales and other buffers
-    count as they are held.
-    """
-    shared = {(p.data_ptr(), p.shape): p for p in model.parameters() if p.dtype == torch.float32}
-    return stored_bytes(model) - 2 * sum(p.numel() for p in shared.values())
 
 
 def share(correct: Sequence[bool]) -> Measured:

@@ -11,7 +11,7 @@ from typing import Any
 from effnb.lab.tables import TABLE_STYLE
 
 _RIGHT = (' class="n"', ' class="n"')
-_WORDS = {"flops": "FLOPs", "bytes": "Stored"}
+_WORDS = {"flops": "FLOPs", "bytes": "File size"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnb.evaluation import stored_bytes
 from effnb.evaluation.quality import token_losses
 from effnb.lab import corpora, load, results
 from effnb.lab.sweeps import calibration, chapter_of, held_out_novel
@@ -113,12 +112,6 @@ class Table:
         print(
             {k: v for k, v in self.rows[-1].items() if not isinstance(v, list | dict)}, flush=True
         )
-
-
-def file_bytes(model: nn.Module) -> int:
-    """Bytes of a model's file: packed layers as they are, all other numbers at 16 bits."""
-    full = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
-    return stored_bytes(model) - 2 * full
 
 
 def run(parts: Mapping[str, Callable[[Table], None]], script: str, about: str) -> None:

@@ -18,7 +18,7 @@ def test_units_and_ratios_are_in_words():
     found = rows(cost_card(BEFORE, AFTER))
     assert found == {
         "Parameters": ["5 million", "5 million", "the same"],
-        "Stored": ["20 MiB", "5 MiB", "4× smaller"],
+        "File size": ["20 MiB", "5 MiB", "4× smaller"],
         "FLOPs per token": ["12 million", "12 million", "the same"],
         "Prefill": ["80 ms", "120 ms", "1.5× slower"],
         "Decode": ["100 tokens/s", "170 tokens/s", "1.7× faster"],

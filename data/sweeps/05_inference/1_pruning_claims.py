@@ -23,7 +23,7 @@ from pruning_training import german, pieces
 from torch import nn
 
 from effnb.core.training import TrainingSettings
-from effnb.evaluation import decode_tokens_per_second, latency
+from effnb.evaluation import decode_tokens_per_second, file_bytes, latency
 from effnb.inference import pruning
 from effnb.lab import claims_bench, corpora
 from effnb.lab.claims_bench import SEEDS, SHORT, Bench, Table, by_document, documents_of, domains_of
@@ -216,7 +216,7 @@ def speed(table: Table) -> None:
             times[name]["decode"].append(round(1 / rate, 5))
     for name, (more, model) in models.items():
         measured = {f"{what}_seconds": seconds for what, seconds in times[name].items()}
-        measured |= {"bytes": claims_bench.file_bytes(model), "threads": torch.get_num_threads()}
+        measured |= {"bytes": file_bytes(model), "threads": torch.get_num_threads()}
         table.add(common | {"method": name} | more, lambda measured=measured: measured)
 
 

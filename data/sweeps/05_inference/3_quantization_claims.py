@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from effnb.core.modules import clone
 from effnb.core.training import TrainingSettings, train
-from effnb.evaluation import decode_tokens_per_second
+from effnb.evaluation import decode_tokens_per_second, file_bytes
 from effnb.finetuning import lora
 from effnb.inference import quantization
 from effnb.inference.quantization import dequantized
@@ -273,7 +273,7 @@ def speed(table: Table) -> None:
     for name, model in models.items():
         measured = {
             "decode_seconds": seconds[name],
-            "bytes": claims_bench.file_bytes(model),
+            "bytes": file_bytes(model),
             "threads": torch.get_num_threads(),
         }
         about = {"model": bench.name, "method": name}
