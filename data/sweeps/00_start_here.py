@@ -18,7 +18,6 @@ import psutil
 from torch import nn
 
 from effnb.chapters import start_here
-from effnb.evaluation import stored_bytes
 from effnb.inference.quantization import QuantizedLinear, dequantized, rtn
 from effnb.lab import load
 from effnb.lab.bench import file_bytes
@@ -59,7 +58,7 @@ def rounding() -> dict:
 def capital() -> dict:
     """SmolLM2's answer at every position, and the original's."""
     loaded = load("smollm2-135m", device="cpu")
-    original = start_here.ask(loaded.model, loaded) | {"bytes": stored_bytes(loaded.model)}
+    original = start_here.ask(loaded.model, loaded) | {"bytes": file_bytes(loaded.model)}
     table, seconds, process, peak = [], [], psutil.Process(), 0
     for scale in start_here.SCALES:
         for bits in range(start_here.BITS[0], start_here.BITS[1] + 1):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from effnb.core.modules import linears
-from effnb.evaluation import flops, stored_bytes
+from effnb.evaluation import flops
 from effnb.inference import quantization
 from effnb.lab import PALETTE, Exercise, figure, knob, load, panel, results
 from effnb.lab.bench import PANEL_QUESTIONS, PANEL_WINDOWS, Bench, file_bytes
@@ -64,7 +64,7 @@ def ask(model: torch.nn.Module, loaded: LoadedModel) -> dict[str, Any]:
 def rounded(loaded: LoadedModel, bits: int, scale: str) -> dict[str, Any]:
     """What the model answers when each weight is rounded to the nearest of $2^b$ values."""
     packed = quantization.rtn(loaded.model, bits, group_size=SCALES[scale])
-    size = stored_bytes(packed)
+    size = file_bytes(packed)
     return ask(quantization.dequantized(packed), loaded) | {"bytes": size}
 
 
