@@ -325,7 +325,7 @@ def structures_said(rows: Sequence[Row]) -> str:
         if change:
             cost[kind] = change.mean / (100 * found[0]["removed"])
     ranked = sorted(cost, key=cost.get, reverse=True)
-    each = spoken([f"{kind} {cost[kind]:.4f}" for kind in ranked])
+    each = spoken([f"{kind} {round(cost[kind], 4) + 0.0:.4f}" for kind in ranked])
     change = Change.between(losses(rows, "LLM-Pruner", 0.2), losses(rows, "random", 0.2))
     return (
         f"Nats lost for each per cent of the blocks' weights: {each}. LLM-Pruner's heads and "
