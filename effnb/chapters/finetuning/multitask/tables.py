@@ -1,0 +1,522 @@
+"""What the chapter on many tasks says with its stored measurements: tables and sentences.
+
+A part of the sweep may be missing, or may have stopped half-way: everything here rests on the rows
+that are there, and says on how many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import fmean, pstdev
+from typing import Any
+
+from effnb.chapters.finetuning.multitask import methods
+from effnb.finetuning.mixing import mixing_rates
+from effnb.lab import results
+from effnb.lab.changes import Row, if_measured, pick, spoken, tidy
+from effnb.lab.results import NotMeasured, StoredResult
+from effnb.lab.tables import NOT_MEASURED, Table, table
+
+CHAPTER = "04_finetuning/3_multitask"
+WAYS = ("raw", "calibrated")
+KINDS = {"new wordings": "trained tasks, new wording", "new tasks": "tasks of a new kind"}
+
+
+def stored(part: str) -> StoredResult | NotMeasured:
+    """A stored table of this chapter."""
+    return results.read(f"{CHAPTER}/{part}")
+
+
+def judged(part: str) -> StoredResult | NotMeasured:
+    """A stored table that a verdict of this chapter rests on."""
+    return results.read(f"{CHAPTER}_claims/{part}")
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """A part as per cent."""
+    return f"{tidy(100 * value, digits):.{digits}f} %"
+
+
+def one_decimal(value: float) -> float:
+    """A part in per cent, as tables show it."""
+    return tidy(100 * value, 1)
+
+
+# --- orders ---------------------------------------------------------------------------------------
+
+
+def questions_of(rows: Sequence[Row]) -> list[str]:
+    """The questions that have rows."""
+    return list(dict.fromkeys(row["question"] for row in rows))
+
+
+def accuracies(rows: Sequence[Row], question: str, way: str) -> list[float]:
+    """The accuracy of each row, in the order of the rows."""
+    return [row[way] for row in pick(rows, question=question)]
+
+
+def texts_of(rows: Sequence[Row]) -> int:
+    """How many texts each row was asked about."""
+    return len(rows[0]["raw_answers"])
+
+
+def preferred(row: Row, way: str) -> float:
+    """The part of the texts that get the label which this prompt says most often.
+
+    The texts carry both labels in turn, so that an answer which is right or wrong tells the label.
+    """
+    said = [
+        place % 2 if right == "1" else 1 - place % 2
+        for place, right in enumerate(row[f"{way}_answers"])
+    ]
+    return max(fmean(said), 1 - fmean(said))
+
+
+def swing(rows: Sequence[Row], question: str, way: str) -> float:
+    """From the worst order to the best."""
+    found = accuracies(rows, question, way)
+    return max(found) - min(found)
+
+
+@if_measured
+def orders_said(rows: Sequence[Row], question: str = "topic") -> str:
+    """How much the order of four examples decides, before calibration and after."""
+    raw, calibrated = (accuracies(rows, question, way) for way in WAYS)
+    change = fmean(calibrated) - fmean(raw)
+    moved = "stays the same" if abs(change) < 5e-4 else "rises" if change > 0 else "falls"
+    spread = [percent(pstdev(found), 1) for found in (raw, calibrated)]
+    worse = sum(c < r for r, c in zip(raw, calibrated, strict=True))
+    return (
+        f"{question}, {len(raw)} orders of the same four examples, {texts_of(rows)} texts: between "
+        f"{percent(min(raw))} and {percent(max(raw))} are right, and calibrated between "
+        f"{percent(min(calibrated))} and {percent(max(calibrated))}.\n"
+        f"The mean {moved} from {percent(fmean(raw))} to {percent(fmean(calibrated))}; the standard "
+        f"deviation over the orders goes from {spread[0]} to {spread[1]}.\n"
+        f"Calibration makes {worse} of the {len(raw)} orders worse."
+    )
+
+
+@if_measured
+def orders_table(rows: Sequence[Row]) -> Table:
+    """Both questions, both ways."""
+    lines = []
+    for question in questions_of(rows):
+        for way in WAYS:
+            found = accuracies(rows, question, way)
+            lines.append(
+                {
+                    "question": question,
+                    "answers": way,
+                    "worst": one_decimal(min(found)),
+                    "mean": one_decimal(fmean(found)),
+                    "best": one_decimal(max(found)),
+                    "one label": one_decimal(
+                        fmean(preferred(row, way) for row in pick(rows, question=question))
+                    ),
+                }
+            )
+    numbers = dict.fromkeys(("worst", "mean", "best", "one label"), ".1f")
+    return table(
+        lines,
+        {"question": "", "answers": ""} | numbers,
+        caption=f"SmolLM2-135M, four examples in each of their orders, {texts_of(rows)} texts a "
+        "question: per cent right. One label: how many of the texts get the label that the prompt "
+        "gives most often; half of them should.",
+    )
+
+
+def leaning(rows: Sequence[Row], question: str, last: int) -> float:
+    """How much of "nothing" goes to the first label, where the last example has this label."""
+    own = [r for r in pick(rows, question=question) if r["labels"][-1] == str(last)]
+    return fmean(row["nothing"][0] for row in own)
+
+
+@if_measured
+def recency_said(rows: Sequence[Row]) -> str:
+    """Whether a prompt leans towards the label of its last example."""
+    lines = []
+    for question in questions_of(rows):
+        words = methods.QUESTIONS[question].words
+        after = [leaning(rows, question, last) for last in (0, 1)]
+        toward = (
+            "towards" if after[0] > after[1] + 0.005
+            else "away from" if after[0] < after[1] - 0.005
+            else "neither towards nor away from"
+        )  # fmt: skip
+        lines.append(
+            f"{question}: asked about nothing, the prompt says {words[0]!r} with "
+            f"{percent(after[0])} when its last example is {words[0]!r}, and with "
+            f"{percent(after[1])} when that is {words[1]!r}: it leans {toward} its last example."
+        )
+    return "\n".join(lines)
+
+
+@if_measured
+def majority_table(rows: Sequence[Row]) -> Table:
+    """What a prompt says of nothing, by how many of its examples have the first label."""
+    lines = []
+    for question in questions_of(rows):
+        for first in sorted({row["first"] for row in rows}):
+            own = pick(rows, question=question, first=first)
+            if own:
+                lines.append(
+                    {
+                        "question": question,
+                        "examples": f"{first} of 4 {methods.QUESTIONS[question].words[0]}",
+                        "says it of nothing": one_decimal(fmean(r["nothing"][0] for r in own)),
+                        "right": one_decimal(fmean(r["raw"] for r in own)),
+                        "calibrated": one_decimal(fmean(r["calibrated"] for r in own)),
+                    }
+                )
+    draws = len({row["seed"] for row in rows})
+    return table(
+        lines,
+        {
+            "question": "", "examples": "", "says it of nothing": ".1f", "right": ".1f",
+            "calibrated": ".1f",
+        },
+        caption=f"SmolLM2-135M: what a prompt says of no content, and how often it is right on "
+        f"{texts_of(rows)} texts; per cent, mean of {draws} draws of the examples.",
+    )  # fmt: skip
+
+
+@if_measured
+def shots_table(rows: Sequence[Row]) -> Table:
+    """More examples, both ways."""
+    lines = []
+    for question in questions_of(rows):
+        for count in sorted({row["shots"] for row in pick(rows, question=question)}):
+            own = pick(rows, question=question, shots=count)
+            raw = [row["raw"] for row in own]
+            lines.append(
+                {
+                    "question": question,
+                    "examples": count,
+                    "right": one_decimal(fmean(raw)),
+                    "worst draw": one_decimal(min(raw)),
+                    "best draw": one_decimal(max(raw)),
+                    "calibrated": one_decimal(fmean(row["calibrated"] for row in own)),
+                }
+            )
+    draws = len({row["seed"] for row in rows})
+    return table(
+        lines,
+        {
+            "question": "", "examples": "d", "right": ".1f", "worst draw": ".1f",
+            "best draw": ".1f", "calibrated": ".1f",
+        },
+        caption=f"SmolLM2-135M: per cent right on {texts_of(rows)} texts, mean of at most {draws} "
+        "draws of the examples.",
+    )  # fmt: skip
+
+
+@if_measured
+def shots_said(rows: Sequence[Row]) -> str:
+    """Whether more examples help."""
+    lines = []
+    for question in questions_of(rows):
+        own = pick(rows, question=question)
+        counts = sorted({row["shots"] for row in own})
+        means = [fmean(row["raw"] for row in pick(own, shots=count)) for count in counts]
+        best = counts[means.index(max(means))]
+        steady = all(b >= a for a, b in pairwise(means))
+        lines.append(
+            f"{question}: from {percent(means[0])} with {counts[0]} examples to "
+            f"{percent(means[-1])} with {counts[-1]}; the best mean is at {best}, and the rise is "
+            f"{'steady' if steady else 'not steady'}."
+        )
+    return "\n".join(lines)
+
+
+# --- mixtures -------------------------------------------------------------------------------------
+
+
+@if_measured
+def mixing_table(rows: Sequence[Row]) -> Table:
+    """Every task's score in every mixture."""
+    names = [name for name in methods.MIXED if methods.task(name).labels]
+    ways: dict[str, list[Row]] = {"untrained": pick(rows, method="none")}
+    full = pick(rows, method="full")
+    for label in dict.fromkeys(row["temperature"] for row in full):
+        for cap in dict.fromkeys(r.get("cap") for r in full if r["temperature"] == label):
+            said = f"T = {label}" + (f", K = {cap}" if cap else "")
+            ways[said] = pick(full, temperature=label, cap=cap)
+    ways["(IA)³, T = ∞"] = pick(rows, method="(IA)³")
+    lines = []
+    for said, own in ways.items():
+        if own:
+            scores = {name: fmean(row[name] for row in own) for name in names}
+            lines.append(
+                {"trained": said}
+                | {name: one_decimal(scores[name]) for name in names}
+                | {"mean": one_decimal(fmean(scores.values()))}
+            )
+    alone = {name: pick(rows, method="alone", task=name) for name in names}
+    if any(alone.values()):
+        found = {n: fmean(r[n] for r in own) if own else NOT_MEASURED for n, own in alone.items()}
+        whole = all(alone.values())
+        lines.append(
+            {"trained": "one model each"}
+            | {n: one_decimal(v) if alone[n] else v for n, v in found.items()}
+            | {"mean": one_decimal(fmean(found.values())) if whole else NOT_MEASURED}
+        )
+    seeds = len({row["seed"] for row in rows if "seed" in row})
+    return table(
+        lines,
+        {"trained": ""} | dict.fromkeys((*names, "mean"), ".1f"),
+        caption="mini-1m: per cent right on each task with labels, tasks from the largest to the "
+        f"smallest; mean of at most {seeds} seeds. One model each: as many steps in all.",
+    )
+
+
+@if_measured
+def mixing_said(rows: Sequence[Row]) -> str | NotMeasured:
+    """What equal parts do to the largest and the smallest task."""
+    names = [name for name in methods.MIXED if methods.task(name).labels]
+    proportional = pick(rows, method="full", temperature="1", cap=None)
+    equal = pick(rows, method="full", temperature="∞")
+    if not proportional or not equal:
+        return NotMeasured(f"{CHAPTER}/mixing")
+    changes = {
+        name: fmean(r[name] for r in equal) - fmean(r[name] for r in proportional) for name in names
+    }
+    said = [f"{name} {100 * change:+.1f}".replace("-", "−") for name, change in changes.items()]
+    return f"From parts by size to equal parts, in points: {spoken(said)}."
+
+
+def repeats(sizes: dict[str, int], rows: int, *, cap: int | None, temperature: float) -> dict:
+    """How often a run of so many rows meets each example of each task."""
+    rates = mixing_rates(sizes, cap=cap, temperature=temperature)
+    return {name: rates[name] * rows / size for name, size in sizes.items()}
+
+
+def repeats_table(rows: int = 1920) -> Table:
+    """How often each task's examples are met."""
+    ways = {
+        "T = 1": (None, 1.0),
+        "T = 2": (None, 2.0),
+        "T = ∞": (None, math.inf),
+        "T = 1, K = 256": (256, 1.0),
+    }
+    lines = [
+        {"mixture": said} | repeats(methods.MIXED, rows, cap=cap, temperature=temperature)
+        for said, (cap, temperature) in ways.items()
+    ]
+    return table(
+        lines,
+        {"mixture": ""} | dict.fromkeys(methods.MIXED, ".2f"),
+        caption=f"Six tasks, {rows:,} rows of training in all: how many times each example of a "
+        "task is seen.",
+    )
+
+
+# --- a few examples, and instructions -------------------------------------------------------------
+
+
+@if_measured
+def few_table(rows: Sequence[Row]) -> Table:
+    """T-Few's losses, one after the other."""
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    lines = []
+    for losses in dict.fromkeys(row["losses"] for row in rows):
+        line: dict[str, Any] = {"losses": losses}
+        for name in names:
+            own = [row["accuracy"] for row in pick(rows, task=name, losses=losses)]
+            line[name] = one_decimal(fmean(own)) if own else NOT_MEASURED
+            line[f"{name}, least to most"] = (
+                f"{one_decimal(min(own)):.1f} to {one_decimal(max(own)):.1f}" if own else ""
+            )
+        lines.append(line)
+    columns = {"losses": ""}
+    for name in names:
+        columns |= {name: ".1f", f"{name}, least to most": ""}
+    seeds = len({row["seed"] for row in rows})
+    return table(
+        lines,
+        columns,
+        caption="mini-1m with (IA)³, 16 examples of each label: per cent right, mean of at most "
+        f"{seeds} seeds, and the range over them.",
+    )
+
+
+@if_measured
+def few_said(rows: Sequence[Row]) -> str:
+    """Whether the two further losses helped."""
+    lines = []
+    for name in dict.fromkeys(row["task"] for row in rows):
+        plain, all_three = (
+            {row["seed"]: row["accuracy"] for row in pick(rows, task=name, losses=losses)}
+            for losses in ("LM", "LM + UL + LN")
+        )
+        both = sorted(plain.keys() & all_three.keys())
+        if both:
+            gains = [all_three[seed] - plain[seed] for seed in both]
+            better = sum(gain > 0 for gain in gains)
+            lines.append(
+                f"{name}: all three losses against the first alone, {100 * fmean(gains):+.1f} "
+                f"points; better in {better} of {len(both)} seeds."
+            )
+    return "\n".join(lines).replace("-", "−")
+
+
+@if_measured
+def instructions_table(rows: Sequence[Row]) -> Table:
+    """What training on instructions changed, and on what."""
+    lines = []
+    for what, said in KINDS.items():
+        before, after = (
+            pick(rows, judged=what, method=method) for method in ("untrained", "instructions")
+        )
+        if before and after:
+            start = fmean(before[0]["documents"])
+            ends = [fmean(row["documents"]) for row in after]
+            lines.append(
+                {
+                    "judged by": said,
+                    "untrained": one_decimal(start),
+                    "trained": one_decimal(fmean(ends)),
+                    "least": one_decimal(min(ends)),
+                    "most": one_decimal(max(ends)),
+                }
+            )
+    seeds = len({row["seed"] for row in rows if row.get("seed") is not None})
+    return table(
+        lines,
+        {"judged by": ""} | dict.fromkeys(("untrained", "trained", "least", "most"), ".1f"),
+        caption="mini-1m, trained on instructions without any pair task: per cent right, mean, "
+        f"least and most of {seeds} seeds.",
+    )
+
+
+@if_measured
+def wordings_table(rows: Sequence[Row]) -> Table:
+    """One wording of each task, or two: what that does to known and to new wordings."""
+    names = list(dict.fromkeys(k.split(",")[0] for r in rows for k in r if k.endswith(" wording")))
+    lines = []
+    for wordings in sorted({row["wordings"] for row in rows}):
+        own = pick(rows, wordings=wordings)
+        for what in ("known wording", "last wording"):
+            lines.append(
+                {"wordings trained": wordings, "asked in": what}
+                | {n: one_decimal(fmean(row[f"{n}, {what}"] for row in own)) for n in names}
+            )
+    return table(
+        lines,
+        {"wordings trained": "d", "asked in": ""} | dict.fromkeys(names, ".1f"),
+        caption="mini-1m trained on instructions: per cent right, by the wording of the question. "
+        "The last two tasks were never trained, and the last wording of no task.",
+    )
+
+
+@if_measured
+def tasks_table(rows: Sequence[Row], names: Sequence[str]) -> Table:
+    """Five tasks: one model or one (IA)³ for all, or one model for each."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row["documents"] for row in pick(rows, method=method)]
+        each = len(own[0]) // len(names)
+        scores = [
+            fmean(fmean(found[i * each : (i + 1) * each]) for found in own)
+            for i in range(len(names))
+        ]
+        lines.append(
+            {"one for": METHODS.get(method, method)}
+            | {name: one_decimal(score) for name, score in zip(names, scores, strict=True)}
+            | {"mean": one_decimal(fmean(scores))}
+        )
+    seeds = len({row["seed"] for row in rows if row.get("seed") is not None})
+    return table(
+        lines,
+        {"one for": ""} | dict.fromkeys((*names, "mean"), ".1f"),
+        caption=f"mini-1m on five tasks in equal parts: per cent right, mean of {seeds} seeds.",
+    )
+
+
+METHODS = {
+    "untrained": "untrained",
+    "mixture": "all: one model",
+    "(IA)³": "all: one (IA)³",
+    "one for each": "each: five models",
+}
+LABELLED = ("section", "match", "work", "language", "origin")
+"""The tasks of the table above, in the order of its documents."""
+
+
+@if_measured
+def smollm2_table(rows: Sequence[Row]) -> Table:
+    """The unchanged model, asked in four ways."""
+    lines = []
+    for method in ("bare text", "words", "examples", "examples, calibrated"):
+        own = [fmean(row["documents"]) for row in pick(rows, method=method)]
+        if own:
+            lines.append(
+                {
+                    "asked by": ASKED[method],
+                    "right": one_decimal(fmean(own)),
+                    "least": one_decimal(min(own)),
+                    "most": one_decimal(max(own)),
+                }
+            )
+    texts = len(rows[0]["documents"])
+    return table(
+        lines,
+        {"asked by": ""} | dict.fromkeys(("right", "least", "most"), ".1f"),
+        caption=f"SmolLM2-135M, two questions, {texts} texts that no picture rests on: per cent "
+        "right. Least and most: over five draws of the examples.",
+    )
+
+
+ASKED = {
+    "bare text": "the text alone",
+    "words": "a pattern",
+    "examples": "a pattern and four examples",
+    "examples, calibrated": "the same, calibrated",
+}
+
+
+# --- costs ----------------------------------------------------------------------------------------
+
+
+def cost_table(tokenizer: Any, config: Any, question: str = "topic") -> Table:
+    """What one answer costs without examples, behind them, and with (IA)³ in their place."""
+    about = methods.QUESTIONS[question]
+    texts = about.examples("test", 24, 0)
+    shots = [about.shot(example) for example in about.examples("train", 4, 1)]
+
+    def length(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    alone = fmean(length(about.pattern.prompt(methods.short(e))) for e in texts)
+    behind = fmean(length(about.pattern.prompt(methods.short(e), shots)) for e in texts)
+    cached, trained = cache_bytes(config, behind - alone), ia3_bytes(config)
+    lines = [
+        ("a pattern", alone, 0, "nothing"),
+        ("four examples, read every time", behind, 0, "nothing"),
+        ("four examples, read once", alone, cached, "nothing"),
+        ("(IA)³", alone, trained, "vectors"),
+    ]
+    return table(
+        [
+            {"asked by": way, "tokens read": tokens, "KiB kept": kept / 1024, "trained": what}
+            for way, tokens, kept, what in lines
+        ],
+        {"asked by": "", "tokens read": ",.0f", "KiB kept": ",.0f", "trained": ""},
+        caption="SmolLM2-135M, one answer to the question of topic: tokens that the model has to "
+        "read, and what is kept for the task, in 16-bit numbers.",
+    )
+
+
+def cache_bytes(config: Any, tokens: float) -> float:
+    """Keys and values of so many tokens, 16 bits a number."""
+    heads = config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * 2 * config.num_hidden_layers * heads * width * tokens
+
+
+def ia3_bytes(config: Any) -> int:
+    """The vectors of (IA)³ for keys, values and the inner feed-forward channels, 16 bits each."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_key_value_heads * width + config.intermediate_size
+    return 2 * config.num_hidden_layers * each
