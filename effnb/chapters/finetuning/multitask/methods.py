@@ -10,8 +10,10 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from effnb.core.modules import clone
@@ -21,7 +23,14 @@ from effnb.finetuning.contextual_calibration import calibrate, content_free
 from effnb.finetuning.instructions import Instance, InstructionTask
 from effnb.finetuning.mixing import mixed_batches, mixing_rates
 from effnb.finetuning.prompting import Pattern, Verbalizer, label_probabilities
-from effnb.finetuning.t_few import Choices, choices_of, rank, t_few_loss
+from effnb.finetuning.t_few import (
+    Choices,
+    answer_log_probs,
+    choices_of,
+    rank,
+    scores,
+    t_few_loss,
+)
 from effnb.lab.task_inputs import as_texts, choose, decoder_batch, target_likelihoods
 from effnb.lab.tasks import Example, Task, task
 
@@ -253,6 +262,20 @@ def ranked(
         chosen = rank(model, few(found, tokenizer, part)).tolist()
         rows += [c == e.label for c, e in zip(chosen, part, strict=True)]
     return rows
+
+
+@torch.inference_mode()
+def chances(
+    model: nn.Module, tokenizer: Any, found: Task, examples: Sequence[Example]
+) -> tuple[float, float]:
+    """The mean log-probability of a token of the right answers and of the wrong ones, in nats."""
+    right, wrong = [], []
+    for start in range(0, len(examples), 16):
+        choices = few(found, tokenizer, examples[start : start + 16])
+        beta = scores(answer_log_probs(model, choices), choices)
+        right += beta[choices.right].tolist()
+        wrong += beta[~choices.right].tolist()
+    return fmean(right), fmean(wrong)
 
 
 # ------------------------------------------------------------------------------ instructions

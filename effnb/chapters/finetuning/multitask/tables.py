@@ -233,10 +233,15 @@ def shots_said(rows: Sequence[Row]) -> str:
 # --- mixtures -------------------------------------------------------------------------------------
 
 
+def with_labels() -> list[str]:
+    """The tasks of the mixture that are judged by accuracy, from the largest to the smallest."""
+    return [name for name in methods.MIXED if methods.CLUSTERS[name] != "generation"]
+
+
 @if_measured
 def mixing_table(rows: Sequence[Row]) -> Table:
     """Every task's score in every mixture."""
-    names = [name for name in methods.MIXED if methods.task(name).labels]
+    names = with_labels()
     ways: dict[str, list[Row]] = {"untrained": pick(rows, method="none")}
     full = pick(rows, method="full")
     for label in dict.fromkeys(row["temperature"] for row in full):
@@ -274,7 +279,7 @@ def mixing_table(rows: Sequence[Row]) -> Table:
 @if_measured
 def mixing_said(rows: Sequence[Row]) -> str | NotMeasured:
     """What equal parts do to the largest and the smallest task."""
-    names = [name for name in methods.MIXED if methods.task(name).labels]
+    names = with_labels()
     proportional = pick(rows, method="full", temperature="1", cap=None)
     equal = pick(rows, method="full", temperature="∞")
     if not proportional or not equal:
