@@ -30,6 +30,7 @@ from typing import Any
 
 from effnb.chapters.finetuning.multitask import methods
 from effnb.chapters.finetuning.multitask.methods import MIXED, QUESTIONS, ask, both_ways
+from effnb.chapters.finetuning.multitask.tables import costs_of
 from effnb.finetuning.instructions import instruction_batches
 from effnb.finetuning.prompting import orders as permutations
 from effnb.finetuning.t_few import LOSSES
@@ -91,7 +92,8 @@ def answered(loaded: Any, question: methods.Question, shots: Any, texts: Any) ->
 def orders() -> None:
     """All 24 orders of the same four examples."""
     loaded = load("smollm2-135m", device="cpu")
-    table = Table("orders", texts=TEXTS, model="smollm2-135m")
+    costs = costs_of(loaded.tokenizer, loaded.model.config, TEXTS)
+    table = Table("orders", texts=TEXTS, model="smollm2-135m", costs=costs)
     for name, question in QUESTIONS.items():
         texts = question.examples("test", TEXTS, 0)
         for number, shots in enumerate(permutations(question.examples("train", 4, 1))):

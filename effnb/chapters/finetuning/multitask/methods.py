@@ -31,6 +31,7 @@ from effnb.finetuning.t_few import (
     scores,
     t_few_loss,
 )
+from effnb.lab import load
 from effnb.lab.task_inputs import as_texts, choose, decoder_batch, target_likelihoods
 from effnb.lab.tasks import Example, Task, task
 
@@ -134,6 +135,24 @@ def both_ways(
         "raw": right(question, found, texts),
         "calibrated": right(question, calibrate(found, nothing), texts),
     }
+
+
+def smollm2_here(name: str = "topic", count: int = 8) -> str:
+    """Two orders of four examples on SmolLM2, here and now."""
+    loaded = load("smollm2-135m")
+    question = QUESTIONS[name]
+    shots, texts = question.examples("train", 4, 1), question.examples("test", count, 0)
+    first = sorted(shots, key=question.label)
+    lines = []
+    for order in (first, first[::-1]):
+        ways = both_ways(
+            question, *ask(loaded.model, loaded.tokenizer, question, order, texts), texts
+        )
+        said = ", ".join(question.words[question.label(example)] for example in order)
+        lines.append(
+            f"{said}: {sum(ways['raw'])} of {count} right, calibrated {sum(ways['calibrated'])}"
+        )
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------- one model for many tasks

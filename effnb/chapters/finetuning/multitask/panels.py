@@ -150,8 +150,8 @@ def mixture() -> Panel:
         draw,
         text=text,
         title="Mix the tasks",
-        caption=f"Six tasks with {max(methods.MIXED.values()):,} examples and fewer. Left: the part "
-        f"of each in a batch. Right: how often each of its examples is seen in {ROWS:,} rows.",
+        caption="Tasks with unequal numbers of examples. Left: the part of each in the batches. "
+        f"Right: how often each of its examples is seen in {ROWS:,} rows.",
         figsize=(6.6, 2.4),
         main="temperature",
         frames={"temperature": None, "cap": ["none", "256"]},
@@ -247,16 +247,15 @@ def few(name: str = "section") -> Panel:
         draw,
         text=text,
         title="Learn six topics from a few examples",
-        caption="mini-1m with (IA)³ after a short training. Left: test texts that get their topic, "
-        "by the mean log-probability of an answer's tokens; dotted: guessing. Right: that mean, for "
-        "right and wrong answers.",
+        caption="mini-1m with (IA)³ after a short training. Left: test texts that get their topic; "
+        "dotted: guessing. Right: the mean log-probability of the answers' tokens.",
         figsize=(6.6, 1.9),
         trains=True,
         main="losses",
         frames={"losses": ["LM", "LM + UL + LN"]},
         predict=guess(
-            "The first loss, LM, makes right answers likelier and never sees a wrong one. What does "
-            "it do to the probability of the wrong answers?",
+            "The first loss, LM, makes right answers likelier and never sees a wrong one. What "
+            "does it do to the probability of the wrong answers?",
             ["raises it too", "leaves it within a tenth of a nat", "lowers it"],
             answer=lambda result: moved(result["chances"][1] - untrained_chances(name)[1]),
             at={"losses": "LM"},

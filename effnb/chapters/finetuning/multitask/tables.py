@@ -15,7 +15,7 @@ from typing import Any
 from effnb.chapters.finetuning.multitask import methods
 from effnb.finetuning.mixing import mixing_rates
 from effnb.lab import results
-from effnb.lab.changes import Row, if_measured, pick, spoken, tidy
+from effnb.lab.changes import Change, Row, if_measured, pick, spoken, tidy
 from effnb.lab.results import NotMeasured, StoredResult
 from effnb.lab.tables import NOT_MEASURED, Table, table
 
@@ -85,15 +85,15 @@ def orders_said(rows: Sequence[Row], question: str = "topic") -> str:
     """How much the order of four examples decides, before calibration and after."""
     raw, calibrated = (accuracies(rows, question, way) for way in WAYS)
     change = fmean(calibrated) - fmean(raw)
-    moved = "stays the same" if abs(change) < 5e-4 else "rises" if change > 0 else "falls"
+    moved = "moves" if abs(change) < 5e-4 else "rises" if change > 0 else "falls"
     spread = [percent(pstdev(found), 1) for found in (raw, calibrated)]
     worse = sum(c < r for r, c in zip(raw, calibrated, strict=True))
     return (
         f"{question}, {len(raw)} orders of the same four examples, {texts_of(rows)} texts: between "
         f"{percent(min(raw))} and {percent(max(raw))} are right, and calibrated between "
         f"{percent(min(calibrated))} and {percent(max(calibrated))}.\n"
-        f"The mean {moved} from {percent(fmean(raw))} to {percent(fmean(calibrated))}; the standard "
-        f"deviation over the orders goes from {spread[0]} to {spread[1]}.\n"
+        f"The mean {moved} from {percent(fmean(raw))} to {percent(fmean(calibrated))}; the "
+        f"standard deviation over the orders goes from {spread[0]} to {spread[1]}.\n"
         f"Calibration makes {worse} of the {len(raw)} orders worse."
     )
 
@@ -396,6 +396,35 @@ def instructions_table(rows: Sequence[Row]) -> Table:
 
 
 @if_measured
+def instructions_said(rows: Sequence[Row]) -> str:
+    """What a model of this size learned from instructions, as far as it was measured."""
+    lines, better = [], {}
+    for what, said in KINDS.items():
+        before, after = (
+            pick(rows, judged=what, method=method) for method in ("untrained", "instructions")
+        )
+        if before and after:
+            found = [fmean(column) for column in zip(*(r["documents"] for r in after), strict=True)]
+            change = Change.between(found, before[0]["documents"])
+            better[what] = change.word(lower_is_better=False)
+            points = Change(100 * change.mean, 100 * change.low, 100 * change.high)
+            lines.append(f"{said}: {points.number(1)} points, {better[what]}.")
+    if len(better) == len(KINDS):
+        gained = tuple(better[what] == "better" for what in ("new wordings", "new tasks"))
+        lines.append(LEARNED[gained])
+    return "\n".join(lines)
+
+
+LEARNED = {
+    (True, False): "So it learned its tasks well enough to do them in other words; that it also "
+    "learned to do a new kind of task does not show.",
+    (True, True): "So it gained on other words, and on a new kind of task as well.",
+    (False, True): "So it gained on a new kind of task, and not on other words for the old ones.",
+    (False, False): "So neither other words nor a new kind of task shows a gain.",
+}
+
+
+@if_measured
 def wordings_table(rows: Sequence[Row]) -> Table:
     """One wording of each task, or two: what that does to known and to new wordings."""
     names = list(dict.fromkeys(k.split(",")[0] for r in rows for k in r if k.endswith(" wording")))
@@ -484,23 +513,15 @@ ASKED = {
 # --- costs ----------------------------------------------------------------------------------------
 
 
-def cost_table(tokenizer: Any, config: Any, question: str = "topic") -> Table:
+@if_measured
+def cost_table(costs: Row) -> Table:
     """What one answer costs without examples, behind them, and with (IA)³ in their place."""
-    about = methods.QUESTIONS[question]
-    texts = about.examples("test", 24, 0)
-    shots = [about.shot(example) for example in about.examples("train", 4, 1)]
-
-    def length(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    alone = fmean(length(about.pattern.prompt(methods.short(e))) for e in texts)
-    behind = fmean(length(about.pattern.prompt(methods.short(e), shots)) for e in texts)
-    cached, trained = cache_bytes(config, behind - alone), ia3_bytes(config)
+    alone, behind = costs["tokens"]
     lines = [
         ("a pattern", alone, 0, "nothing"),
         ("four examples, read every time", behind, 0, "nothing"),
-        ("four examples, read once", alone, cached, "nothing"),
-        ("(IA)³", alone, trained, "vectors"),
+        ("four examples, read once", alone, costs["cache_bytes"], "nothing"),
+        ("(IA)³", alone, costs["ia3_bytes"], "vectors"),
     ]
     return table(
         [
@@ -511,6 +532,26 @@ def cost_table(tokenizer: Any, config: Any, question: str = "topic") -> Table:
         caption="SmolLM2-135M, one answer to the question of topic: tokens that the model has to "
         "read, and what is kept for the task, in 16-bit numbers.",
     )
+
+
+def costs_of(tokenizer: Any, config: Any, texts: int, question: str = "topic") -> dict[str, Any]:
+    """Tokens of a question alone and behind four examples, and what can be kept in their place."""
+    about = methods.QUESTIONS[question]
+    shots = [about.shot(example) for example in about.examples("train", 4, 1)]
+
+    def length(shown: Sequence[tuple[str, str]]) -> float:
+        prompts = [
+            about.pattern.prompt(methods.short(example), shown)
+            for example in about.examples("test", texts, 0)
+        ]
+        return round(fmean(len(tokenizer.encode(p, add_special_tokens=False)) for p in prompts), 1)
+
+    alone, behind = length([]), length(shots)
+    return {
+        "tokens": [alone, behind],
+        "cache_bytes": round(cache_bytes(config, behind - alone)),
+        "ia3_bytes": ia3_bytes(config),
+    }
 
 
 def cache_bytes(config: Any, tokens: float) -> float:
