@@ -7,7 +7,8 @@ Each part is written to `data/results/04_finetuning/3_multitask/<part>.json`, ro
 
 orders        SmolLM2 on two questions: four examples in all 24 orders, as they are and calibrated;
               32 texts (6 minutes)
-majority      the same with 0 to 4 of the four examples of one label, two draws; 24 texts (2 minutes)
+majority      the same with 0 to 4 of the four examples of one label; two draws, 24 texts
+              (2 minutes)
 shots         0 to 8 examples, three draws of them; 24 texts (3 minutes)
 mixing        one `mini-1m` for six tasks at three temperatures, with a cap, and one model for each
               task, two seeds (4 minutes)
