@@ -16,6 +16,7 @@ from effnb.chapters.finetuning.multitask import methods
 from effnb.finetuning.mixing import mixing_rates
 from effnb.lab import results
 from effnb.lab.changes import Change, Row, if_measured, pick, spoken, tidy
+from effnb.lab.claims import Verdict
 from effnb.lab.results import NotMeasured, StoredResult
 from effnb.lab.tables import NOT_MEASURED, Table, table
 
@@ -396,23 +397,18 @@ def instructions_table(rows: Sequence[Row]) -> Table:
 
 
 @if_measured
-def instructions_said(rows: Sequence[Row]) -> str:
-    """What a model of this size learned from instructions, as far as it was measured."""
-    lines, better = [], {}
+def instructions_said(rows: Sequence[Row], judged: Verdict) -> str:
+    """What a model of this size learned from instructions, as far as the verdict was measured."""
+    parts = {evidence.part.name: evidence for evidence in judged.parts}
+    lines, gained = [], []
     for what, said in KINDS.items():
-        before, after = (
-            pick(rows, judged=what, method=method) for method in ("untrained", "instructions")
-        )
-        if before and after:
-            found = [fmean(column) for column in zip(*(r["documents"] for r in after), strict=True)]
-            change = Change.between(found, before[0]["documents"])
-            better[what] = change.word(lower_is_better=False)
-            points = Change(100 * change.mean, 100 * change.low, 100 * change.high)
-            lines.append(f"{said}: {points.number(1)} points, {better[what]}.")
-    if len(better) == len(KINDS):
-        gained = tuple(better[what] == "better" for what in ("new wordings", "new tasks"))
-        lines.append(LEARNED[gained])
-    return "\n".join(lines)
+        evidence = parts[what.replace(" ", "-")]
+        if evidence.numbers() is None:
+            return f"Not judged yet: {evidence.why or said}."
+        numbers = Change(*(100 * value for value in evidence.numbers())).number(1)
+        lines.append(f"{said}: {numbers} points; a gain is {evidence.outcome}.")
+        gained.append(evidence.outcome == "shown")
+    return "\n".join([*lines, LEARNED[tuple(gained)]])
 
 
 LEARNED = {
