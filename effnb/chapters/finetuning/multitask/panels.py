@@ -36,7 +36,10 @@ def points_choice(distance: float) -> str:
 @if_measured
 def orders(rows: Sequence[Row], asked: str = "language") -> Panel:
     """The same four examples in any order, as the sweep found it."""
-    count = len(pick(rows, question=tables.questions_of(rows)[0]))
+    found = tables.questions_of(rows)
+    asked = asked if asked in found else found[0]
+    about = methods.QUESTIONS[asked]
+    count = len(pick(rows, question=found[0]))
 
     def compute(order: int, question: str, answers: str) -> dict[str, Any]:
         own = by_accuracy(rows, question)
@@ -88,16 +91,16 @@ def orders(rows: Sequence[Row], asked: str = "language") -> Panel:
         caption="SmolLM2-135M. Left: accuracy in each order, the chosen one in colour. Right: what "
         "this prompt says when it is asked about no content at all.",
         figsize=(6.6, 2.4),
-        frames={"order": [1, count // 2, count], "question": None},
+        frames={"order": [1, count // 2, count]} | ({"question": None} if len(found) > 1 else {}),
         predict=guess(
-            "Another question: is a text French or Spanish? Four examples, two of each. How many "
-            "points lie between the worst order of the four and the best?",
+            f"The question of {asked}, {about.words[0]} or {about.words[1]}, behind two examples of "
+            "each. How many points lie between the worst order of the four and the best?",
             list(POINTS),
             answer=lambda result: points_choice(result["swing"]),
             at={"question": asked},
         ),
         order=knob(1, count, default=1),
-        question=knob(tables.questions_of(rows)),
+        question=knob(found),
         answers=knob(list(ANSWERS)),
     )
 

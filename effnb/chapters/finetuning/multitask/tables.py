@@ -440,8 +440,18 @@ def wordings_table(rows: Sequence[Row]) -> Table:
     )
 
 
+METHODS = {
+    "untrained": "untrained",
+    "mixture": "all: one model",
+    "(IA)³": "all: one (IA)³",
+    "one for each": "each: five models",
+}
+LABELLED = ("section", "match", "work", "language", "origin")
+"""The tasks of the table below, in the order of its documents."""
+
+
 @if_measured
-def tasks_table(rows: Sequence[Row], names: Sequence[str]) -> Table:
+def tasks_table(rows: Sequence[Row], names: Sequence[str] = LABELLED) -> Table:
     """Five tasks: one model or one (IA)³ for all, or one model for each."""
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -462,16 +472,6 @@ def tasks_table(rows: Sequence[Row], names: Sequence[str]) -> Table:
         {"one for": ""} | dict.fromkeys((*names, "mean"), ".1f"),
         caption=f"mini-1m on five tasks in equal parts: per cent right, mean of {seeds} seeds.",
     )
-
-
-METHODS = {
-    "untrained": "untrained",
-    "mixture": "all: one model",
-    "(IA)³": "all: one (IA)³",
-    "one for each": "each: five models",
-}
-LABELLED = ("section", "match", "work", "language", "origin")
-"""The tasks of the table above, in the order of its documents."""
 
 
 @if_measured
