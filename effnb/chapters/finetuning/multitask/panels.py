@@ -41,7 +41,9 @@ def orders(rows: Sequence[Row], asked: str = "language") -> Panel:
     about = methods.QUESTIONS[asked]
     count = len(pick(rows, question=found[0]))
 
-    def compute(order: int, question: str, answers: str) -> dict[str, Any]:
+    second = len(found) > 1  # the sweep may have measured one question only
+
+    def compute(order: int, answers: str, question: str = found[0]) -> dict[str, Any]:
         own = by_accuracy(rows, question)
         return {
             "row": own[min(order, len(own)) - 1],
@@ -91,16 +93,16 @@ def orders(rows: Sequence[Row], asked: str = "language") -> Panel:
         caption="SmolLM2-135M. Left: accuracy in each order, the chosen one in colour. Right: what "
         "this prompt says when it is asked about no content at all.",
         figsize=(6.6, 2.4),
-        frames={"order": [1, count // 2, count]} | ({"question": None} if len(found) > 1 else {}),
+        frames={"order": [1, count // 2, count]} | ({"question": None} if second else {}),
         predict=guess(
-            f"The question of {asked}, {about.words[0]} or {about.words[1]}, behind two examples of "
-            "each. How many points lie between the worst order of the four and the best?",
+            f"The question of {asked}, {about.words[0]} or {about.words[1]}, behind two examples "
+            "of each. How many points lie between the worst order of the four and the best?",
             list(POINTS),
             answer=lambda result: points_choice(result["swing"]),
-            at={"question": asked},
+            at={"question": asked} if second else {},
         ),
         order=knob(1, count, default=1),
-        question=knob(found),
+        **({"question": knob(found)} if second else {}),
         answers=knob(list(ANSWERS)),
     )
 
