@@ -10,6 +10,8 @@ orders        SmolLM2 on two questions: four examples in all 24 orders, as they 
 majority      the same with 0 to 4 of the four examples of one label; two draws, 24 texts
               (2 minutes)
 shots         0 to 8 examples, three draws of them; 24 texts (3 minutes)
+rates         (IA)³ of `mini-1m` on five tasks at three learning rates, by validation texts
+              (2 minutes)
 mixing        one `mini-1m` for six tasks at three temperatures, with a cap, and one model for each
               task, two seeds (4 minutes)
 few           16 examples of each label on `mini-1m`: (IA)³ by the language-model loss alone and
@@ -31,7 +33,7 @@ from typing import Any
 
 from effnb.chapters.finetuning.multitask import methods
 from effnb.chapters.finetuning.multitask.methods import MIXED, QUESTIONS, ask, both_ways
-from effnb.chapters.finetuning.multitask.tables import costs_of
+from effnb.chapters.finetuning.multitask.tables import LABELLED, costs_of
 from effnb.finetuning.instructions import instruction_batches
 from effnb.finetuning.prompting import orders as permutations
 from effnb.finetuning.t_few import LOSSES
@@ -52,6 +54,8 @@ TEMPERATURES = {"1": 1.0, "2": 2.0, "∞": math.inf}
 CAP = 256
 MIXED_STEPS, ALONE_STEPS, FOLLOWED_STEPS = 120, 20, 100
 """Six tasks at once take as many steps as six models, each for one of them."""
+RATES = (1e-2, 3e-2, 1e-1)
+RATES_STEPS, VALIDATED = 100, 24
 JUDGED = 40
 """Test documents of each task."""
 FEW_TASKS = ("section", "match")
@@ -146,6 +150,30 @@ def shots() -> None:
 # -------------------------------------------------------------------------------- mini-1m
 
 
+def rates() -> None:
+    """Learning rates of (IA)³ on five tasks in equal parts."""
+    loaded = load("mini-1m", device="cpu")
+    table = Table("rates", steps=RATES_STEPS, documents=VALIDATED, model="mini-1m")
+    sizes = dict.fromkeys(LABELLED, 512)
+    equal = methods.mixture(sizes, cap=None, temperature=math.inf)
+
+    def measure(rate: float) -> dict[str, Any]:
+        tuned = methods.many_tasks(
+            loaded.model, loaded.tokenizer, equal, steps=RATES_STEPS, sizes=sizes,
+            method="(IA)³", rate=rate,
+        )  # fmt: skip
+        found = {
+            name: fmean(methods.judged(tuned, loaded.tokenizer, name, VALIDATED, "validation"))
+            for name in LABELLED
+        }
+        return {name: round(value, 4) for name, value in found.items()} | {
+            "accuracy": round(fmean(found.values()), 4)
+        }
+
+    for rate in RATES:
+        table.add({"model": loaded.name, "rate": rate}, lambda rate=rate: measure(rate))
+
+
 def mixing() -> None:
     """One model for six tasks of unequal size, and one for each."""
     loaded = load("mini-1m", device="cpu")
@@ -153,8 +181,9 @@ def mixing() -> None:
 
     def measure(rates: dict[str, float], method: str, seed: int, steps: int) -> dict[str, Any]:
         tuned = methods.many_tasks(
-            loaded.model, loaded.tokenizer, rates, steps=steps, method=method, seed=seed
-        )
+            loaded.model, loaded.tokenizer, rates, steps=steps, method=method, seed=seed,
+            rate=methods.RATE[method],
+        )  # fmt: skip
         row: dict[str, Any] = {"rates": {name: round(rate, 4) for name, rate in rates.items()}}
         for name in rates:
             found = methods.judged(tuned, loaded.tokenizer, name, JUDGED)
@@ -260,7 +289,7 @@ def instructions() -> None:
 
 
 PARTS = {
-    "orders": orders, "majority": majority, "shots": shots, "mixing": mixing, "few": few,
+    "orders": orders, "majority": majority, "shots": shots, "rates": rates, "mixing": mixing, "few": few,
     "instructions": instructions,
 }  # fmt: skip
 

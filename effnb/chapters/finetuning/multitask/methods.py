@@ -161,6 +161,9 @@ def smollm2_here(name: str = "topic", count: int = 8) -> str:
 MIXED = {"section": 2048, "match": 1024, "work": 512, "language": 256, "origin": 128, "summary": 64}
 """Tasks of the mixture, and of how many training examples each has some left."""
 
+RATE = {"full": 1e-3, "(IA)³": 3e-2}
+"""Learning rates for a few hundred steps; that of (IA)³ is the best of the stored part `rates`."""
+
 
 def mixture(sizes: Mapping[str, int], *, cap: int | None, temperature: float) -> dict[str, float]:
     """The rates of the tasks."""
@@ -213,10 +216,12 @@ def many_tasks(
     return tuned.eval()
 
 
-def judged(model: nn.Module, tokenizer: Any, name: str, count: int) -> list[float]:
-    """A task's test documents: right or wrong, or for a text to write its nats a token."""
+def judged(
+    model: nn.Module, tokenizer: Any, name: str, count: int, split: str = "test"
+) -> list[float]:
+    """A task's held-out documents: right or wrong, or for a text to write its nats a token."""
     found = task(name)
-    examples = one_per_document(found.test, count)
+    examples = one_per_document(getattr(found, split), count)
     if found.labels:
         chosen = choose(model, tokenizer, found, examples, tokens=TOKENS)
         return [float(c == e.label) for c, e in zip(chosen, examples, strict=True)]
@@ -252,6 +257,7 @@ def t_few(
     shots: int,
     losses: Sequence[str],
     steps: int = 60,
+    rate: float = 1e-1,
     seed: int = 0,
     progress: bool | Callable = False,
 ) -> nn.Module:
@@ -265,7 +271,7 @@ def t_few(
 
     tuned = ia3.attach(model)
     settings = TrainingSettings(
-        steps=steps, learning_rate=1e-2, warmup_steps=min(4, steps), seed=seed
+        steps=steps, learning_rate=rate, warmup_steps=min(4, steps), seed=seed
     )
     train(tuned, batch, settings, loss=lambda m, b: t_few_loss(m, b, losses), progress=progress)
     return tuned.eval()
