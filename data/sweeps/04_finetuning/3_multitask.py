@@ -289,8 +289,8 @@ def instructions() -> None:
 
 
 PARTS = {
-    "orders": orders, "majority": majority, "shots": shots, "rates": rates, "mixing": mixing, "few": few,
-    "instructions": instructions,
+    "orders": orders, "majority": majority, "shots": shots, "rates": rates, "mixing": mixing,
+    "few": few, "instructions": instructions,
 }  # fmt: skip
 
 if __name__ == "__main__":
