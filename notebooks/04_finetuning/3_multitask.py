@@ -121,7 +121,7 @@ for temperature in (1.0, 2.0, float("inf")):
     print(f"T = {temperature}: {rates['large']:.3f} and {rates['small']:.3f}")
 
 # %% [markdown]
-# Fairness has a price. A small task that fills as much of the training as a large one must repeat its examples, and a model that has read the same few texts many times knows them by heart:
+# Equal parts have a price. To fill as much of the training as a large task does, a small one must repeat its examples, and a model that reads the same few texts again and again learns them by heart. How often does a short run meet each example?
 
 # %% tags=["nbval-check-output"]
 tables.repeats_table()
@@ -240,7 +240,7 @@ print(tables.instructions_said(instructed, one_for_all))
 tables.instructions_table(instructed)
 
 # %% [markdown]
-# Be careful with what this says. T0 has 11 billion parameters and FLAN 137 billion, and FLAN's authors report that instruction training made their *smaller* models worse on tasks not seen. A gain on a new wording is not yet an understanding of instructions.
+# A gain on a new wording is not yet an understanding of instructions: the model has met this very task, with the same answers, many times. The note under the verdict says how much larger the models of T0 and FLAN are.
 #
 # **One wording or two?**
 
@@ -248,7 +248,7 @@ tables.instructions_table(instructed)
 tables.wordings_table(tables.stored("instructions").data["table"])
 
 # %% [markdown]
-# **T-Few's losses**, more steps and more seeds than in the panel:
+# **T-Few's losses**, with more steps than in the panel and over several seeds:
 
 # %% tags=["nbval-check-output"]
 few = tables.stored("few").data["table"]
@@ -352,6 +352,12 @@ for word in ("French", "Portuguese", "Polish"):
 #
 # **Calibration can hurt.** It assumes that a prompt should be undecided about nothing. Where labels are not equally frequent, or "N/A" is not without content, this is wrong. The sentence under the first picture counts the orders that it made worse.
 #
+# **A learning rate from elsewhere.** (IA)³ has so few numbers that each of them has to move far. A rate that suits full tuning leaves it where it was, and makes it look useless:
+
+# %% tags=["nbval-check-output"]
+tables.rates_table(tables.stored("rates").data["table"])
+
+# %% [markdown]
 # **Mean over tasks or over tokens?** The loss of a mixture is a mean over all tokens of a batch. A task with long answers, such as *summary*, then weighs more than its part of the rows. Averaging task by task would be another mixture.
 #
 # **What cannot work** is refused with one sentence, before any work starts:

@@ -227,7 +227,7 @@ def test_losses_are_compared_seed_by_seed():
     said = tables.few_said(rows)
     assert "+10.0 points; better in 2 of 2 seeds" in said
     assert tables.few_table(rows).rows[0] == ("LM", "35.0", "30.0 to 40.0")
-    assert tables.few_said(rows[:3]).endswith("1 of 1 seeds.")
+    assert tables.few_said(rows[:3]).endswith("1 of 1 seed.")
 
 
 def test_every_task_has_its_own_part_of_the_documents():
@@ -300,6 +300,22 @@ def test_chances_are_those_by_which_answers_are_ranked():
     assert wrong == pytest.approx(float(beta[~choices.right].mean()), abs=1e-5)
 
 
+def test_two_orders_can_be_tried_live(monkeypatch):
+    monkeypatch.setattr(methods, "load", lambda name: load("mini-300k", device="cpu"))
+    first, second = methods.smollm2_here(count=2).splitlines()
+    assert first.startswith("games, games, science, science: ")
+    assert second.startswith("science, science, games, games: ")
+    assert "of 2 right, calibrated" in second
+
+
+def test_the_rate_that_is_used_is_the_best_of_those_that_were_tried():
+    rows = tables.stored("rates").data["table"]
+    if rows:
+        best = max(rows, key=lambda row: row["accuracy"])
+        assert methods.RATE["(IA)³"] == best["rate"]
+        assert len(tables.rates_table(rows).rows) == len(rows)
+
+
 @pytest.mark.parametrize("make", [panels.few, panels.instructions])
 def test_panels_that_train_answer_at_every_position(make, monkeypatch):
     monkeypatch.setenv("EFFNB_SWEEP", "1")
@@ -322,7 +338,7 @@ def test_the_guess_about_wrong_answers_names_the_direction():
         tables.orders_said, tables.orders_table, tables.recency_said, tables.majority_table,
         tables.shots_table, tables.shots_said, tables.mixing_table, tables.mixing_said,
         tables.few_table, tables.few_said, tables.instructions_table, tables.wordings_table,
-        tables.tasks_table, tables.smollm2_table, tables.cost_table, drawings.orders,
+        tables.rates_table, tables.tasks_table, tables.smollm2_table, tables.cost_table, drawings.orders,
         drawings.shots, drawings.instructions, panels.orders,
     ],
     ids=lambda function: f"{function.__module__}.{function.__name__}",

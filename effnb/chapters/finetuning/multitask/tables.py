@@ -22,6 +22,8 @@ from effnb.lab.tables import NOT_MEASURED, Table, table
 
 CHAPTER = "04_finetuning/3_multitask"
 WAYS = ("raw", "calibrated")
+LABELLED = ("section", "match", "work", "language", "origin")
+"""The tasks of the verdict's mixture, in the order of its documents."""
 KINDS = {"new wordings": "trained tasks, new wording", "new tasks": "tasks of a new kind"}
 
 
@@ -38,6 +40,11 @@ def judged(part: str) -> StoredResult | NotMeasured:
 def percent(value: float, digits: int = 0) -> str:
     """A part as per cent."""
     return f"{tidy(100 * value, digits):.{digits}f} %"
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things: 1 seed, 3 seeds."""
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def one_decimal(value: float) -> float:
@@ -179,7 +186,7 @@ def majority_table(rows: Sequence[Row]) -> Table:
             "calibrated": ".1f",
         },
         caption=f"SmolLM2-135M: what a prompt says of no content, and how often it is right on "
-        f"{texts_of(rows)} texts; per cent, mean of {draws} draws of the examples.",
+        f"{texts_of(rows)} texts; per cent, mean of {counted(draws, 'draw')} of the examples.",
     )  # fmt: skip
 
 
@@ -208,8 +215,8 @@ def shots_table(rows: Sequence[Row]) -> Table:
             "question": "", "examples": "d", "right": ".1f", "worst draw": ".1f",
             "best draw": ".1f", "calibrated": ".1f",
         },
-        caption=f"SmolLM2-135M: per cent right on {texts_of(rows)} texts, mean of at most {draws} "
-        "draws of the examples.",
+        caption=f"SmolLM2-135M: per cent right on {texts_of(rows)} texts, mean of at most "
+        f"{counted(draws, 'draw')} of the examples.",
     )  # fmt: skip
 
 
@@ -273,7 +280,7 @@ def mixing_table(rows: Sequence[Row]) -> Table:
         lines,
         {"trained": ""} | dict.fromkeys((*names, "mean"), ".1f"),
         caption="mini-1m: per cent right on each task with labels, tasks from the largest to the "
-        f"smallest; mean of at most {seeds} seeds. One model each: as many steps in all.",
+        f"smallest; mean of at most {counted(seeds, 'seed')}. One model each: as many steps in all.",
     )
 
 
@@ -290,6 +297,22 @@ def mixing_said(rows: Sequence[Row]) -> str | NotMeasured:
     }
     said = [f"{name} {100 * change:+.1f}".replace("-", "−") for name, change in changes.items()]
     return f"From parts by size to equal parts, in points: {spoken(said)}."
+
+
+@if_measured
+def rates_table(rows: Sequence[Row]) -> Table:
+    """(IA)³ at a few learning rates."""
+    return table(
+        [
+            {"rate": row["rate"]}
+            | {name: one_decimal(row[name]) for name in LABELLED}
+            | {"mean": one_decimal(row["accuracy"])}
+            for row in rows
+        ],
+        {"rate": ".2g"} | dict.fromkeys((*LABELLED, "mean"), ".1f"),
+        caption="mini-1m with one (IA)³ for five tasks, after equally many steps: per cent right "
+        "on validation texts, by the learning rate.",
+    )
 
 
 def repeats(sizes: dict[str, int], rows: int, *, cap: int | None, temperature: float) -> dict:
@@ -343,7 +366,7 @@ def few_table(rows: Sequence[Row]) -> Table:
         lines,
         columns,
         caption="mini-1m with (IA)³, 16 examples of each label: per cent right, mean of at most "
-        f"{seeds} seeds, and the range over them.",
+        f"{counted(seeds, 'seed')}, and the range over them.",
     )
 
 
@@ -362,7 +385,7 @@ def few_said(rows: Sequence[Row]) -> str:
             better = sum(gain > 0 for gain in gains)
             lines.append(
                 f"{name}: all three losses against the first alone, {100 * fmean(gains):+.1f} "
-                f"points; better in {better} of {len(both)} seeds."
+                f"points; better in {better} of {counted(len(both), 'seed')}."
             )
     return "\n".join(lines).replace("-", "−")
 
@@ -392,7 +415,7 @@ def instructions_table(rows: Sequence[Row]) -> Table:
         lines,
         {"judged by": ""} | dict.fromkeys(("untrained", "trained", "least", "most"), ".1f"),
         caption="mini-1m, trained on instructions without any pair task: per cent right, mean, "
-        f"least and most of {seeds} seeds.",
+        f"least and most of {counted(seeds, 'seed')}.",
     )
 
 
@@ -446,8 +469,6 @@ METHODS = {
     "(IA)³": "all: one (IA)³",
     "one for each": "each: five models",
 }
-LABELLED = ("section", "match", "work", "language", "origin")
-"""The tasks of the table below, in the order of its documents."""
 
 
 @if_measured
@@ -470,7 +491,8 @@ def tasks_table(rows: Sequence[Row], names: Sequence[str] = LABELLED) -> Table:
     return table(
         lines,
         {"one for": ""} | dict.fromkeys((*names, "mean"), ".1f"),
-        caption=f"mini-1m on five tasks in equal parts: per cent right, mean of {seeds} seeds.",
+        caption=f"mini-1m on five tasks in equal parts: per cent right, mean of "
+        f"{counted(seeds, 'seed')}.",
     )
 
 
@@ -494,7 +516,7 @@ def smollm2_table(rows: Sequence[Row]) -> Table:
         lines,
         {"asked by": ""} | dict.fromkeys(("right", "least", "most"), ".1f"),
         caption=f"SmolLM2-135M, two questions, {texts} texts that no picture rests on: per cent "
-        "right. Least and most: over five draws of the examples.",
+        "right. Least and most: over the draws of the examples.",
     )
 
 
