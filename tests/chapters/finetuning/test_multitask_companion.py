@@ -338,8 +338,8 @@ def test_the_guess_about_wrong_answers_names_the_direction():
         tables.orders_said, tables.orders_table, tables.recency_said, tables.majority_table,
         tables.shots_table, tables.shots_said, tables.mixing_table, tables.mixing_said,
         tables.few_table, tables.few_said, tables.instructions_table, tables.wordings_table,
-        tables.rates_table, tables.tasks_table, tables.smollm2_table, tables.cost_table, drawings.orders,
-        drawings.shots, drawings.instructions, panels.orders,
+        tables.rates_table, tables.tasks_table, tables.smollm2_table, tables.cost_table,
+        drawings.orders, drawings.shots, drawings.instructions, panels.orders,
     ],
     ids=lambda function: f"{function.__module__}.{function.__name__}",
 )  # fmt: skip

@@ -41,7 +41,7 @@ def orders(rows: Sequence[Row], question: str = "topic") -> CaptionedFigure:
         axes.axhline(50, color="0.45", linestyle=":")
         initials = ["\n".join(words[int(k)][0] for k in row["labels"]) for row in own]
         axes.set_xticks(list(places), initials, fontsize=7)
-        axes.set_ylim(30, 102)
+        axes.set_ylim(min(30.0, 100 * min(row["raw"] for row in own) - 5), 102)
         axes.set_ylabel("right, per cent")
         axes.set_xlabel(f"order of the answers: {words[0][0]} {words[0]}, {words[1][0]} {words[1]}")
         axes.grid(visible=False, axis="x")
@@ -95,6 +95,7 @@ def shots(rows: Sequence[Row]) -> CaptionedFigure:
             axes.set_xlabel("examples in the prompt")
             axes.set_title(name)
         panes[0].set_ylabel("right, per cent")
+        panes[0].set_ylim(min(25.0, 100 * min(row["raw"] for row in rows) - 5), 102)
         panes[-1].legend(loc="lower right", fontsize=8)
 
     return figure(

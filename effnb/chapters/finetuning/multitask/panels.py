@@ -62,7 +62,7 @@ def orders(rows: Sequence[Row], asked: str = "language") -> Panel:
         here = result["place"]
         left.plot([here], [heights[here - 1]], "o", color=COLOURS[result["way"]], markersize=10)
         left.axhline(50, color="0.45", linestyle=":")
-        left.set_ylim(30, 102)
+        left.set_ylim(min(30.0, min(heights) - 5), 102)
         left.set_xlabel("orders, from the worst answers to the best")
         left.set_ylabel("right, per cent")
         shares = [100 * share for share in result["row"]["nothing"]]
@@ -70,6 +70,7 @@ def orders(rows: Sequence[Row], asked: str = "language") -> Panel:
         right.set_xticks([0, 1], result["words"])
         right.axhline(50, color="0.45", linestyle=":")
         right.set_ylim(0, 100)
+        right.set_ylabel("per cent")
         right.set_title("asked about nothing")
 
     def text(result: Mapping[str, Any]) -> str:

@@ -280,7 +280,8 @@ def mixing_table(rows: Sequence[Row]) -> Table:
         lines,
         {"trained": ""} | dict.fromkeys((*names, "mean"), ".1f"),
         caption="mini-1m: per cent right on each task with labels, tasks from the largest to the "
-        f"smallest; mean of at most {counted(seeds, 'seed')}. One model each: as many steps in all.",
+        f"smallest; mean of at most {counted(seeds, 'seed')}. One model each: as many steps in "
+        "all.",
     )
 
 
