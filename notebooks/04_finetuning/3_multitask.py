@@ -68,7 +68,7 @@ drawings.orders(orders)
 print(tables.orders_said(orders))
 
 # %% [markdown]
-# An order that no one thought about can decide what a model seems to be able to do. **Calibration**, the second set of points, asks the same prompt about *nothing* and takes that answer into account. It needs no label and no training.
+# Wherever two columns differ, nothing but the order has made the difference. **Calibration**, the second set of points, asks the same prompt about *nothing* and takes that answer into account. It needs no label and no training.
 #
 # **Predict first:** how much does the order decide for another question? The panel takes your guess before it answers. Then move through the orders, and watch what the prompt says of nothing.
 
@@ -298,7 +298,7 @@ tables.cost_table(tables.stored("orders").data["costs"])
 tables.orders_table(orders)
 
 # %% [markdown]
-# The last column tells what goes wrong. A prompt that gives nearly all texts the same label is right on half of them, whatever it knows. Where does the preference come from? First the **last shot**, over all orders:
+# The last column helps to explain a bad order. A prompt that gives nearly all texts the same label is right on half of them, whatever the model knows. Where does the preference come from? First the **last shot**, over all orders:
 
 # %% tags=["nbval-check-output"]
 print(tables.recency_said(orders))
@@ -468,7 +468,7 @@ exercises.calibration.solution()
 #
 # **T-Few with another delta.** The three losses do not know what they train: `t_few_loss` works with a LoRA or a prefix as well. (IA)³ is the choice of the authors because rows of one batch can have different vectors.
 #
-# **Which one?** Without labels, prompt and calibrate, and try several orders before you believe a number. With a few dozen labeled texts, train a delta with all answers in the loss. With many tasks, mix them with a cap, and keep one model. Expect skill on *new* tasks only from models far larger than those here.
+# **Which one?** Without labels, prompt, and try several orders, calibrated and not, before you believe a number. With a few dozen labeled texts, train a delta with all answers in the loss. With many tasks, mix them with a cap, and keep one model. The published gains on *new* tasks are those of models thousands of times larger than `mini-1m`.
 #
 # ## Further reading
 #
