@@ -135,7 +135,7 @@ tables.repeats_table()
 #
 # The first makes the right answer likely. The second, **unlikelihood**, runs over the tokens $\hat y_t$ of all wrong answers and makes them unlikely. The third compares: $\beta$ is the mean log-probability of an answer's tokens, and the right one should have the largest. Answers are chosen by $\beta$ afterwards, so this loss trains what is used.
 #
-# By hand: the right answer's two tokens have the log-probabilities −0.1 and −0.2. One wrong answer has −1, −2 and −0.5, another a single −3. So $\beta$ is −0.15, −1.17 and −3:
+# By hand: the right answer's two tokens have the log-probabilities −0.1 and −0.2. One wrong answer has −1, −2 and −0.5, another a single −3. So $\beta$ is −0.15, −1.167 and −3:
 
 # %% tags=["nbval-check-output"]
 from effnb.finetuning import t_few
