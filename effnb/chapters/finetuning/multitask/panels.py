@@ -157,7 +157,7 @@ def mixture() -> Panel:
         text=text,
         title="Mix the tasks",
         caption="Tasks with unequal numbers of examples. Left: the part of each in the batches. "
-        f"Right: how often each of its examples is seen in {ROWS:,} rows.",
+        f"Right: how often each of its examples is seen in {ROWS:,} rows; dotted: once.",
         figsize=(6.6, 2.4),
         main="temperature",
         frames={"temperature": None, "cap": ["none", "256"]},
@@ -232,9 +232,10 @@ def few(name: str = "section") -> Panel:
         left.set_yticks([0, 1], ["trained", "untrained"])
         left.set_xlim(0, 100)
         left.set_xlabel("right, per cent")
-        right.barh([1, 0], result["chances"], color=[PALETTE[2], PALETTE[1]], height=0.6)
+        shares = [100 * math.exp(nats) for nats in result["chances"]]
+        right.barh([1, 0], shares, color=[PALETTE[2], PALETTE[1]], height=0.6)
         right.set_yticks([1, 0], ["right answer", "wrong ones"])
-        right.set_xlabel("nats a token")
+        right.set_xlabel("probability of a token, per cent")
 
     def text(result: Mapping[str, Any]) -> str:
         good, bad = result["chances"]
@@ -254,7 +255,7 @@ def few(name: str = "section") -> Panel:
         text=text,
         title="Learn six topics from a few examples",
         caption="mini-1m with (IA)³ after a short training. Left: test texts that get their topic; "
-        "dotted: guessing. Right: the mean log-probability of the answers' tokens.",
+        "dotted: guessing. Right: the geometric mean of the probabilities of the answers' tokens.",
         figsize=(6.6, 1.9),
         trains=True,
         main="losses",
