@@ -320,7 +320,7 @@ drawings.shots(shots)
 print(tables.shots_said(shots))
 
 # %% [markdown]
-# The verdict on prompting rests on other texts, asked in four ways:
+# The verdict on prompting rests on other texts, asked in four ways. Where a question comes out at half, the prompt has given one label to nearly all of its texts:
 
 # %% tags=["nbval-check-output"]
 tables.smollm2_table(tables.judged("smollm2").data["table"])

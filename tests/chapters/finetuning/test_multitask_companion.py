@@ -251,7 +251,7 @@ def test_wordings_and_ways_of_asking_have_tables():
     assert [row[-1] for row in tables.wordings_table(rows).rows] == ["50.0", "25.0"] * 2
     rows = [{"method": "examples", "seed": s, "documents": [1.0, s / 2]} for s in range(3)]
     assert tables.smollm2_table(rows).rows == (
-        ("a pattern and four examples", "75.0", "50.0", "100.0"),
+        ("a pattern and four examples", "100.0", "50.0", "75.0", "50.0", "100.0"),
     )
     rows = [
         {"judged": what, "method": method, "seed": 0, "documents": [value]}

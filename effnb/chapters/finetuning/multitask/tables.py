@@ -500,14 +500,20 @@ def tasks_table(rows: Sequence[Row], names: Sequence[str] = LABELLED) -> Table:
 @if_measured
 def smollm2_table(rows: Sequence[Row]) -> Table:
     """The unchanged model, asked in four ways."""
-    lines = []
+    lines, names = [], list(methods.QUESTIONS)
+    each = len(rows[0]["documents"]) // len(names)
     for method in ("bare text", "words", "examples", "examples, calibrated"):
-        own = [fmean(row["documents"]) for row in pick(rows, method=method)]
+        found = [row["documents"] for row in pick(rows, method=method)]
+        own = [fmean(documents) for documents in found]
         if own:
             lines.append(
-                {
-                    "asked by": ASKED[method],
-                    "right": one_decimal(fmean(own)),
+                {"asked by": ASKED[method]}
+                | {
+                    name: one_decimal(fmean(fmean(d[i * each : (i + 1) * each]) for d in found))
+                    for i, name in enumerate(names)
+                }
+                | {
+                    "both": one_decimal(fmean(own)),
                     "least": one_decimal(min(own)),
                     "most": one_decimal(max(own)),
                 }
@@ -515,7 +521,7 @@ def smollm2_table(rows: Sequence[Row]) -> Table:
     texts = len(rows[0]["documents"])
     return table(
         lines,
-        {"asked by": ""} | dict.fromkeys(("right", "least", "most"), ".1f"),
+        {"asked by": ""} | dict.fromkeys((*names, "both", "least", "most"), ".1f"),
         caption=f"SmolLM2-135M, two questions, {texts} texts that no picture rests on: per cent "
         "right. Least and most: over the draws of the examples.",
     )
