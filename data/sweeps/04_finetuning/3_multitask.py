@@ -6,15 +6,18 @@
 Each part is written to `data/results/04_finetuning/3_multitask/<part>.json`, row by row:
 
 orders        SmolLM2 on two questions: four examples in all 24 orders, as they are and calibrated;
-              48 texts (12 minutes)
-majority      the same with 0 to 4 of the four examples of one label (3 minutes)
-shots         0 to 8 examples, five draws of them (5 minutes)
-mixing        one `mini-1m` for six tasks at four temperatures, with a cap, and one model for each
-              task, three seeds (20 minutes)
+              32 texts (6 minutes)
+majority      the same with 0 to 4 of the four examples of one label; two draws, 24 texts
+              (2 minutes)
+shots         0 to 8 examples, three draws of them; 24 texts (3 minutes)
+rates         (IA)³ of `mini-1m` on five tasks at three learning rates, by validation texts
+              (2 minutes)
+mixing        one `mini-1m` for six tasks at three temperatures, with a cap, and one model for each
+              task, two seeds (4 minutes)
 few           16 examples of each label on `mini-1m`: (IA)³ by the language-model loss alone and
-              with each of T-Few's other losses, five seeds (6 minutes)
+              with each of T-Few's other losses, three seeds (3 minutes)
 instructions  `mini-1m` trained on instructions without pair tasks, in one wording of each task and
-              in two: judged by new examples, new wordings and new tasks, five seeds (10 minutes)
+              in two: judged by new examples, new wordings and new tasks, three seeds (4 minutes)
 
 Minutes are estimates for one idle core. Answers are stored as strings of 0 and 1, one for each
 document.
@@ -30,6 +33,7 @@ from typing import Any
 
 from effnb.chapters.finetuning.multitask import methods
 from effnb.chapters.finetuning.multitask.methods import MIXED, QUESTIONS, ask, both_ways
+from effnb.chapters.finetuning.multitask.tables import LABELLED, costs_of
 from effnb.finetuning.instructions import instruction_batches
 from effnb.finetuning.prompting import orders as permutations
 from effnb.finetuning.t_few import LOSSES
@@ -39,15 +43,21 @@ from effnb.lab.sweeps import chapter_of, run
 from effnb.lab.task_inputs import choose
 from effnb.lab.tasks import task
 
-TEXTS = 48
+TEXTS = 32
+"""Test texts that all orders are tried on."""
+FEWER = 24
+"""Those of the other tables of SmolLM2."""
 SHOTS = (0, 1, 2, 4, 8)
-DRAWS = (0, 1, 2, 3, 4)
-SEEDS = (0, 1, 2)
-TEMPERATURES = {"1": 1.0, "2": 2.0, "4": 4.0, "∞": math.inf}
+DRAWS = (0, 1, 2)
+SEEDS = (0, 1)
+TEMPERATURES = {"1": 1.0, "2": 2.0, "∞": math.inf}
 CAP = 256
-MIXED_STEPS, ALONE_STEPS, FOLLOWED_STEPS = 240, 40, 120
+MIXED_STEPS, ALONE_STEPS, FOLLOWED_STEPS = 120, 20, 100
 """Six tasks at once take as many steps as six models, each for one of them."""
-JUDGED = 60
+RATES = (1e-2, 3e-2, 1e-1)
+RATES_STEPS, VALIDATED = 100, 24
+JUDGED = 40
+"""Test documents of each task."""
 FEW_TASKS = ("section", "match")
 SUBSETS = {
     "LM": LOSSES[:1],
@@ -87,7 +97,8 @@ def answered(loaded: Any, question: methods.Question, shots: Any, texts: Any) ->
 def orders() -> None:
     """All 24 orders of the same four examples."""
     loaded = load("smollm2-135m", device="cpu")
-    table = Table("orders", texts=TEXTS, model="smollm2-135m")
+    costs = costs_of(loaded.tokenizer, loaded.model.config, TEXTS)
+    table = Table("orders", texts=TEXTS, model="smollm2-135m", costs=costs)
     for name, question in QUESTIONS.items():
         texts = question.examples("test", TEXTS, 0)
         for number, shots in enumerate(permutations(question.examples("train", 4, 1))):
@@ -100,11 +111,11 @@ def orders() -> None:
 
 
 def majority() -> None:
-    """Four examples of which 0 to 4 have the first label, three draws."""
+    """Four examples of which 0 to 4 have the first label, two draws."""
     loaded = load("smollm2-135m", device="cpu")
-    table = Table("majority", texts=TEXTS, model="smollm2-135m")
+    table = Table("majority", texts=FEWER, model="smollm2-135m")
     for name, question in QUESTIONS.items():
-        texts = question.examples("test", TEXTS, 0)
+        texts = question.examples("test", FEWER, 0)
         for seed in SEEDS:
             pool = question.examples("train", 16, seed + 1)
             own = [[e for e in pool if question.label(e) == k] for k in (0, 1)]
@@ -119,14 +130,14 @@ def majority() -> None:
 
 
 def shots() -> None:
-    """More and more examples, five draws."""
+    """More and more examples, three draws; without any there is nothing to draw."""
     loaded = load("smollm2-135m", device="cpu")
-    table = Table("shots", texts=TEXTS, model="smollm2-135m")
+    table = Table("shots", texts=FEWER, model="smollm2-135m")
     for name, question in QUESTIONS.items():
-        texts = question.examples("test", TEXTS, 0)
+        texts = question.examples("test", FEWER, 0)
         for seed in DRAWS:
             pool = question.examples("train", max(SHOTS), seed + 1)
-            for count in SHOTS:
+            for count in SHOTS if seed == DRAWS[0] else SHOTS[1:]:
                 about = {"model": loaded.name, "question": name, "shots": count, "seed": seed}
                 table.add(
                     about,
@@ -139,6 +150,30 @@ def shots() -> None:
 # -------------------------------------------------------------------------------- mini-1m
 
 
+def rates() -> None:
+    """Learning rates of (IA)³ on five tasks in equal parts."""
+    loaded = load("mini-1m", device="cpu")
+    table = Table("rates", steps=RATES_STEPS, documents=VALIDATED, model="mini-1m")
+    sizes = dict.fromkeys(LABELLED, 512)
+    equal = methods.mixture(sizes, cap=None, temperature=math.inf)
+
+    def measure(rate: float) -> dict[str, Any]:
+        tuned = methods.many_tasks(
+            loaded.model, loaded.tokenizer, equal, steps=RATES_STEPS, sizes=sizes,
+            method="(IA)³", rate=rate,
+        )  # fmt: skip
+        found = {
+            name: fmean(methods.judged(tuned, loaded.tokenizer, name, VALIDATED, "validation"))
+            for name in LABELLED
+        }
+        return {name: round(value, 4) for name, value in found.items()} | {
+            "accuracy": round(fmean(found.values()), 4)
+        }
+
+    for rate in RATES:
+        table.add({"model": loaded.name, "rate": rate}, lambda rate=rate: measure(rate))
+
+
 def mixing() -> None:
     """One model for six tasks of unequal size, and one for each."""
     loaded = load("mini-1m", device="cpu")
@@ -146,8 +181,9 @@ def mixing() -> None:
 
     def measure(rates: dict[str, float], method: str, seed: int, steps: int) -> dict[str, Any]:
         tuned = methods.many_tasks(
-            loaded.model, loaded.tokenizer, rates, steps=steps, method=method, seed=seed
-        )
+            loaded.model, loaded.tokenizer, rates, steps=steps, method=method, seed=seed,
+            rate=methods.RATE[method],
+        )  # fmt: skip
         row: dict[str, Any] = {"rates": {name: round(rate, 4) for name, rate in rates.items()}}
         for name in rates:
             found = methods.judged(tuned, loaded.tokenizer, name, JUDGED)
@@ -253,8 +289,8 @@ def instructions() -> None:
 
 
 PARTS = {
-    "orders": orders, "majority": majority, "shots": shots, "mixing": mixing, "few": few,
-    "instructions": instructions,
+    "orders": orders, "majority": majority, "shots": shots, "rates": rates, "mixing": mixing,
+    "few": few, "instructions": instructions,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -101,10 +101,9 @@ def tasks(table: Table) -> None:
     steps = STEPS * len(LABELLED)
 
     def tuned(rates: dict[str, float], steps: int, seed: int, method: str = "full") -> nn.Module:
-        rate = 1e-2 if method == "(IA)³" else 1e-3
         return methods.many_tasks(
             loaded.model, loaded.tokenizer, rates, steps=steps, sizes=sizes, method=method,
-            rate=rate, seed=seed,
+            rate=methods.RATE[method], seed=seed,
         )  # fmt: skip
 
     def together(seed: int, method: str) -> dict[str, Any]:

@@ -10,8 +10,10 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from effnb.core.modules import clone
@@ -21,7 +23,15 @@ from effnb.finetuning.contextual_calibration import calibrate, content_free
 from effnb.finetuning.instructions import Instance, InstructionTask
 from effnb.finetuning.mixing import mixed_batches, mixing_rates
 from effnb.finetuning.prompting import Pattern, Verbalizer, label_probabilities
-from effnb.finetuning.t_few import Choices, choices_of, rank, t_few_loss
+from effnb.finetuning.t_few import (
+    Choices,
+    answer_log_probs,
+    choices_of,
+    rank,
+    scores,
+    t_few_loss,
+)
+from effnb.lab import load
 from effnb.lab.task_inputs import as_texts, choose, decoder_batch, target_likelihoods
 from effnb.lab.tasks import Example, Task, task
 
@@ -127,11 +137,32 @@ def both_ways(
     }
 
 
+def smollm2_here(name: str = "topic", count: int = 8) -> str:
+    """Two orders of four examples on SmolLM2, here and now."""
+    loaded = load("smollm2-135m")
+    question = QUESTIONS[name]
+    shots, texts = question.examples("train", 4, 1), question.examples("test", count, 0)
+    first = sorted(shots, key=question.label)
+    lines = []
+    for order in (first, first[::-1]):
+        ways = both_ways(
+            question, *ask(loaded.model, loaded.tokenizer, question, order, texts), texts
+        )
+        said = ", ".join(question.words[question.label(example)] for example in order)
+        lines.append(
+            f"{said}: {sum(ways['raw'])} of {count} right, calibrated {sum(ways['calibrated'])}"
+        )
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------- one model for many tasks
 
 
 MIXED = {"section": 2048, "match": 1024, "work": 512, "language": 256, "origin": 128, "summary": 64}
 """Tasks of the mixture, and of how many training examples each has some left."""
+
+RATE = {"full": 1e-3, "(IA)³": 3e-2}
+"""Learning rates for a few hundred steps; that of (IA)³ is the best of the stored part `rates`."""
 
 
 def mixture(sizes: Mapping[str, int], *, cap: int | None, temperature: float) -> dict[str, float]:
@@ -185,10 +216,12 @@ def many_tasks(
     return tuned.eval()
 
 
-def judged(model: nn.Module, tokenizer: Any, name: str, count: int) -> list[float]:
-    """A task's test documents: right or wrong, or for a text to write its nats a token."""
+def judged(
+    model: nn.Module, tokenizer: Any, name: str, count: int, split: str = "test"
+) -> list[float]:
+    """A task's held-out documents: right or wrong, or for a text to write its nats a token."""
     found = task(name)
-    examples = one_per_document(found.test, count)
+    examples = one_per_document(getattr(found, split), count)
     if found.labels:
         chosen = choose(model, tokenizer, found, examples, tokens=TOKENS)
         return [float(c == e.label) for c, e in zip(chosen, examples, strict=True)]
@@ -224,6 +257,7 @@ def t_few(
     shots: int,
     losses: Sequence[str],
     steps: int = 60,
+    rate: float = 1e-1,
     seed: int = 0,
     progress: bool | Callable = False,
 ) -> nn.Module:
@@ -237,7 +271,7 @@ def t_few(
 
     tuned = ia3.attach(model)
     settings = TrainingSettings(
-        steps=steps, learning_rate=1e-2, warmup_steps=min(4, steps), seed=seed
+        steps=steps, learning_rate=rate, warmup_steps=min(4, steps), seed=seed
     )
     train(tuned, batch, settings, loss=lambda m, b: t_few_loss(m, b, losses), progress=progress)
     return tuned.eval()
@@ -253,6 +287,20 @@ def ranked(
         chosen = rank(model, few(found, tokenizer, part)).tolist()
         rows += [c == e.label for c, e in zip(chosen, part, strict=True)]
     return rows
+
+
+@torch.inference_mode()
+def chances(
+    model: nn.Module, tokenizer: Any, found: Task, examples: Sequence[Example]
+) -> tuple[float, float]:
+    """The mean log-probability of a token of the right answers and of the wrong ones, in nats."""
+    right, wrong = [], []
+    for start in range(0, len(examples), 16):
+        choices = few(found, tokenizer, examples[start : start + 16])
+        beta = scores(answer_log_probs(model, choices), choices)
+        right += beta[choices.right].tolist()
+        wrong += beta[~choices.right].tolist()
+    return fmean(right), fmean(wrong)
 
 
 # ------------------------------------------------------------------------------ instructions
