@@ -16,7 +16,6 @@ idle core the parts take about 7 minutes, 5 seconds, 2 minutes, 3 minutes and 6 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -221,8 +220,8 @@ def needles(table: Table) -> None:
 
             def measure(kind: str = kind, seed: int = seed) -> dict[str, Any]:
                 losses, right = needle.judged(needle.trained(kind, seed), ids, values)
-                steps = needle.STEPS * needle.BATCH * needle.TOKENS
-                return {"documents": losses, "right": right, "training_tokens": steps}
+                seen = needle.BATCH * sum(needle.lengths())
+                return {"documents": losses, "right": right, "training_tokens": seen}
 
             table.add(row, measure)
 

@@ -74,7 +74,7 @@ def linformer(q: Heads, k: Heads, v: Heads, budget: int) -> Heads:
 
 
 def linear(q: Heads, k: Heads, v: Heads, budget: int = 0) -> Heads:
-    """elu + 1; its state has the head's width, whatever the budget."""
+    """Elu + 1; its state has the head's width, whatever the budget."""
     return linear_attention(q, k, v, causal=False)
 
 
@@ -112,7 +112,7 @@ FORMS = {
 
 
 @torch.inference_mode()
-def error(name: str, q: Heads, k: Heads, v: Heads, budget: int) -> Float[Tensor, "heads"]:
+def error(name: str, q: Heads, k: Heads, v: Heads, budget: int) -> Float[Tensor, " heads"]:
     r"""$\lVert o - o^\star \rVert / \lVert o^\star \rVert$ of each head, against what is exact."""
     form = FORMS[name]
     exact = form.exact(q, k, v)

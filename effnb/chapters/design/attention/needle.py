@@ -81,12 +81,16 @@ def far_texts(count: int, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
     return texts(count, torch.Generator().manual_seed(10_000), tokens, away)
 
 
+def lengths(steps: int = STEPS, tokens: int = TOKENS) -> list[int]:
+    """The length of the texts of each step: short ones first, from which it is easier to learn."""
+    return [int(tokens * GROWTH[4 * step // steps]) for step in range(steps)]
+
+
 def trained(kind: str, seed: int, steps: int = STEPS, tokens: int = TOKENS) -> Needle:
     """An encoder after a short training."""
     model = Needle(kind, seed)
     generator = torch.Generator().manual_seed(seed)
-    lengths = [int(tokens * GROWTH[4 * step // steps]) for step in range(steps)]
-    batches = [texts(BATCH, generator, length) for length in lengths]
+    batches = [texts(BATCH, generator, length) for length in lengths(steps, tokens)]
     settings = TrainingSettings(
         steps=steps, learning_rate=RATE, warmup_steps=min(10, steps), schedule="wsd", seed=seed
     )

@@ -144,10 +144,11 @@ def judged(
     first, last = JUDGED
     losses = read(model, texts, reading, segment)[:, first:last]
     by_segment = losses.unflatten(1, (-1, SEGMENT))
+    places = by_segment.mean((0, 1)).unflatten(0, (-1, 4)).mean(1)
     return {
         "documents": [round(x, 5) for x in losses.mean(1).tolist()],
         "start_documents": [round(x, 5) for x in by_segment[..., :EDGE].mean((1, 2)).tolist()],
-        "places": [round(x, 4) for x in by_segment.mean((0, 1)).unflatten(0, (-1, 4)).mean(1).tolist()],
+        "places": [round(x, 4) for x in places.tolist()],
     }  # fmt: skip
 
 
