@@ -295,7 +295,8 @@ def test_stored_scores_of_the_models_are_whole():
     """Every shipped model has been scored as it now is, and beats guessing by far."""
     scores = results.read("models").data
     manifest = json.loads((ROOT / "data" / "models" / "MANIFEST.json").read_text())
-    assert set(scores) == set(manifest) - {"tokenizer"}
+    # Twins of another architecture are compared on their chapter's own texts.
+    assert set(scores) == {name for name in manifest if name.startswith("mini-")}
     for name, about in scores.items():
         assert about["weights_sha256"] == manifest[name]["model.safetensors"]["sha256"], (
             f"{name} was trained again since; run python data/check_models.py"

@@ -131,9 +131,7 @@ class Verdict:
                 "counts": one.part.counts, "expect": one.part.expect,
                 "bound": one.part.bound, "margin": one.part.margin,
             }  # fmt: skip
-            parts.append(
-                {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-            )
+            parts.append({k: _as_carried(v) for k, v in row.items()})
         return {
             "id": self.claim.id,
             "verdict": self.outcome,
@@ -233,12 +231,17 @@ def unregistered(verdict: Mapping[str, Any]) -> list[str]:
     for name in parts.keys() & claim.parts.keys():
         for key in ("expect", "bound", "margin"):
             registered = getattr(claim.parts[name], key)
-            if parts[name][key] != registered:
+            if parts[name][key] != _as_carried(registered):
                 found.append(
                     f"{claim.id} judges {name!r} by the {key} {parts[name][key]}, and "
                     f"{registered} is registered"
                 )
     return sorted(found)
+
+
+def _as_carried(value: Any) -> Any:
+    """A registered value as a built page carries it: its numbers have six digits."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def joint(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
