@@ -32,10 +32,10 @@ from effnb.lab.models import LoadedModel
 
 RANK, WINDOW, GLOBAL = 4, 3, 1
 """The paper's rank, and what is added to every prediction: a window and the first token."""
-BUCKETS = (2, 4, 8, 16, 32, 64)
-CLUSTERS = (2, 4, 8, 16, 32)
+BUCKETS = (4, 8, 16, 32, 64)
+CLUSTERS = (4, 8, 16, 32)
 TOP = 2
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """For the distance rule: which share of pairs the threshold lets through."""
 WINDOWS = (2, 4, 8, 16, 32, 64, 128, 256)
 SETTINGS = {
@@ -104,7 +104,7 @@ class Finder:
         steps: Steps of training.
     """
 
-    def __init__(self, seen: Heads, *, rank: int = RANK, seed: int = 0, steps: int = 200) -> None:
+    def __init__(self, seen: Heads, *, rank: int = RANK, seed: int = 0, steps: int = 120) -> None:
         self.projections: Projections = fit_projections(
             seen.q, seen.k, seen.used, rank=rank, visible=seen.visible, steps=steps, seed=seed
         )

@@ -1,4 +1,4 @@
-"""Transformer-XL, trained for half a minute on the characters of novels: with a memory, and not."""
+"""Transformer-XL, trained shortly on the characters of novels: with a memory, and without."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from effnb.design.attention import TransformerXL
 
 LETTERS = "\n " + string.ascii_letters + string.digits + ".,;:!?'\"()-_&"
 """The characters that are told apart; all others are one."""
-SEGMENT, MEMORY, LONGER, ROWS, STEPS = 64, 64, 256, 16, 600
+SEGMENT, MEMORY, LONGER, ROWS, STEPS = 64, 64, 256, 16, 240
 ARMS = {  # characters of a segment, of the memory; texts read side by side
     "memory": (SEGMENT, MEMORY, ROWS),
     "none": (SEGMENT, 0, ROWS),
