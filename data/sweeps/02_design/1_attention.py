@@ -36,7 +36,7 @@ SMOLLM2 = {"length": 1024, "texts": 2, "chunk": 16}
 SMOLLM2_CACHES = ((256, 0), (256, 4), (through.EVERYTHING, 0), (256, 1))
 MINI = {"length": 2048, "texts": 4, "chunk": 8}
 WINDOWS, SINKS = (64, 128, 256), (0, 4)
-STEPS, EVERY, SHAPE, RATE = 30, 10, (8, 128), 3e-4
+STEPS, EVERY, SHAPE, RATE = 30, 10, (8, 128), 1e-3
 POOLINGS = ("mean", "first", "random")
 DOCUMENTS = 12
 
@@ -118,7 +118,7 @@ def uptrained(
         warmup_steps=min(3, STEPS),
         schedule="linear",
         evaluate_every=EVERY,
-    )
+    )  # fmt: skip
     train(model, batches.__getitem__, settings, loss=causal_lm_loss, evaluate=look)
     return iter(found)
 
