@@ -45,7 +45,7 @@ SETTINGS = {
     "window": WINDOWS,
     "random": SHARES,
 }
-TEXTS, TOKENS = 8, 256
+TEXTS, TOKENS = 8, 128
 """Texts that projections are learned from, and tokens of each."""
 
 

@@ -19,7 +19,7 @@ VALUES, NOISE, TOKENS = 8, 56, 256
 FIRST, ASKS = VALUES + NOISE, VALUES + NOISE + 1
 WINDOW, HEADS, WIDTH, LAYERS = 16, 1, 32, 2
 KINDS = ("full", "window", "window and global")
-STEPS, BATCH, RATE = 480, 16, 0.02
+STEPS, BATCH, RATE = 320, 16, 0.02
 GROWTH = (1 / 8, 1 / 4, 1 / 2, 1)
 """Lengths of the texts in the four quarters of a training: the last is the whole length."""
 
