@@ -7,8 +7,8 @@ Each part is written to `data/results/02_design/1_attention/<part>.json`. Idle t
 
 smollm2    a text of 1,024 tokens through SmolLM2-135M with caches of 256, by sinks (1 min)
 streaming  texts of 2,048 tokens through `mini-5m`, by size of the cache and sinks (1 min)
-grouped    `mini-300k` with one head of keys in place of two: pooled three ways, and trained a little
-           further, five seeds (1 min)
+grouped    `mini-300k` with one head of keys in place of two: pooled three ways, and trained a
+           little further, five seeds (1 min)
 
 The tables behind the verdicts are those of `1_attention_claims.py`.
 """

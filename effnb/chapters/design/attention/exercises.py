@@ -99,7 +99,8 @@ room = Exercise(
 
 def seen_pairs(tokens: int, window: int, sinks: int) -> int:
     """Pairs of a causal window, itself included, and of the first tokens, none counted twice."""
-    return sum(min(t, min(t, window) + min(sinks, max(0, t - window))) for t in range(1, tokens + 1))
+    seen = (min(t, window) + min(sinks, max(0, t - window)) for t in range(1, tokens + 1))
+    return sum(seen)
 
 
 def _twice(tokens, window, sinks):

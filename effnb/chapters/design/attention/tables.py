@@ -232,7 +232,7 @@ def costs_said(rows: Sequence[Row]) -> str:
                 f"Of the lengths that were measured, {tokens:,} is the shortest at which blocked "
                 "windows take less time than fused full attention."
             )
-    return "At none of the lengths that were measured is a blocked window faster than fused attention."
+    return "At no length that was measured is a blocked window faster than fused attention."
 
 
 # --- what is far away -----------------------------------------------------------------------------
@@ -271,8 +271,7 @@ def patterns_said(rows: Sequence[Row]) -> str:
     parts = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own, same = (
-            pick(rows, model=model, method=m)
-            for m in ("quantization", "window like quantization")
+            pick(rows, model=model, method=m) for m in ("quantization", "window like quantization")
         )
         if own and same:
             recall, base, left_out = (
