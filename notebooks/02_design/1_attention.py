@@ -276,14 +276,10 @@ panels.finder(graphs.Finder(learned, steps=60), judged)
 # %%
 from effnb.chapters.design.attention.heads import heads_of
 
-heads = heads_of(minilm.model, graphs.judged_ids(minilm, 1, 512), alpha=1.0)[1]
-drawings.errors(heads.q, heads.k, heads.v)
-
-# %%
-panels.approximations(heads)
+panels.approximations(heads_of(minilm.model, graphs.judged_ids(minilm, 1, 512), alpha=1.0)[1])
 
 # %% [markdown]
-# Read this with care: nothing was trained for these forms. A Linformer that learns its projections, or a model trained with a window, does better than the picture. What it does show is which assumption the heads of a trained model fit.
+# Read this with care: nothing was trained for these forms. A Linformer that learns its projections, or a model trained with a window, does better than this. What the panel does show is which assumption the heads of a trained model fit.
 
 # %% [markdown]
 # ## Does it hold?
@@ -365,9 +361,7 @@ compare_costs(bench.model, multi_query, bench.windows[:1, :256], labels=("origin
 # SmolLM2-135M read the text of the first picture. Its linear weights come from a file that rounded them to a 4-bit grid; all caches met the same weights. One text is one draw, so there is no interval. This is what it writes behind the text, with each cache:
 
 # %% tags=["nbval-check-output"]
-for row in real["table"]:
-    words = " ".join(row["text"].split())
-    print(f"{tables.label(row['window'], row['sinks'])}: … {words[:90]}")
+print(tables.written_said(real))
 
 # %% [markdown]
 # ## Where it breaks

@@ -119,7 +119,7 @@ def masks(tokens: int = 48) -> CaptionedFigure:
         caption=f"Who sees whom among {tokens} tokens: rows are queries, columns keys. The first "
         "three are for models that write, the others for encoders.",
         alt=f"Six square patterns. {shares}.",
-        figsize=(7.4, 1.7),
+        figsize=(7.0, 1.5),
     )
 
 
@@ -172,37 +172,22 @@ def growth(rows: Sequence[Row]) -> CaptionedFigure:
 # --- error ----------------------------------------------------------------------------------------
 
 
-def errors(q: Tensor, k: Tensor, v: Tensor) -> CaptionedFigure:
-    """Distance from exact attention over the budget, on the heads of a trained layer."""
-    found = {
-        name: [float(forms.error(name, q, k, v, b).median()) for b in forms.BUDGETS]
-        for name in forms.FORMS
-    }
-
-    def draw(fig: Figure) -> None:
-        axes = fig.subplots()
-        for name, values in found.items():
-            axes.plot(
-                forms.BUDGETS, values, "o-", color=FORM_COLOURS[name], label=name, markersize=3
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(forms.BUDGETS, [str(b) for b in forms.BUDGETS])
-        axes.set_xlabel("budget: keys, mixed keys or features for each query")
-        axes.set_ylabel("relative error")
-        name_lines(axes)
-
-    first, last = forms.BUDGETS[0], forms.BUDGETS[-1]
-    return figure(
-        draw,
-        caption=f"Relative error of the output against exact attention, median of {q.shape[1]} "
-        f"heads of MiniLM on one text of {q.shape[2]} tokens, nothing trained. LSH shares queries "
-        "and keys, so it is compared with attention that does, too.",
-        alt="; ".join(
-            f"{n}: {e[0]:.2f} at {first}, {e[-1]:.2f} at {last}" for n, e in found.items()
+def error_axes(axes: Axes, found: Mapping[str, Mapping[int, float]], chosen: str) -> None:
+    """Distance from exact attention over the budget, one form of all in colour."""
+    for name, values in found.items():
+        own = name == chosen
+        axes.plot(
+            list(values),
+            list(values.values()),
+            "o-",
+            color=FORM_COLOURS[name] if own else "0.82",
+            zorder=3 if own else 1,
+            markersize=4 if own else 2,
         )
-        + ".",
-        figsize=(6.6, 2.9),
-    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(forms.BUDGETS, [str(b) for b in forms.BUDGETS])
+    axes.set_ylim(0, 1.8)
+    axes.set_xlabel("keys, mixed keys or features")
 
 
 # --- recurrence -----------------------------------------------------------------------------------
@@ -239,7 +224,7 @@ def places(rows: Sequence[Row]) -> CaptionedFigure:
             if c
         )
         + ".",
-        figsize=(5.8, 2.3),
+        figsize=(5.0, 1.9),
     )
 
 

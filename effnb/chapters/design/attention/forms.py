@@ -25,7 +25,7 @@ from effnb.design.attention import (
 from effnb.kernels.local_attention import local_attention
 
 Heads = Float[Tensor, "batch heads time dim"]
-BUDGETS = (16, 32, 64, 128, 256)
+BUDGETS = (16, 32, 64, 128)
 
 
 def full(q: Heads, k: Heads, v: Heads, budget: int = 0) -> Heads:

@@ -69,6 +69,15 @@ def sinks_said(data: Row) -> str:
 
 
 @if_measured
+def written_said(data: Row, letters: int = 90) -> str:
+    """What a model writes behind a text with each cache, a line each."""
+    return "\n".join(
+        f"{label(row['window'], row['sinks'])}: … {' '.join(row['text'].split())[:letters]}"
+        for row in data["table"]
+    )
+
+
+@if_measured
 def mini_said(data: Row) -> str:
     """What sinks and a small cache do for the model of the bench, in sentences."""
     windows = sorted({row["window"] for row in data["table"] if row["window"] != EVERYTHING})
