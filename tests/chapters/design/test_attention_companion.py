@@ -125,7 +125,7 @@ def test_heads_are_those_of_the_model_with_its_own_softmax(small):
 def heads():
     """Two texts whose queries look for keys of their own kind."""
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (2 * torch.randn(2, 3, 32, 8, generator=draw) for _ in range(3))
+    q, k, v = (2 * torch.randn(2, 3, 64, 8, generator=draw) for _ in range(3))
     weights = entmax15(q @ k.mT / 8**0.5)
     return Heads(q, k, v, weights, causal=False)
 

@@ -399,9 +399,9 @@ def finder(found: graphs.Finder, judged: Heads, head: int = 0) -> Panel:
         draw,
         text=text,
         title="Find the pairs",
-        caption=f"Left: the first {SEEN} tokens of one head; blue pairs are predicted and in use, orange ones are "
-        "missed, pale ones predicted for nothing. Right: recall over sparsity of every rule, means "
-        "over the heads of the layer; the circle is this setting.",
+        caption=f"Left: the first {SEEN} tokens of one head; blue pairs are predicted and in use, "
+        "orange ones are missed, pale ones predicted for nothing. Right: recall over sparsity of "
+        "every rule, means over the heads of the layer; the circle is this setting.",
         figsize=(5.8, 2.2),
         main="step",
         frames={"step": [2, 4]},
