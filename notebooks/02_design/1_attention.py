@@ -305,8 +305,11 @@ drawings.places(recurrent)
 # %%
 tables.recurrence_table(recurrent)
 
+# %% tags=["nbval-check-output"]
+print(tables.recurrence_said(recurrent))
+
 # %% [markdown]
-# The row with another text's memory is the control: if any memory would do, the text itself was not used.
+# Compare two readings of *one* model to see what the memory itself is worth, and two models to see what a few hundred steps have taught each. The row with another text's memory is the control: if any memory would do, the text itself was not used.
 #
 # **Local and global attention.**
 

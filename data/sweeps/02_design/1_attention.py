@@ -34,9 +34,9 @@ from effnb.lab.texts import long_texts
 BIN, WRITTEN = 64, 32
 SMOLLM2 = {"length": 1024, "texts": 1, "chunk": 32}
 SMOLLM2_CACHES = ((256, 0), (256, 4), (through.EVERYTHING, 0), (256, 1))
-MINI = {"length": 2048, "texts": 3, "chunk": 8}
-WINDOWS, SINKS = (64, 256), (0, 4)
-STEPS, EVERY, SHAPE, RATE = 30, 15, (8, 128), 1e-3
+MINI = {"length": 2048, "texts": 2, "chunk": 16}
+WINDOWS, SINKS = (256,), (0, 4)
+STEPS, EVERY, SHAPE, RATE = 20, 20, (4, 128), 1e-3
 POOLINGS = ("mean", "first", "random")
 DOCUMENTS = 12
 

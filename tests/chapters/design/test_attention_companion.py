@@ -248,6 +248,9 @@ def test_sentences_say_what_is_stored():
 def test_means_are_over_seeds():
     assert tables.mean_of(RECURRENCE, "memory", "memory") == pytest.approx(1.85)
     assert tables.mean_of(RECURRENCE, "memory", "nothing") is None
+    said = tables.recurrence_said(RECURRENCE)
+    assert "changes its loss by +0.100 nats" in said and "costs it +0.100 nats" in said
+    assert tables.recurrence_said(RECURRENCE[:2]).startswith("The readings are not")
     rule = tables.recall_curves(PATTERNS, "mini-5m")["distance"]
     assert rule[0] == pytest.approx((2, 0.85, 0.5))
     assert tables.label(WHOLE, 0) == "keeps everything"

@@ -134,6 +134,26 @@ def recurrence_table(rows: Sequence[Row]) -> Table:
     )
 
 
+@if_measured
+def recurrence_said(rows: Sequence[Row]) -> str:
+    """What the memory is worth to one model, and what training with it has changed, in sentences."""
+    plain = mean_of(rows, "none", "none")
+    given, with_, other = (
+        mean_of(rows, *key)
+        for key in (("none", "memory"), ("memory", "memory"), ("memory", "another text's"))
+    )
+    if None in (plain, given, with_, other):
+        return "The readings are not all measured."
+    parts = {
+        "A memory that is given to the model trained without one changes its loss by": given
+        - plain,
+        "the model trained with a memory is at": with_ - plain,
+        "and another text's memory in the place of its own costs it": other - with_,
+    }
+    said = "; ".join(f"{words} {value:+.3f} nats" for words, value in parts.items())
+    return f"{said}.".replace(" -", " −")
+
+
 # --- grouped queries ------------------------------------------------------------------------------
 
 POOLED = {
