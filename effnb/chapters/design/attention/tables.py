@@ -136,7 +136,7 @@ def recurrence_table(rows: Sequence[Row]) -> Table:
 
 @if_measured
 def recurrence_said(rows: Sequence[Row]) -> str:
-    """What the memory is worth to one model, and what training with it has changed, in sentences."""
+    """What the memory is worth to one model, and what training with it has changed."""
     plain = mean_of(rows, "none", "none")
     given, with_, other = (
         mean_of(rows, *key)
