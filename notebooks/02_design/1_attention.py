@@ -60,7 +60,7 @@ print(tables.mini_said(mini))
 # %% [markdown]
 # **Perplexity** is $e^{\text{loss}}$, and the loss is the mean of $-\ln p$ of the right token, in **nats**. **StreamingLLM** (Xiao et al., 2023) is the curve whose cache also keeps the first four tokens. They are called **attention sinks**. A softmax has to put its weight somewhere, and a head that needs nothing puts it on the first tokens, which every later token can see. Take them away, and that weight falls on tokens that mean something.
 #
-# Whether a model has sinks depends on its training, as the two models show. **Predict first:** the panel takes your guess before it answers. Then read what each model writes with each cache.
+# Whether a model has sinks depends on its training, as the two models show. `mini-5m` fails for another reason: it keeps everything, and meets distances that its training never showed. A small cache mends that too, because distances inside it stay small. **Predict first:** the panel takes your guess before it answers. Then read what each model writes with each cache.
 
 # %%
 from effnb.chapters.design.attention import panels

@@ -74,8 +74,9 @@ def result(real: Row, mini: Row) -> CaptionedFigure:
             axes.set_yscale("log")
             axes.set_title(data["model"])
             axes.set_xlabel("place in the text, tokens")
-            axes.legend(loc="best", fontsize=8)
         fig.axes[0].set_ylabel("perplexity")
+        handles, labels = fig.axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=3)
 
     return figure(
         draw,
@@ -83,7 +84,7 @@ def result(real: Row, mini: Row) -> CaptionedFigure:
         f"cache is full. Left: {real['model']}, whose first tokens leave its cache there, or do "
         f"not. Right: {mini['model']}, beyond the {mini['trained']} tokens it was trained on.",
         alt=f"{tables.sinks_said(real)} {tables.mini_said(mini)}",
-        figsize=(7.2, 2.9),
+        figsize=(6.8, 2.8),
     )
 
 

@@ -264,6 +264,8 @@ def approximations(heads: Heads, lengths: tuple[int, ...] = (256, 512)) -> Panel
         colour = drawings.FORM_COLOURS[found["form"]]
         right.bar(range(1, 1 + len(found["errors"])), found["errors"], color=colour)
         right.set_ylim(0, 1.8)
+        count = len(found["errors"])
+        right.set_xticks([1, (count + 1) // 2, count])
         right.set_xlabel("head, in order of its error")
 
     def text(found: Mapping[str, Any]) -> str:
@@ -281,7 +283,7 @@ def approximations(heads: Heads, lengths: tuple[int, ...] = (256, 512)) -> Panel
         "LSH shares queries and keys, so it is compared with attention that does, too.",
         figsize=(5.8, 2.0),
         main="form",
-        frames={"form": ["window", "LSH", "Performer"]},
+        frames={"form": ["window", "Performer"]},
         ignored=lambda values: (
             {"budget": "its state has the head's width"} if values["form"] == "linear" else {}
         ),
@@ -402,7 +404,7 @@ def finder(found: graphs.Finder, judged: Heads, head: int = 0) -> Panel:
         caption=f"Left: the first {SEEN} tokens of one head; blue pairs are predicted and in use, "
         "orange ones are missed, pale ones predicted for nothing. Right: recall over sparsity of "
         "every rule, means over the heads of the layer; the circle is this setting.",
-        figsize=(5.8, 2.2),
+        figsize=(5.2, 2.0),
         main="step",
         frames={"step": [2, 4]},
         rule=knob(rules),

@@ -201,10 +201,9 @@ def grouped_said(data: Row) -> str:
         "better": "below", "worse": "above", "indistinguishable": "indistinguishable from"
     }[other.word()]  # fmt: skip
     return (
-        f"Mean pooling raises the loss by {gaps[0]:.2f} nats, and {last} steps bring it to "
-        f"{gaps[last]:+.2f} of where it was. After them, mean pooling is {word} taking the first "
-        f"head ({other.number(2)} nats)."
-    ).replace(" -", " −")
+        f"Mean pooling raises the loss by {gaps[0]:.2f} nats; after {last} steps, {gaps[last]:.2f} of "
+        f"them remain. Mean pooling is then {word} taking the first head ({other.number(2)} nats)."
+    )
 
 
 # --- costs ----------------------------------------------------------------------------------------
@@ -246,8 +245,7 @@ def costs_table(rows: Sequence[Row]) -> Table:
         },
         caption=f"Median processor time of four heads of 32 at {short:,} and {long:,} tokens, and "
         "the most memory that tensors held at one time, in a stored run on one thread. Linear cost "
-        f"would be {long / short:.0f} times, quadratic {(long / short) ** 2:.0f}. Empty where a "
-        "table of all pairs would be too large.",
+        f"would be {long / short:.0f} times, quadratic {(long / short) ** 2:.0f}.",
     )  # fmt: skip
 
 
