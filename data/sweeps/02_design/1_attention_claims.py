@@ -5,7 +5,7 @@
 
 recurrence  Transformer-XL on the characters of novels, with a memory, without, and with longer
             segments, trained alike for 240 steps, five seeds
-reading     seconds to read characters with recurrence, and with a window computed anew
+reading     seconds to read characters with recurrence, and with a window for each of them
 costs       seconds, bytes and pairs of every form of attention from 1,024 to 8,192 tokens; of
             entmax and Sparsefinder at 4,096
 needle      a value that is far away: window, window and a global token, full attention, five seeds

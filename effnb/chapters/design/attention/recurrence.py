@@ -53,7 +53,7 @@ class Streams:
         self.count = (length - 1) // segment
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, bool]:
-        """Characters of a segment, those that follow them, and whether texts begin anew."""
+        """Characters of a segment, those that follow them, and whether texts begin again."""
         start = step % self.count * self.segment
         ids = self.rows[:, start : start + self.segment + 1]
         return ids[:, :-1], ids[:, 1:], step % self.count == 0
@@ -156,7 +156,7 @@ def judged(
 def reach_calls(seed: int = 0, characters: int = 256) -> dict[str, Callable[[], Tensor]]:
     """Two ways to read characters that each see at least a memory's length before them.
 
-    With recurrence, segment by segment. Without it, a window is computed anew for every character,
+    With recurrence, segment by segment. Without it, a window is read again for every character,
     all windows in one batch.
     """
     model = build(seed, MEMORY)
@@ -176,7 +176,7 @@ def reach_calls(seed: int = 0, characters: int = 256) -> dict[str, Callable[[], 
         return torch.cat(logits, 1)
 
     @torch.inference_mode()
-    def anew() -> Tensor:
+    def windowed() -> Tensor:
         return model(windows).logits[:, -1]
 
-    return {"recurrence": recurrence, "window anew": anew}
+    return {"recurrence": recurrence, "window anew": windowed}

@@ -201,8 +201,9 @@ def grouped_said(data: Row) -> str:
         "better": "below", "worse": "above", "indistinguishable": "indistinguishable from"
     }[other.word()]  # fmt: skip
     return (
-        f"Mean pooling raises the loss by {gaps[0]:.2f} nats; after {last} steps, {gaps[last]:.2f} of "
-        f"them remain. Mean pooling is then {word} taking the first head ({other.number(2)} nats)."
+        f"Mean pooling raises the loss by {gaps[0]:.2f} nats; after {last} steps, "
+        f"{gaps[last]:.2f} of them remain. Mean pooling is then {word} taking the first head "
+        f"({other.number(2)} nats)."
     )
 
 
