@@ -27,6 +27,7 @@ MODULES = {
     "codesign": "2_codesign_claims",
     "retention": "5_retention_claims",
     "context": "6_context_claims",
+    "attention": "1_attention_claims",
     "multitask": "3_multitask_claims",
 }
 NAMES = tuple(MODULES)
@@ -174,6 +175,41 @@ def test_context(small, monkeypatch):
     assert wanting(rows, "02_design/6_context") == {}
     tuned = [row["training_tokens"] for row in rows if row.get("steps") == 8]
     assert set(tuned) == {8 * script.TARGET}
+
+
+def test_attention(small, monkeypatch):
+    script, real = small.attention, load("mini-300k", device="cpu")
+    for name, value in {
+        "ROUNDS": 1, "DOCUMENTS": 2, "LAYERS": (0,),
+        "novels": lambda: torch.randint(1, 60, (9000,)),
+        "chapters": lambda: torch.randint(1, 60, (2, script.recurrence.JUDGED[1] + 1)),
+        "calls_of": lambda tokens: dict.fromkeys(
+            ("full, fused", "full, masked", "full, entmax", "ETC", "Sparsefinder"), lambda: 0
+        ),
+        "peak_memory": lambda call: 1,
+        "load": lambda name, device: real,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script.recurrence.trained, "__defaults__", (1,))
+    monkeypatch.setattr(script.needle.trained, "__defaults__", (4, 64))
+    monkeypatch.setattr(script.needle.far_texts, "__defaults__", (64,))
+    monkeypatch.setattr(script.needle, "STEPS", 4)
+    monkeypatch.setattr(script.graphs, "learning_ids", lambda *_: ids(1, 2, 64))
+    monkeypatch.setattr(script.graphs, "judged_ids", lambda *_: ids(2, 2, 64))
+    rows = measured(small, "attention", script.PARTS)
+    assert wanting(rows, "02_design/1_attention") == {}
+    assert len({row["training_characters"] for row in rows if "training_characters" in row}) == 1
+
+
+def test_every_form_of_attention_is_timed_on_the_same_numbers(sweeps):
+    script = sweeps.attention
+    shapes = {name: call() for name, call in script.calls_of(1024).items()}
+    outputs = {name: x[0] if isinstance(x, tuple) else x for name, x in shapes.items()}
+    assert {x.numel() for x in outputs.values()} == {4 * 1024 * 32}
+    torch.testing.assert_close(outputs["full, fused"], outputs["full, with a table"], atol=1e-5,
+                               rtol=1e-4)  # fmt: skip
+    assert script.pairs_of("ETC", 1024) < script.pairs_of("full, fused", 1024)
+    assert script.pairs_of("LSH", 1024) is None
 
 
 def test_codesign(small):

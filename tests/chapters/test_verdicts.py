@@ -3,6 +3,7 @@
 import pytest
 from planted_rows import planted_groups, planted_rows, stored
 
+from effnb.chapters.design.attention import verdicts as attention
 from effnb.chapters.design.context import verdicts as context
 from effnb.chapters.design.retention import verdicts as retention
 from effnb.chapters.hardware.codesign import verdicts as codesign
@@ -20,6 +21,9 @@ JUDGES = {
     "C-3": quantization.c_3,
     "S-H3": codesign.s_h3,
     **{f"R-{number}": judge for number, judge in enumerate(retention.ALL, 1)},
+    "S-M1": attention.s_m1,
+    "S-M2": attention.s_m2,
+    "S-M3": attention.s_m3,
     "Y-1": context.y_1,
     "Y-2": context.y_2,
     "Y-3": context.y_3,

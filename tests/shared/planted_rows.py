@@ -67,12 +67,19 @@ def _drawn(about):
     """Whether a method draws anything: text to calibrate or to train with, or the choice itself."""
     if "choose" in about:
         return about["choose"] == "random"
+    if about.get("table") in ("recurrence", "needle", "patterns"):
+        return True
     fixed = ("original", "SVD", "RTN", "bits", "packed int4")
     return about.get("method") not in fixed and "table" not in about
 
 
 def _conditions():
-    return {"calibration_tokens": 8192, "training_tokens": 100_000, "start": "GPTQ"}
+    return {
+        "calibration_tokens": 8192,
+        "training_tokens": 100_000,
+        "training_characters": 100_000,
+        "start": "GPTQ",
+    }
 
 
 def _measured(part, level, base, rng):

@@ -1,9 +1,7 @@
-"""Shapes written in signatures are checked here, and can be left unchecked as users have it."""
+"""Shapes written in signatures are checked in tests; here they can be left as users have them."""
 
 import pytest
-from jaxtyping import config, install_import_hook
-
-install_import_hook(["effnb.design.attention"], "beartype.lenient")
+from jaxtyping import config
 
 
 @pytest.fixture
