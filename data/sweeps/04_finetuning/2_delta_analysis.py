@@ -7,8 +7,8 @@ Each part is written to `data/results/04_finetuning/2_delta_analysis/<part>.json
 
 serve       `mini-5m` for 1 to 16 users with a LoRA each: one batch, and loops (1 minute)
 times       a training step of `minilm-l6`: full tuning, LoRA and an adapter (1 minute)
-tuned       `mini-1m` tuned on topics in four ways: answers, what it forgets, and how its weights and
-            its function change, five seeds (2 minutes)
+tuned       `mini-1m` tuned on topics in four ways: answers, what it forgets, and how its weights
+            and its function change, five seeds (2 minutes)
 templates   `mini-1m` on topics by a template and by the bare text, with 0, 16 and 2,048 examples,
             five seeds (2 minutes)
 black_box   `mini-1m` on topics: a prompt found by 200 losses and no gradient, five seeds (2
@@ -95,7 +95,8 @@ def rounded(values: Sequence[float], digits: int = 4) -> list[float]:
 
 
 def serve() -> None:
-    """Seconds of answering one text of each user, in four ways that take turns."""
+    """Seconds of answering one text of each user, in four ways that take turns, on one thread."""
+    torch.set_num_threads(1)
     table = Table("serve", tokens=16, rank=8)
     model = load("mini-5m", device="cpu").model
     for count in USERS:
@@ -112,7 +113,8 @@ def serve() -> None:
 
 
 def times() -> None:
-    """Seconds of a training step, methods in turn, and what each stores for a task."""
+    """Seconds of a training step on one thread, methods in turn, and what each stores for a task."""
+    torch.set_num_threads(1)
     table = Table("times", batch=before.BATCH, tokens=before.TOKENS)
     subject = methods.encoder()
     batch = subject.batch(subject.task.train[: before.BATCH])

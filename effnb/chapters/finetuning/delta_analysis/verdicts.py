@@ -1,7 +1,7 @@
 """The verdicts of the chapter on the analysis of delta tuning, from its stored measurements.
 
-What is compared, and with which bounds, is registered in `data/claims.json`. Sweeps store answers as
-they are; the functions here make of them the rows that the registrations name.
+What is compared, and with which bounds, is registered in `data/claims.json`. Sweeps store answers
+as they are; the functions here make of them the rows that the registrations name.
 """
 
 from __future__ import annotations
