@@ -113,7 +113,7 @@ def serve() -> None:
 
 
 def times() -> None:
-    """Seconds of a training step on one thread, methods in turn, and what each stores for a task."""
+    """Seconds of a training step on one thread, and what each method stores for a task."""
     torch.set_num_threads(1)
     table = Table("times", batch=before.BATCH, tokens=before.TOKENS)
     subject = methods.encoder()

@@ -1,4 +1,4 @@
-"""The pictures of the chapter on the analysis of delta tuning, with captions and alternative text."""
+"""The pictures of the chapter on the analysis of delta tuning, captioned and described."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def together(rows: Sequence[Row]) -> CaptionedFigure | NotMeasured:
         draw,
         caption="MiniLM-L6 on topics with 16 examples of each: texts that are right, by what is "
         f"trained; {tables.seeds_of(rows)}. The line between is the generalization gap.",
-        alt="; ".join(f"{n}: {a:.0f} on new, {b:.0f} on training texts" for n, (a, b) in found.items())
+        alt="; ".join(
+            f"{n}: {a:.0f} on new, {b:.0f} on training texts" for n, (a, b) in found.items()
+        )
         + ".",
         figsize=(6.4, 3.0),
     )  # fmt: skip

@@ -5,7 +5,7 @@ A part may be there with some of its seeds; tables take the mean over those that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -138,8 +138,7 @@ def adds_said(rows: Sequence[Row]) -> str | NotMeasured:
         word = {"better": "helps", "worse": "hurts"}.get(change.word(False), "changes little")
         article = "" if part == "BitFit" else "a " if part == "prompt" else "an "
         parts.append(f"{article}{part} {word} ({change.number()})")
-    text = f"Added to others, {spoken(parts)}; intervals are over documents alone."
-    return text
+    return f"Added to others, {spoken(parts)}; intervals are over documents alone."
 
 
 @if_measured
@@ -351,8 +350,3 @@ def gap_said(rows: Sequence[Row]) -> str | NotMeasured:
         size = {True: "differs from", False: "cannot be told from"}[change.decided]
         parts.append(f"{part} ({size} it: {change.number()})")
     return f"Full tuning's gap less that of {spoken(parts)}."
-
-
-def counted(numbers: Mapping[str, float]) -> str:
-    """Numbers with their names, for alternative texts."""
-    return "; ".join(f"{name} {value:.2f}" for name, value in numbers.items()) + "."

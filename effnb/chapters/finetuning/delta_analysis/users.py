@@ -20,6 +20,7 @@ from effnb.core.deltas import (
 from effnb.core.training import TrainingSettings, train
 from effnb.finetuning import lora, serving
 from effnb.lab import corpora, load
+from effnb.lab.tasks import WORKS
 from effnb.lab.texts import windows_of
 
 LAYERS = ("*.q_proj", "*.v_proj", "*.o_proj", "*.down_proj")
@@ -45,16 +46,16 @@ def documents(voice: str) -> list[str]:
     if voice in ("Austen", "Bible"):
         kind = {"Austen": "novel", "Bible": "bible"}[voice]
         return [c.text for c in corpora.novels("train") if c.kind == kind]
-    return [m.text for m in corpora.manuals("train") if m.work == voice]
+    return [m.text for m in corpora.manuals("train") if m.work == WORKS[voice]]
 
 
 def learn_voice(
     model: nn.Module, tokenizer: Any, voice: str, *, steps: int = 40, seed: int = 0
 ) -> nn.Module:
     """The model with a LoRA for a user, trained on what the user has read."""
-    texts = windows_of(tokenizer, documents(voice)[:40], 4 * steps, 48)
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
-    chosen = texts[order]
+    chosen = windows_of(tokenizer, documents(voice)[:60], 4 * steps, 48)
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
+    chosen = chosen[order]
     tuned = lora.attach(model, voice, rank=RANK, alpha=2 * RANK, layers=LAYERS, seed=seed)
     settings = TrainingSettings(
         steps=steps, learning_rate=1e-2, warmup_steps=min(5, steps), schedule="linear", seed=seed
