@@ -50,7 +50,7 @@ run_time("04_finetuning/2_delta_analysis")
 # %%
 from effnb.chapters.finetuning.delta_analysis import panels
 
-for user, line in panels.answer("The").items():
+for user, line in panels.answer("It is a").items():
     print(f"{user:10} {line}")
 
 # %% [markdown]
@@ -347,12 +347,11 @@ for attempt in (
     lambda: serving.users(served, ["nobody"]).__enter__(),
     lambda: serving.serve(adapters.attach(encoder, "mine", placement="pfeiffer", size=4)),
     lambda: lora.merge(served, "served"),
-    lambda: prompt_tuning.attach(prompt_tuning.attach(encoder, "one", length=4), "one"),
+    lambda: prompt_tuning.attach(prompt_tuning.attach(encoder, "one", length=4), "two"),
     lambda: walk.states(still[:1]),
 ):
     try:
         attempt()
-        print("- done")
     except ValueError as problem:
         print("-", problem)
 
@@ -440,8 +439,6 @@ exercises.control.solution()
 # **One batch or merged models?** Merge when one user has the model to herself, or when each sends large batches. Serve unmerged when many users send a little each: the frozen product is shared, memory grows by kilobytes a user, and nobody waits for a swap.
 #
 # **AdapterFusion** (Pfeiffer et al., 2020). Train adapters for several tasks apart, then learn attention over their outputs for a new one. It is a third way to combine deltas: neither at once nor in sequence.
-#
-# **Prompt transfer** (Su et al., 2022). Start a prompt from one that was trained on a similar task. Where deltas transfer, this shortens training; the heat map tells where that is.
 #
 # **BBTv2** (Sun et al., 2022b). Search for a prompt in every layer, one layer after the other. It is black-box tuning for models whose first layer alone has too little influence.
 #

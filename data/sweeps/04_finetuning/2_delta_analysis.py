@@ -6,6 +6,7 @@
 Each part is written to `data/results/04_finetuning/2_delta_analysis/<part>.json`, row by row:
 
 serve       `mini-5m` for 1 to 16 users with a LoRA each: one batch, and loops (1 minute)
+smollm2     the same for SmolLM2-135M and four users, a few times (1 minute)
 times       a training step of `minilm-l6`: full tuning, LoRA and an adapter (1 minute)
 tuned       `mini-1m` tuned on topics in four ways: answers, what it forgets, and how its weights
             and its function change, five seeds (2 minutes)
@@ -21,7 +22,7 @@ together    `minilm-l6` on topics, 16 examples of each: eight sets of three meth
 sequence    the same three methods one after the other, all six orders, five seeds (8 minutes)
 scale       three sizes of decoder on topics, six methods, five seeds (8 minutes)
 
-Minutes are those of one idle core, 39 in all. The chapter also reads the grid of the chapter before
+Minutes are those of one idle core, 40 in all. The chapter also reads the grid of the chapter before
 it, which is measured there. Seeds are the outer loop, so that a part that was interrupted has whole
 seeds. Answers are stored as strings of 0 and 1, one for each document; every test text is of a
 document of its own.
@@ -110,6 +111,22 @@ def serve() -> None:
                 return {"seconds": rounded(made[way], 6), "bytes": held.get(way, held["batch"])}
 
             table.add({"model": "mini-5m", "method": way, "users": count}, measure)
+
+
+def smollm2() -> None:
+    """One batch and loops on a larger model, for four users."""
+    torch.set_num_threads(1)
+    table = Table("smollm2", tokens=16, rank=8)
+    made: dict[str, list[float]] = {}
+    for way in ("batch", "loop", "merged"):
+
+        def measure(way: str = way) -> dict[str, Any]:
+            if not made:
+                functions = users.ways("smollm2-135m", 4)
+                made.update(users.in_turn(functions, 4))
+            return {"seconds": rounded(made[way], 4)}
+
+        table.add({"model": "smollm2-135m", "method": way, "users": 4}, measure)
 
 
 def times() -> None:
@@ -406,6 +423,7 @@ def sequence() -> None:
 
 PARTS: dict[str, Callable[[], dict | None]] = {
     "serve": serve,
+    "smollm2": smollm2,
     "times": times,
     "tuned": tuned,
     "templates": templates,

@@ -35,7 +35,7 @@ from effnb.lab import load
 from effnb.lab.task_inputs import batches_of, classification_loss, decoder_batch
 from effnb.lab.tasks import Example, Task, task
 
-SIZES = {"prompt": 8, "adapter": 16, "BitFit": 0}
+SIZES = {"prompt": 8, "BitFit": 0, "adapter": 16}
 """What is combined, and its size: vectors of the prompt, width of the adapter's bottleneck."""
 PARTS = tuple(SIZES)
 SUBSETS = (

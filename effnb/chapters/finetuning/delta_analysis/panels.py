@@ -17,7 +17,7 @@ from effnb.lab import PALETTE, guess, knob, load, panel
 from effnb.lab.panels import Panel
 
 MODEL = "mini-1m"
-OPENINGS = ("The", "And the king", "This package", "It is a", "If you want to")
+OPENINGS = ("It is a", "And the king", "This package", "If you want to", "There was")
 COUNTS = (1, 2, 4, 8)
 WORDS = 12
 """Tokens that are written for each user."""
@@ -36,7 +36,7 @@ def voices() -> tuple[Any, Any]:
     Every position being tried only, a step of training each is enough.
     """
     loaded = load(MODEL, device="cpu")
-    steps = 1 if os.environ.get("EFFNB_SWEEP") == "1" else 30
+    steps = 1 if os.environ.get("EFFNB_SWEEP") == "1" else 24
     tuned = [
         users.learn_voice(loaded.model, loaded.tokenizer, voice, steps=steps)
         for voice in users.VOICES
@@ -68,7 +68,6 @@ def write(model: Any, tokenizer: Any, rows: int, opening: str) -> list[str]:
             max_new_tokens=WORDS,
             min_new_tokens=WORDS,
             do_sample=False,
-            repetition_penalty=1.3,
             pad_token_id=tokenizer.eos_token_id,
         )
     return [" ".join(tokenizer.decode(row).split()) for row in found]
