@@ -59,7 +59,7 @@ def prepared(count: int) -> dict[str, Any]:
 
 
 def write(model: Any, tokenizer: Any, rows: int, opening: str) -> list[str]:
-    """What a model writes behind an opening, in each of some equal rows."""
+    """What a model writes behind an opening in each of some equal rows, no two tokens twice."""
     ids = torch.tensor([tokenizer.encode(opening, add_special_tokens=False)] * rows)
     with torch.inference_mode():
         found = model.generate(
@@ -68,6 +68,7 @@ def write(model: Any, tokenizer: Any, rows: int, opening: str) -> list[str]:
             max_new_tokens=WORDS,
             min_new_tokens=WORDS,
             do_sample=False,
+            no_repeat_ngram_size=2,
             pad_token_id=tokenizer.eos_token_id,
         )
     return [" ".join(tokenizer.decode(row).split()) for row in found]

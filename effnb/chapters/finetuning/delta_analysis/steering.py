@@ -28,7 +28,7 @@ from effnb.finetuning.optimal_control import (
 from effnb.lab.task_inputs import target_likelihoods
 from effnb.lab.tasks import Example
 
-WEIGHT = 0.1
+WEIGHT = 0.03
 """The price of a control, lambda."""
 ROUNDS = 60
 """Most rounds of either solution."""
