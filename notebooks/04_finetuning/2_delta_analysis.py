@@ -138,7 +138,11 @@ walk = ControlProblem(
 still = (torch.tensor(0.0), torch.tensor(0.0))
 for way in (optimal_control.by_backpropagation, optimal_control.successive_approximations):
     found = way(walk, still)
-    print(f"{way.__name__:27}", [round(float(u), 3) for u in found.controls], round(found.costs[-1], 3))
+    print(
+        f"{way.__name__:27}",
+        [round(float(u), 3) for u in found.controls],
+        round(found.costs[-1], 3),
+    )
 
 # %% [markdown]
 # ### Tuning without gradients
@@ -184,7 +188,7 @@ panels.serve()
 # %% [markdown]
 # ## Does it hold?
 #
-# Six claims of Ding et al. belong here. They worked with models of 60 million to 11 billion parameters and a hundred tasks; these are models of 0.3 to 23 million and short runs. Parts, bounds and margins were registered before the measurements. A part that was not measured reads "not tested".
+# Six claims of Ding et al. belong here. They worked with a hundred tasks and far larger models; here are small ones, a few tasks and short runs. Parts, bounds and margins were registered before the measurements. A part that was not measured reads "not tested".
 
 # %%
 from effnb.chapters.finetuning.delta_analysis import verdicts
@@ -351,7 +355,7 @@ for turn in (1, 2):
 # **What cannot work** is refused with one sentence:
 
 # %% tags=["nbval-check-output"]
-from effnb.finetuning import adapters, prompt_tuning
+from effnb.finetuning import adapters
 
 encoder = methods.encoder().loaded.model
 row = torch.ones(3, 2)
@@ -360,7 +364,6 @@ for attempt in (
     lambda: serving.users(served, ["nobody"]).__enter__(),
     lambda: serving.serve(adapters.attach(encoder, "mine", placement="pfeiffer", size=4)),
     lambda: lora.merge(served, "served"),
-    lambda: prompt_tuning.attach(prompt_tuning.attach(encoder, "one", length=4), "two"),
     lambda: walk.states(still[:1]),
 ):
     try:

@@ -20,7 +20,7 @@ from effnb.chapters.finetuning.delta_analysis import (
     verdicts,
 )
 from effnb.chapters.finetuning.delta_tuning.methods import Subject
-from effnb.core.deltas import attached, delta_state_dict
+from effnb.core.deltas import attached, delta_parameters, delta_state_dict
 from effnb.finetuning import lora, serving
 from effnb.finetuning.optimal_control import steer_blocks
 from effnb.lab import results
@@ -94,23 +94,21 @@ def test_every_answer_gets_its_own_diagnosis(exercise):
 
 
 def test_rows_of_users_are_those_of_the_package():
-    base = torch.nn.Sequential(torch.nn.Linear(5, 4, bias=False)).double()
-    model = base
-    for user in range(3):
-        model = users.with_user(model, user, rank=2) if user < 0 else lora.attach(
-            model, f"user{user}", rank=2, alpha=6.0, seed=user
-        )  # fmt: skip
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.data.normal_()
-    states = [delta_state_dict(model, f"user{user}") for user in range(3)]
-    A = torch.stack([s["0.A"] for s in states]).double()
-    B = torch.stack([s["0.B"] for s in states]).double()
-    x, user = torch.randn(5, 5).double(), torch.tensor([2, 0, 1, 2, 0])
+    base = torch.nn.Sequential(torch.nn.Linear(5, 4, bias=False))
+    model, draw = base, torch.Generator().manual_seed(0)
+    for number in range(3):
+        name = f"user{number}"
+        model = lora.attach(model, name, rank=2, alpha=6.0, seed=number)
+        for parameter in delta_parameters(model, name).values():
+            parameter.data.normal_(generator=draw)
+    states = [delta_state_dict(model, f"user{number}") for number in range(3)]
+    A, B = (torch.stack([state[f"0.{leaf}"] for state in states]) for leaf in "AB")
+    x, user = torch.randn(5, 5, generator=draw), torch.tensor([2, 0, 1, 2, 0])
     served = serving.serve(model)
-    with serving.users(served, [f"user{u}" for u in user.tolist()]):
+    with serving.users(served, [f"user{number}" for number in user.tolist()]):
         found = served(x)
-    wanted = exercises.serve_rows(x, base[0].weight, A, B, torch.full((3,), 3.0).double(), user)
-    torch.testing.assert_close(found, wanted)
+    wanted = exercises.serve_rows(x, base[0].weight, A, B, torch.full((3,), 3.0), user)
+    torch.testing.assert_close(found, wanted.detach())
 
 
 def test_damped_rounds_end_where_the_parabola_does():
