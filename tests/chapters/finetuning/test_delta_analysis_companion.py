@@ -137,6 +137,13 @@ def test_at_once_all_of_them_move_and_nothing_else(subject):
     assert methods.said(()) == "classifier"
 
 
+def test_decoders_carry_several_as_well(decoder, small):
+    names = ("prompt", "adapter")
+    model = methods.together(decoder.model, names, decoder.batch, small.task.train, steps=2)
+    assert set(attached(model)) == set(names)
+    assert not any(name.startswith("classifier") for name, _ in model.named_parameters())
+
+
 def test_in_sequence_what_came_before_stays(subject):
     first = methods.next_in_line(
         subject.base, "adapter", subject.batch, subject.task.train, steps=2

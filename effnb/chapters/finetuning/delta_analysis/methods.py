@@ -28,7 +28,7 @@ from effnb.chapters.finetuning.delta_tuning.methods import (
 )
 from effnb.core.deltas import attached, delta_parameters, set_trainable
 from effnb.core.modules import find_blocks
-from effnb.core.training import TrainingSettings, train
+from effnb.core.training import TrainingSettings, causal_lm_loss, train
 from effnb.finetuning import adapters, bitfit, prompt_tuning
 from effnb.finetuning.prompting import word_log_probs
 from effnb.lab import load
@@ -89,8 +89,8 @@ def rates_of(model: nn.Module, names: Sequence[str]) -> Callable[..., list]:
             {"params": list(delta_parameters(model, n).values()), "lr": METHODS[n].rate}
             for n in names
         ]
-        new = [p for n, p in model.named_parameters() if n.startswith("classifier.")]
-        groups.append({"params": new, "lr": CLASSIFIER_RATE})
+        if new := [p for n, p in model.named_parameters() if n.startswith("classifier.")]:
+            groups.append({"params": new, "lr": CLASSIFIER_RATE})
         return [torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)]
 
     return optimizers
@@ -105,17 +105,19 @@ def train_deltas(
     steps: int,
     seed: int = 0,
 ) -> nn.Module:
-    """Train these deltas and the classifier of a model, and leave all else as it is.
+    """Train these deltas, and the new classifier if there is one, and leave all else as it is.
 
     Args:
-        model: A classifier that carries the deltas, and maybe others; it is not changed.
+        model: A classifier or a decoder that carries the deltas, and maybe others; it is not
+            changed.
         names: The deltas to train.
         batch: From examples to a batch.
         examples: What to train on.
         steps: Steps of `BATCH` examples.
         seed: Seed of the order of the examples.
     """
-    result = set_trainable(model, *names, also="classifier.*")
+    new = any(name.startswith("classifier.") for name, _ in model.named_parameters())
+    result = set_trainable(model, *names, also="classifier.*" if new else ())
     chosen = batches_of(examples, BATCH, seed)
     settings = TrainingSettings(
         steps=steps, learning_rate=CLASSIFIER_RATE, warmup_steps=min(WARMUP, steps),
@@ -125,7 +127,7 @@ def train_deltas(
         result,
         lambda step: batch(chosen(step)),
         settings,
-        loss=classification_loss,
+        loss=classification_loss if new else causal_lm_loss,
         optimizers=rates_of(result, names),
     )
     return result

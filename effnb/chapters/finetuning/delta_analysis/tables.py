@@ -188,19 +188,35 @@ def orders_said(rows: Sequence[Row]) -> str:
 
 @if_measured
 def templates_table(rows: Sequence[Row]) -> Table:
-    """A template against bare text by the number of examples."""
+    """A template against bare text, by the number of examples and by what is trained."""
+    settings = [(n, "") for n in sorted({row["shots"] for row in rows})]
+    settings += sorted({(r["shots"], r["method"].partition(", ")[2]) for r in rows} - {*settings})
     lines = []
-    for shots in sorted({row["shots"] for row in rows}):
+    for shots, trained in settings:
         own = pick(rows, shots=shots)
-        a, b = (right(pick(own, method=way)) for way in ("template", "bare text"))
+        a, b = (
+            right(pick(own, method=f"{way}, {trained}" if trained else way))
+            for way in ("template", "bare text")
+        )
         gain = a - b if NOT_MEASURED not in (a, b) else NOT_MEASURED
-        lines.append({"examples": shots, "template": a, "bare text": b, "difference": gain})
+        lines.append(
+            {
+                "examples": shots,
+                "trained": trained or ("LoRA" if shots else "nothing"),
+                "template": a,
+                "bare text": b,
+                "difference": gain,
+            }
+        )
     return table(
         lines,
-        {"examples": ",d", "template": ".1f", "bare text": ".1f", "difference": "+.1f"},
+        {
+            "examples": ",d", "trained": "", "template": ".1f", "bare text": ".1f",
+            "difference": "+.1f",
+        },
         caption="mini-1m on topics: per cent of new texts that are right, with the words of a "
         "template behind the text and without; 16 examples are 16 of each topic.",
-    )
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- scale
