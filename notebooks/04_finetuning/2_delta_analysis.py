@@ -111,7 +111,7 @@ with serving.users(served, ["first", "second", None]):
 #
 # $$\frac{\sigma_1^2 + \dots + \sigma_r^2}{\lVert \Delta W \rVert_F^2} .$$
 #
-# If it is near 1, then a LoRA of rank $r$ could have made nearly the same change. Adapters and prompts look for something else: not the same weights but nearly the same **function**.
+# If it is near 1, then a LoRA of rank $r$ could have made nearly the same change. Another sign is the intrinsic dimension of the chapter before: a few hundred random directions go most of the way. Adapters and prompts look for something else: not the same weights but nearly the same **function**.
 #
 # **Optimal control.** Read a network's blocks as time. A state $x_t$ enters block $t$, and a **control** $u_t$, the delta, pushes what leaves it:
 #
@@ -341,7 +341,7 @@ for _ in range(4):
 # %% [markdown]
 # The package therefore holds every control near its old value, the more strongly the more often a round fails.
 #
-# **A search on shifting ground.** An evolution strategy sees ranks only. If each candidate of a generation is judged by another batch, luck decides the ranking. Here eight equally good candidates are judged twice, by other texts each time:
+# **A search on shifting ground.** An evolution strategy sees ranks only. If each candidate of a generation is judged by another batch, luck decides the ranking. A simulation: eight equally good candidates, whose losses differ only by the texts that each was judged on, drawn again in a second turn:
 
 # %% tags=["nbval-check-output"]
 noise = torch.Generator().manual_seed(0)

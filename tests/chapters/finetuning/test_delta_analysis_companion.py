@@ -20,7 +20,7 @@ from effnb.chapters.finetuning.delta_analysis import (
     verdicts,
 )
 from effnb.chapters.finetuning.delta_tuning.methods import Subject
-from effnb.core.deltas import attached, delta_parameters, delta_state_dict
+from effnb.core.deltas import attached, delta_parameters, delta_state_dict, hosts
 from effnb.finetuning import lora, serving
 from effnb.finetuning.optimal_control import steer_blocks
 from effnb.lab import results
@@ -135,6 +135,12 @@ def test_at_once_all_of_them_move_and_nothing_else(subject):
     for key, parameter in subject.base.named_parameters():
         assert torch.equal(parameter, frozen[key]), key
     assert methods.said(()) == "classifier"
+
+
+def test_an_adapter_finds_its_place_behind_biases(subject):
+    alone = hosts(methods.attach(subject.base, "adapter"), "adapter")
+    biased = methods.attach(subject.base, "BitFit")
+    assert hosts(methods.attach(biased, "adapter"), "adapter").keys() == alone.keys()
 
 
 def test_decoders_carry_several_as_well(decoder, small):
@@ -255,6 +261,7 @@ def readers(small, monkeypatch):
     for module in (panels, users):
         monkeypatch.setattr(module, "load", lambda name, device: small.decoder)
     monkeypatch.setattr(users, "documents", lambda voice: [f"{voice} said so. " * 60])
+    monkeypatch.setattr(panels, "WORDS", 3)
     for function in (panels.voices, panels.prepared):
         function.cache_clear()
     yield panels
