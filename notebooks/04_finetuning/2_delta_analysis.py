@@ -199,7 +199,7 @@ judges = (verdicts.d_8, verdicts.d_9, verdicts.d_10, verdicts.d_11, verdicts.d_1
 claims_table(*(judge(*held) for judge in judges))
 
 # %% [markdown]
-# **At once.** Eight sets of three methods on MiniLM-L6, and full tuning beside them. The task is to find the topic of a description, with sixteen examples of each:
+# **At once.** Eight sets of three methods on MiniLM-L6, and full tuning beside them; the adapters sit behind both parts of each block (Houlsby et al., 2019). The task is to find the topic of a description, with sixteen examples of each:
 
 # %%
 together = tables.stored("together").data["table"]
@@ -461,4 +461,4 @@ exercises.control.solution()
 # ## Further reading
 #
 # Ding et al., *Parameter-efficient fine-tuning of large-scale pre-trained language models*, Nature Machine Intelligence, 2023. Chen et al., *Punica*, 2023, arXiv 2310.18547. Sheng et al., *S-LoRA*, 2023, arXiv 2311.03285. Sun et al., *Black-Box Tuning for Language-Model-as-a-Service*, 2022, arXiv 2201.03514; *BBTv2*, arXiv 2205.11200.
-# Hansen, *The CMA Evolution Strategy*, 2016, arXiv 1604.00772. Pfeiffer et al., *AdapterFusion*, 2020, arXiv 2005.00247. Aghajanyan et al., *Intrinsic Dimensionality*, 2020, arXiv 2012.13255. Pontryagin et al., *The Mathematical Theory of Optimal Processes*, 1962. Chernousko and Lyubushin, *Method of successive approximations*, 1982.
+# Hansen, *The CMA Evolution Strategy*, 2016, arXiv 1604.00772. Houlsby et al., 2019, arXiv 1902.00751. Pfeiffer et al., *AdapterFusion*, 2020, arXiv 2005.00247. Aghajanyan et al., *Intrinsic Dimensionality*, 2020, arXiv 2012.13255. Pontryagin et al., *The Mathematical Theory of Optimal Processes*, 1962. Chernousko and Lyubushin, *Method of successive approximations*, 1982.

@@ -21,7 +21,7 @@ from effnb.chapters.finetuning.delta_analysis import (
 )
 from effnb.chapters.finetuning.delta_tuning.methods import Subject
 from effnb.core.deltas import attached, delta_parameters, delta_state_dict, hosts
-from effnb.finetuning import lora, serving
+from effnb.finetuning import adapters, lora, serving
 from effnb.finetuning.optimal_control import steer_blocks
 from effnb.lab import results
 from effnb.lab.claims import chosen, ledger
@@ -137,10 +137,15 @@ def test_at_once_all_of_them_move_and_nothing_else(subject):
     assert methods.said(()) == "classifier"
 
 
-def test_an_adapter_finds_its_place_behind_biases(subject):
+def test_adapters_and_biases_bear_with_each_other_in_both_orders(subject):
     alone = hosts(methods.attach(subject.base, "adapter"), "adapter")
     biased = methods.attach(subject.base, "BitFit")
-    assert hosts(methods.attach(biased, "adapter"), "adapter").keys() == alone.keys()
+    later = methods.attach(biased, "adapter")
+    assert hosts(later, "adapter").keys() == alone.keys()
+    earlier = methods.attach(methods.attach(subject.base, "adapter"), "BitFit")
+    assert hosts(earlier, "BitFit").keys() == hosts(biased, "BitFit").keys()
+    with pytest.raises(ValueError, match="has deltas of another sort"):
+        adapters.attach(biased, "on the norm", placement="pfeiffer", size=2)
 
 
 def test_decoders_carry_several_as_well(decoder, small):

@@ -35,8 +35,12 @@ from effnb.lab import load
 from effnb.lab.task_inputs import batches_of, classification_loss, decoder_batch
 from effnb.lab.tasks import Example, Task, task
 
-SIZES = {"prompt": 8, "BitFit": 0, "adapter": 16}
-"""What is combined, and its size: vectors of the prompt, width of the adapter's bottleneck."""
+SIZES = {"prompt": 8, "BitFit": 0, "adapter": 8}
+"""What is combined, and its size: vectors of the prompt, width of the adapters' bottlenecks.
+
+Adapters sit behind both sublayers of a block, as in Houlsby et al. 2019: on linear layers, where
+they bear with trained biases. Those on a norm do not.
+"""
 PARTS = tuple(SIZES)
 SUBSETS = (
     (),
@@ -68,7 +72,7 @@ def attach(base: nn.Module, name: str, seed: int = 0) -> nn.Module:
         ValueError: When it is none of the three.
     """
     if name == "adapter":
-        return adapters.attach(base, name, placement="pfeiffer", size=SIZES[name], seed=seed)
+        return adapters.attach(base, name, placement="houlsby", size=SIZES[name], seed=seed)
     if name == "BitFit":
         return bitfit.attach(base, name)
     if name == "prompt":
