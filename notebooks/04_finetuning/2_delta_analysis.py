@@ -76,7 +76,7 @@ print(tables.serving_said(serve.data["table"]))
 #
 # The first term is the same for everybody. It is nearly all of the work, and a large product over the whole batch uses a processor far better than many small ones. The second term is thin. So the frozen product is computed **once**, and only the update looks up its user (Chen et al., 2023; Sheng et al., 2023).
 #
-# Two rows by hand. Let $W$ be the identity and both inputs $(1, 2)$. The first user has $A = (1, 0)$ and $B = (0, 1)^\top$: the update is $A x = 1$, put into the second place. The second user has $A = (0, 1)$ and $B = (1, 0)^\top$: the update is 2, put into the first place. A third row belongs to nobody.
+# Two rows by hand. Let $W$ be the identity and both inputs $(1, 2)$. The first user has $A = (1, 0)$ and $B = (0, 1)^\top$: the update is $A x = 1$, put into the second place. The second user has $A = (0, 1)$ and $B = (1, 0)^\top$: the update is 2, put into the first place. A third row belongs to no user.
 
 # %% tags=["nbval-check-output"]
 import torch
@@ -361,7 +361,7 @@ encoder = methods.encoder().loaded.model
 row = torch.ones(3, 2)
 for attempt in (
     lambda: served(row),
-    lambda: serving.users(served, ["nobody"]).__enter__(),
+    lambda: serving.users(served, ["stranger"]).__enter__(),
     lambda: serving.serve(adapters.attach(encoder, "mine", placement="pfeiffer", size=4)),
     lambda: lora.merge(served, "served"),
     lambda: walk.states(still[:1]),
@@ -452,7 +452,7 @@ exercises.control.solution()
 # %% [markdown]
 # ## Gallery
 #
-# **One batch or merged models?** Merge when one user has the model to herself, or when each sends large batches. Serve unmerged when many users send a little each: the frozen product is shared, memory grows by kilobytes a user, and nobody waits for a swap.
+# **One batch or merged models?** Merge when one user has the model to herself, or when each sends large batches. Serve unmerged when many users send a little each: the frozen product is shared, memory grows by kilobytes a user, and no user waits for a swap.
 #
 # **AdapterFusion** (Pfeiffer et al., 2020). Train adapters for several tasks apart, then learn attention over their outputs for a new one. It is a third way to combine deltas: neither at once nor in sequence.
 #

@@ -21,7 +21,7 @@ def serve_rows(
 ) -> Float[Tensor, "rows out"]:
     r"""$y_m = W x_m + s_u B_u A_u x_m$ with u the user of row m."""
     narrow = torch.einsum("mrn,mn->mr", A[user], x)
-    return x @ W.T + s[user, None] * torch.einsum("mor,mr->mo", B[user], narrow)
+    return x @ W.T + s[user, None] * torch.einsum("mkr,mr->mk", B[user], narrow)
 
 
 def _case(rows: int, out: int, n: int, users: int, rank: int) -> tuple[Tensor, ...]:
