@@ -54,7 +54,7 @@ for user, line in panels.answer("It is a").items():
     print(f"{user:10} {line}")
 
 # %% [markdown]
-# The model is tiny, and its sentences show it. But the same few words gave eight lines that smell of what their users had read, and no model was loaded, merged or swapped in between. The larger `mini-5m` shows how much time that saves next to answering one user after the other:
+# The model is tiny, and its sentences show it. But the same few words gave eight lines that echo what their users had read, and no model was loaded, merged or swapped in between. The larger `mini-5m` shows how much time that saves next to answering one user after the other:
 
 # %%
 from effnb.chapters.finetuning.delta_analysis import drawings, tables

@@ -313,7 +313,7 @@ def stored(sweep, small, subject, decoder, monkeypatch):
     monkeypatch.setattr("effnb.lab.sweeps.results.store", store)
     for name, value in {
         "SEEDS": (0,), "DOCUMENTS": 24, "STEPS": 2, "TOGETHER": 1, "STAGE": 1, "POINTS": (1, 2),
-        "USERS": (1, 2), "TURNS": 1, "JUDGED": 4, "LOGS": 4, "SHOTS": 2, "STEERED": 2,
+        "USERS": (1, 2), "TURNS": 1, "JUDGED": 4, "LOGS": 4, "SHOTS": 4, "STEERED": 2,
     }.items():  # fmt: skip
         monkeypatch.setattr(sweep, name, value)
     monkeypatch.setattr(sweep, "load", lambda name, device: small.decoder)

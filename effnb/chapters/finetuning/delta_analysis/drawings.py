@@ -170,6 +170,7 @@ def control(rows: Sequence[Row]) -> CaptionedFigure | NotMeasured:
         axes = fig.subplots()
         for colour, (way, costs) in zip(PALETTE, curves.items()):
             axes.plot(range(len(costs)), costs, "o-", color=colour, label=way, markersize=4)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("rounds")
         axes.set_ylabel("cost J, nats")
         axes.legend()
