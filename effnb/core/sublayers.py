@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from effnb.core.checks import check_loaded
 from effnb.core.context import PROBE
+from effnb.core.delta_hosts import WithDeltas
 from effnb.core.delta_kinds import Delta
-from effnb.core.deltas import attached, linear_layers, set_active
+from effnb.core.deltas import attached, linear_layers, modules_by_name, set_active
 from effnb.core.modules import Layers, find_stacks, refuse_encoder_decoder, share
 
 
@@ -128,7 +129,9 @@ def _try(model: nn.Module, path: str, block: nn.Module, own: dict[str, nn.Module
 
         return after
 
-    others = {f"{path}.{k}": m for k, m in block.named_modules() if k and _is_leaf(m)}
+    # A module under a delta goes by its own name; what it is, its base says.
+    leaves = {k: m for k, m in modules_by_name(block).items() if k and _is_leaf(_plain(m))}
+    others = {f"{path}.{key}": module for key, module in leaves.items()}
     watched = {path: block} | others | own
     _run(model, {key: note(key) for key in watched}, watched)
     whole = results.get(path)
@@ -153,7 +156,7 @@ def _try(model: nn.Module, path: str, block: nn.Module, own: dict[str, nn.Module
     if not before or first == len(before):
         return found
     found = replace(found, feedforward_in=before[first])
-    norms = [k for k in order if k in others and k not in own and _is_norm(others[k])]
+    norms = [k for k in order if k in others and k not in own and _is_norm(_plain(others[k]))]
     if norms and order.index(norms[-1]) > order.index(out):
         last = results[norms[-1]]
         found = replace(found, norm=norms[-1] if _same(last, whole) else "")
@@ -201,6 +204,11 @@ def _keys_and_values(
 def _after_first(activations: Tensor) -> Tensor:
     """All tokens of one text but the first."""
     return activations.reshape(-1, activations.shape[-1])[1:]
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """A module without the deltas on it."""
+    return module.base if isinstance(module, WithDeltas) else module
 
 
 def _is_leaf(module: nn.Module) -> bool:

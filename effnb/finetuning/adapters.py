@@ -307,7 +307,8 @@ def attach(
                 deltas[path] = HoulsbyAdapter(base, **common)
         elif placement == "pfeiffer":
             path = block.norm or block.block
-            deltas[path] = PfeifferAdapter(modules[path], **common)
+            base = getattr(modules[path], "base", modules[path]) if block.norm else modules[path]
+            deltas[path] = PfeifferAdapter(base, **common)
         else:
             path, reads, adds = _around(block, sublayers)
             deltas[path] = ParallelAdapter(

@@ -155,7 +155,7 @@ def successive_approximations(
 
     The exact maximum may jump beyond the region in which the costates are right, and the iteration
     then diverges. So each round maximizes $H_t(u) - \frac{\rho}{2} \lVert u - u^{old} \rVert^2$,
-    and $\rho$ grows fourfold when the cost would rise and shrinks again when it falls.
+    and $\rho$ grows fourfold when the cost would not fall and shrinks again when it does.
 
     Args:
         problem: The system and its cost.
@@ -184,7 +184,9 @@ def successive_approximations(
                 for t, u in enumerate(controls)
             )
             cost = _cost(problem, new, refuse=False)
-            if cost <= costs[-1]:
+            moved = max(float((v - u).abs().max()) for v, u in zip(new, controls, strict=True))
+            # A jump across the valley to where it is as high gains nothing: jump less far.
+            if cost < costs[-1] or (cost == costs[-1] and moved < 1e-6):
                 break
             rho *= 4
         else:

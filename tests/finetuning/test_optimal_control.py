@@ -145,3 +145,16 @@ def test_bad_input():
         successive_approximations(problem, bad)
     with pytest.raises(ValueError, match="no input_ids"):
         steer_blocks(make("llama"), {})
+
+
+def test_a_jump_across_the_valley_is_no_end():
+    """From 3/2 to 1/2 for both controls the cost stays 9/4; the lowest is 3/2, at 1."""
+    walk = ControlProblem(
+        (lambda x, u: x + u, lambda x, u: x + u),
+        torch.tensor(0.0),
+        lambda x: 0.5 * (x - 3) ** 2,
+        weight=1.0,
+    )
+    found = successive_approximations(walk, (torch.tensor(0.0), torch.tensor(0.0)))
+    assert [float(u) for u in found.controls] == pytest.approx([1.0, 1.0], abs=1e-3)
+    assert found.costs[-1] == pytest.approx(1.5, abs=1e-5)

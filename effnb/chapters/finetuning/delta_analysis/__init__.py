@@ -1,0 +1,1 @@
+"""What the chapter on the analysis of delta tuning consists of, besides its text."""
