@@ -255,9 +255,7 @@ def made_inputs(seed: int, count: int | list[int], steps: int = FULL) -> dict[st
     )
     return found | {
         "distilled": judged(distilled, steps=steps),
-        "labels for longer": judged(
-            own.on_labels(student, few, steps=more, seed=seed), steps=more
-        ),
+        "labels for longer": judged(own.on_labels(student, few, steps=more, seed=seed), steps=more),
     }
 
 
