@@ -22,7 +22,7 @@ from effnb.inference.distillation import LayerAttention, run_recorded
 POOL = 25
 """Batches that the teacher reads."""
 SHAPE = (8, 128)
-RATE = 1e-3
+RATE = 3e-4
 RELATION_HEADS = 4
 
 
