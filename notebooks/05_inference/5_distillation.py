@@ -203,8 +203,11 @@ claims_table(*(judge(*measured) for judge in verdicts.ALL))
 # %%
 drawings.confidence()
 
+# %% tags=["nbval-check-output"]
+print(tables.slope_said())
+
 # %% [markdown]
-# A slope below 1 means the opposite: this student is more cautious than its teacher on new texts. Which of the two happens depends on the student's size and training; the claim's row above has the slope over five seeds.
+# Which of the two happens depends on the student's size and on its training. In the table above, the part on what is hard has the slope over five seeds.
 
 # %% [markdown]
 # ## What it costs and saves
@@ -243,7 +246,7 @@ else:
     print(tables.grid_said(grid))
 
 # %% [markdown]
-# The whole grid, with text alone for as many steps and for longer. The distance of the two kinds of bars is the question of this chapter, and one seed answers it for one start only:
+# The whole grid, with text alone for as many steps and for longer. One seed, so read small differences with care; the verdicts above rest on five:
 
 # %% tags=["nbval-check-output"]
 tables.grid_table(grid)
@@ -395,7 +398,7 @@ print(distillation.one_task([worked]))
 #
 # **Online distillation**: learn from a teacher's early states first, whose answers are less complex (`teacher_of_step`).
 #
-# **Which one?** If you have many inputs and few labels, let the teacher answer them, at a temperature of 2 to 10; this costs one pass of the teacher. If you have text without end and labels for free, as in language modelling, first try training longer. If the student is small, consider reverse KL on its own texts. If the teacher errs often, count how many true labels you could afford instead.
+# **Which one?** If you have many inputs and few labels, let the teacher answer them, once, and try temperatures between 2 and 10. If labels are free, as in language modelling, training longer is the rival to beat. If the student is too small to cover all that its teacher does, consider reverse KL on its own texts. If the teacher errs often, count how many true labels you could afford instead.
 #
 # ## Further reading
 #

@@ -5,6 +5,7 @@ in a few steps.
 """
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,9 +56,11 @@ def small(data, monkeypatch):
     """The made-up task in the place of the real one, and few steps."""
     monkeypatch.setattr(own, "languages", lambda: data)
     monkeypatch.setattr(experiments, "FULL", 60)
-    own.teacher.cache_clear()
+    for cached in (own.teacher, experiments.confidences):
+        cached.cache_clear()
     yield data
-    own.teacher.cache_clear()
+    for cached in (own.teacher, experiments.confidences):
+        cached.cache_clear()
 
 
 # ------------------------------------------------------------------------------------ the task
@@ -212,9 +215,7 @@ def test_a_pool_asks_its_teacher_once(pool):
     fresh = students.Pool(pool.teacher, pool.batches)
     first = fresh.scores(0)
     direct = pool.teacher(input_ids=pool.batches[0]).logits
-    torch.testing.assert_close(
-        first.softmax(-1), direct.softmax(-1).detach(), rtol=0.05, atol=1e-3
-    )
+    torch.testing.assert_close(first.softmax(-1), direct.softmax(-1).detach(), rtol=0.05, atol=1e-3)
     fresh.teacher = None
     assert torch.equal(fresh.scores(0), first)
 
@@ -267,9 +268,7 @@ def test_a_context_is_learnt(loaded):
 @pytest.mark.parametrize("way", students.WAYS)
 def test_sums_are_read_in_equal_measure(loaded, way):
     items = students.sums(40, 0)
-    model, steps = students.learn_sums(
-        loaded.model, loaded.tokenizer, items, way, 2000, 0, size=8
-    )
+    model, steps = students.learn_sums(loaded.model, loaded.tokenizer, items, way, 2000, 0, size=8)
     assert steps >= 2
     written = [items[0].reasoning + distillation.chain_of_thought.THEREFORE + items[0].answer]
     right = students.right_sums(model, loaded.tokenizer, items[:1], lambda *_, **__: written)
@@ -363,6 +362,14 @@ def test_pictures_say_what_they_show():
 
 def test_confidence_is_drawn(small):
     assert "slope" in drawings.confidence().alt
+
+
+@pytest.mark.parametrize(
+    ("slope", "word"), [(0.6, "more cautious"), (1.01, "about as sure"), (1.4, "exaggerates")]
+)
+def test_a_slope_is_put_in_words(slope, word, monkeypatch):
+    monkeypatch.setattr(experiments, "confidences", lambda seed: SimpleNamespace(slope=slope))
+    assert word in tables.slope_said()
 
 
 def test_operations_are_counted(loaded, pool):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -205,7 +206,7 @@ def asking(seed: int, budget: int = 120, labelled: int = 5) -> dict[str, Found]:
     return found
 
 
-# ------------------------------------------------------------------------ a teacher that makes inputs
+# --------------------------------------------------------------------- a teacher that makes inputs
 
 TAIL = [max(2, round(40 * 0.7**i)) for i in range(12)]
 """Texts of each language in long-tail data."""
@@ -337,6 +338,7 @@ def from_states(seed: int, hidden: int = STUDENT // 4) -> dict[str, Found]:
     }
 
 
+@cache
 def confidences(
     seed: int, hidden: int = STUDENT, temperature: float = 1.0
 ) -> distillation.Deviations:

@@ -197,7 +197,7 @@ def by_document(correct: Tensor, texts: Texts) -> list[float]:
     """The share of right answers among the texts of each document."""
     names = sorted(set(texts.documents))
     index = torch.tensor([names.index(one) for one in texts.documents])
-    total = torch.zeros(len(names), dtype=torch.double).index_add(0, index, correct)
+    total = torch.zeros(len(names), dtype=torch.double).index_add(0, index, correct.double())
     return [round(v, 4) for v in (total / torch.bincount(index)).tolist()]
 
 

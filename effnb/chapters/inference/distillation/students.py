@@ -142,7 +142,8 @@ def matmul_parameters(model: nn.Module) -> int:
 
 @torch.inference_mode()
 def divergences(
-    student: nn.Module, teacher: nn.Module, documents: Sequence[Tensor], context: Tensor | None = None
+    student: nn.Module, teacher: nn.Module, documents: Sequence[Tensor],
+    context: Tensor | None = None,
 ) -> list[float]:  # fmt: skip
     """KL of the teacher from the student on each document, a mean over its tokens, in nats.
 

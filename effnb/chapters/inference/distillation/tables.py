@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from effnb.chapters.inference.distillation import languages as own
-from effnb.chapters.inference.distillation import students
+from effnb.chapters.inference.distillation import experiments, students
 from effnb.core.training import causal_lm_loss
 from effnb.inference import distillation
 from effnb.lab import load, results
@@ -245,8 +245,8 @@ def operations_table(teacher: Any, student: Any) -> Table:
     return table(
         lines,
         {"method": "", "steps on text alone": ",d"},
-        caption="What 100 steps of mini-300k under mini-5m cost, in steps on text alone; operations "
-        "counted on one batch. A cached teacher costs once per text, not once per step.",
+        caption="What 100 steps of mini-300k under mini-5m cost, in steps on text alone; "
+        "operations counted on one batch. A cached teacher costs once per text, not once per step.",
     )
 
 
@@ -273,3 +273,18 @@ def live_said(teacher: Any, student: Any, steps: int) -> str:
     trained = students.learn(student, pool, steps, 0, temperature=2.0, weight=1.0)
     before, after = (fmean(students.divergences(m, teacher, new)) for m in (student, trained))
     return f"KL of the teacher from the student: {before:.3f} nats before, {after:.3f} after."
+
+
+def slope_said(seed: int = 0) -> str:
+    """What the fitted slope of a student's confidence says of this student, in a sentence."""
+    slope = experiments.confidences(seed).slope
+    if abs(slope - 1) < 0.05:
+        return (
+            f"The slope is {slope:.1f}: on new texts this student is about as sure as its teacher."
+        )
+    word = (
+        "exaggerates: where its teacher is sure it is surer"
+        if slope > 1
+        else ("is more cautious than its teacher where that is sure")
+    )
+    return f"The slope is {slope:.1f}: on new texts this student {word}."

@@ -26,8 +26,8 @@ def s_i2(*stored: StoredResult) -> Verdict:
     return judge(
         "S-I2",
         *stored,
-        note="Every student is compared with the same student on labels alone, in as many steps and "
-        "at the compute that the teacher's answers cost. The teacher's answers are computed once.",
+        note="Every student is compared with the same student on labels alone, in as many steps "
+        "and at the compute that the teacher's answers cost. The teacher's answers are computed once.",
     )
 
 
