@@ -306,7 +306,7 @@ def grid_rows(gain=0.05):
 
 def noise_rows():
     return [
-        {"noise": p, "budget": b, "method": m, "seed": s, "accuracy": a - (p if m == "plain" else 0)}
+        {"noise": p, "budget": b, "method": m, "seed": s, "accuracy": a - p * (m == "plain")}
         for p in (0.0, 0.2, 0.4) for b in (128, 1024) for s in range(2)
         for m, a in (("plain", 0.8), ("weighted", 0.79), ("forward correction", 0.78),
                      ("labels for longer", 0.7))

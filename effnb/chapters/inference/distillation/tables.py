@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from effnb.chapters.inference.distillation import languages as own
 from effnb.chapters.inference.distillation import experiments, students
+from effnb.chapters.inference.distillation import languages as own
 from effnb.core.training import causal_lm_loss
 from effnb.inference import distillation
 from effnb.lab import load, results

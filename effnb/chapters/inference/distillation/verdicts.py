@@ -27,7 +27,7 @@ def s_i2(*stored: StoredResult) -> Verdict:
         "S-I2",
         *stored,
         note="Every student is compared with the same student on labels alone, in as many steps "
-        "and at the compute that the teacher's answers cost. The teacher's answers are computed once.",
+        "and at the compute that the teacher's answers cost. These are computed once.",
     )
 
 
