@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -222,13 +223,13 @@ def learn_sums(
         size: Sums in a batch.
     """
     generator = torch.Generator().manual_seed(seed)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
     batches, read = [], 0
     while read < tokens:
         rows = torch.randperm(len(items), generator=generator)[:size].tolist()
         parts = WAYS[way]([items[i] for i in rows])
         batch = [
-            distillation.pair_batch(part, tokenizer.encode, eos=tokenizer.eos_token_id)
-            for part in parts
+            distillation.pair_batch(part, encode, eos=tokenizer.eos_token_id) for part in parts
         ]
         batches.append(batch)
         read += sum(ids.numel() for ids, _ in batch)
