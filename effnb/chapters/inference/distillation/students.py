@@ -228,13 +228,14 @@ def learn_sums(
     while read < tokens:
         rows = torch.randperm(len(items), generator=generator)[:size].tolist()
         parts = WAYS[way]([items[i] for i in rows])
-        batch = [
+        # A tuple: of a list, the trainer would take each element as a batch.
+        batch = tuple(
             distillation.pair_batch(part, encode, eos=tokenizer.eos_token_id) for part in parts
-        ]
+        )
         batches.append(batch)
         read += sum(ids.numel() for ids, _ in batch)
 
-    def loss(model: nn.Module, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def loss(model: nn.Module, batch: tuple[tuple[Tensor, Tensor], ...]) -> Tensor:
         if len(batch) == 2:
             return distillation.step_by_step()(model, (batch[0], batch[1]))
         return causal_lm_loss(model, batch[0])
