@@ -97,7 +97,7 @@ tables.softened_table()
 #
 # - **Outputs**: the loss above. It fits every pair of models that share their classes; for language models, a vocabulary.
 # - **Features**: hidden states and attention. DistilBERT adds the cosine between last hidden states; TinyBERT compares layer by layer, $\mathrm{MSE}(H^S W, H^T)$, where a learned $W$ bridges the widths, and compares attention *scores*, before the softmax. Which of the student's layers is compared with which of the teacher's is a choice, the **layer map**.
-# - **Relations**: how tokens of one text relate to each other. MiniLM compares $\operatorname{softmax}(Q K^\top\! / \sqrt d)$ and $\operatorname{softmax}(V V^\top\! / \sqrt d)$ of the *last* layers by their divergence. Both are tables of tokens by tokens, whatever the width: no $W$ and no layer map are needed. Its second version joins all heads and cuts them anew, so that their numbers may differ.
+# - **Relations**: how tokens of one text relate to each other. MiniLM compares $\operatorname{softmax}(Q K^\top\! / \sqrt d)$ and $\operatorname{softmax}(V V^\top\! / \sqrt d)$ of the *last* layers by their divergence. Both are tables of tokens by tokens, whatever the width: no $W$ and no layer map are needed. Its second version joins all heads and cuts them again, so that their numbers may differ.
 #
 # ### On whose texts?
 #
