@@ -24,6 +24,7 @@ MODULES = {
     "pruning": "1_pruning_claims",
     "low_rank": "2_low_rank_claims",
     "quantization": "3_quantization_claims",
+    "distillation": "5_distillation_claims",
     "codesign": "2_codesign_claims",
     "retention": "5_retention_claims",
     "context": "6_context_claims",
@@ -281,3 +282,43 @@ def test_multitask(small, monkeypatch):
     found = script.apart(script.LABELLED)
     documents = [e.document for own in found.values() for e in own]
     assert len(set(documents)) == len(documents) == len(together["documents"])
+
+
+def test_distillation(small, monkeypatch):
+    script = small.distillation
+    real = load("mini-300k", device="cpu")
+    few = {"documents": [0.0, 1.0], "steps": 1, "budget": 1}
+    methods = {
+        "few labels": ("teacher", "distilled", "labels alone", "labels for longer"),
+        "even noise": ("plain", "forward correction", "labels for longer"),
+        "uneven noise, small": ("plain", "weighted", "labels for longer"),
+        "uneven noise, large": ("plain", "weighted", "labels for longer"),
+        "asking": ("robust", "random", "hardest first"),
+        "limited": ("by gradient", "at random", "distilled", "labels for longer"),
+        "long tail": ("by gradient", "at random", "distilled", "labels for longer"),
+        "states": ("early states first", "last state"),
+    }  # the companion's tests run these experiments and look at their methods
+    assert set(methods) == set(script.EXPERIMENTS)
+    for setting, names in methods.items():
+        monkeypatch.setitem(
+            script.EXPERIMENTS, setting, lambda seed, names=names: dict.fromkeys(names, few)
+        )
+    one = [{"complexity": 1.0, "share_of_shuffled": 0.5}]
+    monkeypatch.setattr(script.experiments, "complexity", lambda *_: one)
+    monkeypatch.setattr(script.experiments, "states", lambda seed: {})
+    monkeypatch.setattr(script.experiments, "confidences", lambda seed: SimpleNamespace(slope=1.1))
+    monkeypatch.setattr(script.own, "teacher", lambda seed: None)
+    monkeypatch.setattr(script, "load", lambda name, device: real)
+    monkeypatch.setattr(
+        script, "training_batches",
+        lambda loaded, seed, steps, shape: [ids(seed + n, 2, 16) for n in range(steps)],
+    )  # fmt: skip
+    monkeypatch.setattr(script.students, "POOL", 2)
+    for name, value in {
+        "STEPS": 2, "CONTEXT_STEPS": 2, "SUM_TOKENS": 500, "SUMS": 40, "JUDGED": 3
+    }.items():  # fmt: skip
+        monkeypatch.setattr(script, name, value)
+    rows = measured(small, "distillation", list(script.PARTS))
+    assert wanting(rows, "05_inference/5_distillation") == {}
+    (longer,) = chosen(rows, {"setting": "text", "method": "labels for longer"})
+    assert longer["steps"] > 2

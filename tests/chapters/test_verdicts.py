@@ -7,6 +7,7 @@ from effnb.chapters.design.attention import verdicts as attention
 from effnb.chapters.design.context import verdicts as context
 from effnb.chapters.design.retention import verdicts as retention
 from effnb.chapters.hardware.codesign import verdicts as codesign
+from effnb.chapters.inference.distillation import verdicts as distillation
 from effnb.chapters.inference.low_rank import verdicts as low_rank
 from effnb.chapters.inference.pruning import verdicts as pruning
 from effnb.chapters.inference.quantization import verdicts as quantization
@@ -27,6 +28,11 @@ JUDGES = {
     "Y-1": context.y_1,
     "Y-2": context.y_2,
     "Y-3": context.y_3,
+    "S-I2": distillation.s_i2,
+    "C-2": distillation.c_2,
+    "G-1": distillation.g_1,
+    "G-2": distillation.g_2,
+    "G-5": distillation.g_5,
 }
 
 
@@ -163,12 +169,14 @@ def test_a_missing_run_by_the_clock_is_named_as_the_reason(clock):
     assert "two idle cores" in by_clock.why
 
 
-@pytest.mark.parametrize("companion", [pruning, low_rank, quantization, codesign, retention])
+@pytest.mark.parametrize(
+    "companion", [pruning, low_rank, quantization, codesign, retention, distillation]
+)
 def test_what_is_stored_can_be_judged(companion):
     """Whatever has been measured by now; parts that were not say so."""
     found = companion.stored()
     assert {one.name for one in found} <= set(companion.TABLES)
     every = [*pruning.stored(), *quantization.stored(), *low_rank.stored(), *codesign.stored()]
-    every += retention.stored()
+    every += [*retention.stored(), *distillation.stored()]
     for name, judged in {**JUDGES, "C-7": pruning.c_7}.items():
         assert judged(*every).claim.id == name

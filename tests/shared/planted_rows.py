@@ -19,7 +19,7 @@ def wanted_change(part, outcome):
     low, high = (part.bound + sign * part.margin for sign in (-1, 1))
     if part.ratio:
         low, high = part.bound / (1 + part.margin), part.bound * (1 + part.margin)
-    far = 0.5 * (part.bound or 1)
+    far = 0.5 * abs(part.bound or 1)
     if part.role in ("construction", "context"):
         outcome = "shown"
     if part.expect == "higher":
@@ -78,7 +78,10 @@ def _conditions():
         "calibration_tokens": 8192,
         "training_tokens": 100_000,
         "training_characters": 100_000,
+        "tokens": 1000,
         "start": "GPTQ",
+        "steps": 100,
+        "budget": 100,
     }
 
 

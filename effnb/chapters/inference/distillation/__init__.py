@@ -1,0 +1,1 @@
+"""The companion of `notebooks/05_inference/5_distillation`."""
