@@ -23,8 +23,9 @@ import torch
 
 from effnb.chapters.inference.distillation import experiments, students
 from effnb.chapters.inference.distillation import languages as own
+from effnb.evaluation import file_bytes
 from effnb.lab import claims_bench, corpora, load
-from effnb.lab.claims_bench import SEEDS, Bench, Table, by_document, documents_of, file_bytes
+from effnb.lab.claims_bench import SEEDS, Bench, Table, by_document, documents_of
 from effnb.lab.sweeps import training_batches
 from effnb.lab.task_inputs import write
 
