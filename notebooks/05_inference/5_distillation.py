@@ -351,7 +351,7 @@ _ = exercises.correction.check(expected)
 exercises.correction.solution()
 
 # %% [markdown]
-# **3.** Which texts should an unreliable teacher be asked about? A text that the student is unsure of teaches much: let $g_1 \ge g_2 \ge \dots$ be what each would gain. An adversary may make $k$ answers wrong, and a wrong answer costs what a right one gains. With $H_I = \sum_{i \le I} 1 / g_i$, the best guaranteed gain is $\max_{I > 2k} (I - 2k) / H_I$; draw only from the best $I$ texts, each in proportion to $1 / g_i$. Return the probabilities.
+# **3.** Which texts should an unreliable teacher be asked about? A text that the student is unsure of teaches much: let $g_1 \ge g_2 \ge \dots$ be what each would gain. An adversary may make $k$ answers wrong, and a wrong answer costs what a right one gains. With $S_I = \sum_{i \le I} 1 / g_i$, the best guaranteed gain is $\max_{I > 2k} (I - 2k) / S_I$; draw only from the best $I$ texts, each in proportion to $1 / g_i$. Return the probabilities.
 
 
 # %% tags=["exercise", "nbval-check-output"]
@@ -365,7 +365,7 @@ _ = exercises.game.check(probabilities)
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# `cumsum` gives all $H_I$ at once. Sizes up to $2k$ are out of the question: set their value to minus infinity before `argmax`.
+# `cumsum` gives all $S_I$ at once. Sizes up to $2k$ are out of the question: set their value to minus infinity before `argmax`.
 #
 # </details>
 
