@@ -233,7 +233,6 @@ def test_both_ways_end_at_one_cost(decoder, small):
 
 
 def test_a_search_never_ends_above_its_start(decoder, small):
-    pytest.importorskip("cma")
     train = small.task.train[:4]
     model, found = steering.search(decoder, train, dimension=4, budget=12, population=4)
     assert found.calls == 12
