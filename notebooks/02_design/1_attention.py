@@ -80,7 +80,7 @@ panels.sinks(real, mini)
 #
 # A softmax needs its largest score and the sum of all exponentials. Both can be kept up to date while keys arrive in blocks (**online softmax**; Milakov and Gimelshein, 2018). Keep $m$, the largest score so far; $\ell$, the sum of $e^{s - m}$; and $o$, the sum of $e^{s - m} v$. A new block changes them to
 #
-# $$m' = \max(m, \max s), \qquad \ell' = e^{m - m'} \ell + \sum e^{s - m'}, \qquad o' = e^{m - m'} o + \sum e^{s - m'} v,$$
+# $$m' = \max(m, \max s), \qquad \begin{aligned} \ell' &= e^{m - m'} \ell + \textstyle\sum e^{s - m'}, \\ o' &= e^{m - m'} o + \textstyle\sum e^{s - m'} v, \end{aligned}$$
 #
 # and at the end $o / \ell$ is the output. By hand: one query, four keys, in blocks of two. Let the scores be $\ln 2 \cdot (1, 3, 4, 2)$ and the values $(4, 2, 8, 0)$.
 #

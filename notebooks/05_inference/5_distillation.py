@@ -79,7 +79,7 @@ print(tables.sizes_said())
 #
 # Let $v$ be the teacher's scores of the $N$ classes, one number each before the softmax, and $z$ the student's. With a temperature $\tau > 0$,
 #
-# $$p^\tau = \operatorname{softmax}(v / \tau), \qquad q^\tau = \operatorname{softmax}(z / \tau), \qquad L = a\, \tau^2\, \mathrm{KL}(p^\tau \,\|\, q^\tau) + (1 - a)\, \mathrm{CE}(y, q^1).$$
+# $$\begin{gathered} p^\tau = \operatorname{softmax}(v / \tau), \qquad q^\tau = \operatorname{softmax}(z / \tau), \\ L = a\, \tau^2\, \mathrm{KL}(p^\tau \,\|\, q^\tau) + (1 - a)\, \mathrm{CE}(y, q^1). \end{gathered}$$
 #
 # $\mathrm{KL}(p \,\|\, q) = \sum_i p_i \ln (p_i / q_i)$ is the **divergence** of two answers: 0 if they agree, larger the more $q$ neglects what $p$ finds probable. $\mathrm{CE}$ is the usual loss on the label $y$, and the weight $a$ divides the student's attention between teacher and label (Hinton, Vinyals and Dean, 2015).
 #
