@@ -220,6 +220,6 @@ def d_7(*stored: StoredResult) -> Verdict:
         "Random subspaces of the query and value weights of MiniLM and of three decoders. "
         "Intrinsic prompt tuning learns 8 numbers from the prompts of 20 small tasks, one label "
         "against another, and is tested on 14 that it has not seen; the paper has 100 tasks and "
-        "250 numbers. Guessing is right in half of the cases: only what a prompt gains over that is "
-        "compared, and the task is what is drawn again.",
+        "250 numbers. Guessing is right in half of the cases: only what a prompt gains over that "
+        "is compared, and the task is what is drawn again.",
     )
