@@ -55,6 +55,7 @@ from effnb.kernels._launch import (
 )
 from effnb.kernels.bench import BenchCase, absent
 from effnb.kernels.compile import CompileCase
+from effnb.kernels.report import Work
 
 __all__ = ["SPANS", "Blocks", "Int4Weight", "blocks_for", "int4_matmul", "pack_int4", "reference"]
 
@@ -432,8 +433,33 @@ def compile_cases() -> list[CompileCase]:
         constants |= {"PRECISION": "tf32" if half else "ieee"}
         mma = kernel is not _one_row and dtype != "fp32"
         name = f"int4_matmul: {kind} {dtype} {kernel.__name__.strip('_')} {m}x{n}"
-        found.append(CompileCase(name, kernel, types, constants, mma=mma, warps=warps))
+        work = _work(kernel, kinds[kind], m, n, 4 if dtype == "fp32" else 2)
+        found.append(CompileCase(name, kernel, types, constants, mma, warps, work=work))
     return found
+
+
+def _work(kernel: Any, kind: dict[str, Any], m: int, n: int, size: int) -> Work:
+    """A layer of 4,096 by 4,096: one token, a batch of a tile's rows, or a prompt of 2,048."""
+    width, span = 4096, kind["SPAN"]
+    rows = 1 if kernel is _one_row else 2048 if m >= 64 else m
+    per_group = 4 if kind["TABLE"] else 3
+    one_row, spans = kernel is _one_row, width // span
+    if kernel is _backward:
+        programs, turns = spans * (rows // m), width // n
+    else:
+        programs, turns = width // n * (spans // 16 if one_row else rows // m), spans
+    return Work(
+        what=f"{rows} rows, {width} x {width}",
+        item="weight",
+        items=n * span,
+        turns=16 if one_row else turns,
+        programs=programs,
+        fetched=n * span // 2 + n * per_group,
+        bytes=width * width // 2
+        + width * width // kind["GROUP"] * per_group
+        + 2 * size * rows * width,
+        flops=2 * rows * width * width,
+    )
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

@@ -79,6 +79,7 @@ from effnb.kernels._masked import (
 )
 from effnb.kernels.bench import BenchCase, Runner
 from effnb.kernels.compile import CompileCase
+from effnb.kernels.report import Work
 
 LOG2_E = 1.4426950408889634  # e^x = 2^(x log2 e), and powers of 2 are what GPUs compute
 LOCAL, GLOBAL, PADDING = 0, 1, 2  # the kinds of tokens
@@ -723,9 +724,31 @@ def compile_cases() -> list[CompileCase]:
                     f"local_attention: {name} {kind} {dim}" + again * " again", kernel, types,
                     strides | settings | {"AGAIN": again},
                     mma=kind != "fp32", warps=warps, stages=stages,
+                    work=_work(name, dim, causal, settings["BLOCK_Q"], kinds[kind].itemsize),
                 )  # fmt: skip
                 found.append(case)
     return found
+
+
+def _work(name: str, dim: int, causal: bool, rows: int, size: int) -> Work:
+    """A text of 16,384 tokens, 32 heads of queries and 8 of keys, a window of 1,024."""
+    tokens, heads, key_heads, window = 16384, 32, 8, 1024
+    seen = window * (1 if causal else 2)
+    # Products of a tile: two forward; for the queries' gradient three, for the others' four.
+    products = {"forward": 2, "queries backward": 3, "keys backward": 4}[name]
+    by_keys = name == "keys backward"
+    moved = {"forward": 2, "queries backward": 3, "keys backward": 2}[name] * heads
+    moved += {"forward": 2, "queries backward": 2, "keys backward": 4}[name] * key_heads
+    return Work(
+        what=f"{tokens} tokens, {heads} heads of {dim}, window {window}",
+        item="tile",
+        items=1,
+        turns=(seen // rows + 1) * (heads // key_heads if by_keys else 1),
+        programs=tokens // rows * (key_heads if by_keys else heads),
+        fetched=2 * rows * dim * size,
+        bytes=moved * tokens * dim * size,
+        flops=2 * products * heads * tokens * seen * dim,
+    )
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:
