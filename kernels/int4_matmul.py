@@ -166,11 +166,11 @@ def _one_row(
         )
         upper = packed >> 16
         for part in tl.static_range(128 // SHARED):
-            where = (units[None, :], line[:, None], mask, N, K, GROUP, part * SHARED)
-            scale = _of_groups(scales, *where)
+            first = part * SHARED
+            scale = _of_groups(scales, units[None, :], line[:, None], mask, N, K, GROUP, first)
             zero = tl.full((BLOCK_N, UNITS), ZERO, dtype=tl.float32)
             if ZEROS:
-                zero = _of_groups(zeros, *where)
+                zero = _of_groups(zeros, units[None, :], line[:, None], mask, N, K, GROUP, first)
             product = tl.zeros((BLOCK_N, UNITS, 16), dtype=tl.float32)
             for byte in tl.static_range(part * SHARED // 32, (part + 1) * SHARED // 32):
                 k = (units[:, None] * 128 + byte * 32 + words[None, :]).to(tl.int64)

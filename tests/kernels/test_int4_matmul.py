@@ -294,7 +294,7 @@ def test_inputs_that_cannot_be(proof):
 
 @pytest.mark.parametrize("kind", ["affine", "table"])
 def test_many_rows_are_the_librarys(proof, kind):
-    """The weight is written out once, rounded once; float32 and what float16 cannot hold are not."""
+    """The weight is written out and rounded once; float32 and what float16 cannot hold are not."""
     weight, numbers = weight_of(40, 192, 64, kind, proof.device)
     written = kernel.written_out(weight, torch.float32)
     torch.testing.assert_close(written.double(), numbers, rtol=1e-6, atol=1e-6)
