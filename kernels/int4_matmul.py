@@ -631,7 +631,7 @@ def _work(kernel: Any, kind: dict[str, Any], m: int, n: int, size: int) -> tuple
     if kernel is _write_out:
         rows, programs, turns, moved = 0, width // n * units, 1, size * width * width
     work = Work(
-        what=f"{rows} rows, {width} x {width}",
+        what=f"{rows or 'no'} row{'s' * (rows != 1)}, {width} x {width}",
         item="weight",
         items=item,
         turns=turns,
