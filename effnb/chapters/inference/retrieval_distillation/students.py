@@ -46,7 +46,7 @@ DEPTH = 6
 SCALE = 20.0
 """What cosines are multiplied by before a softmax."""
 BATCH, STEPS = 64, 80
-RATES = {0: 3e-3}
+RATES = {0: 1e-3}
 RATE = 3e-4
 """Learning rates by depth, and of the depths that are not named."""
 LOSSES = ("labels", "scores", "embeddings", "both")
