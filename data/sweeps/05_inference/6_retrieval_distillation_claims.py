@@ -80,9 +80,7 @@ def ranking(table: Table) -> None:
                 return rankers.ranked(student, task) | {"steps": steps}
 
             for method in DISTILLED:
-                table.add(
-                    about | {"method": method}, lambda method=method, t=taught: t(method)
-                )
+                table.add(about | {"method": method}, lambda method=method, t=taught: t(method))
 
         def alone(length: int, seed: int = seed) -> dict[str, Any]:
             student = rankers.dual_encoder(task, seed, steps=length)

@@ -52,9 +52,7 @@ def found(rows: Sequence[Row]) -> CaptionedFigure:
                 heights = [100 * v for v in values]
                 axes.bar(x, heights, width * 0.92, color=SHADES[loss], label=called[loss])
             axes.axhline(100 * teacher, color="0.2", linestyle=":")
-            axes.set_xticks(
-                range(len(depths)), [tables.layers_said(depth) for depth in depths]
-            )
+            axes.set_xticks(range(len(depths)), [tables.layers_said(depth) for depth in depths])
             axes.set_title(name)
         panes[0].set_ylabel("found among the first ten, %")
         panes[0].set_ylim(0, 105)
@@ -157,8 +155,7 @@ def sizes(rows: Sequence[Row]) -> CaptionedFigure:
         alt=f"The cross-encoder ranks {np.mean(cross['train_documents']):.0%} of training and "
         f"{np.mean(cross['documents']):.0%} of new queries right. "
         + "; ".join(
-            f"{method}: "
-            + ", ".join(f"{a:.0%} and {b:.0%} at {size}" for size, a, b in points)
+            f"{method}: " + ", ".join(f"{a:.0%} and {b:.0%} at {size}" for size, a, b in points)
             for method, points in curves.items()
         )
         + ".",

@@ -74,8 +74,10 @@ def search(rows: Sequence[Row]) -> Panel:
             "find their description among the first ten?",
             answer=lambda result: round(100 * result["shares"]["student"]),
             at={
-                "documents": next(iter(DOCUMENTS)), "depth": depths[0],
-                "size": sizes[-1], "loss": tables.LOSS_NAMES["both"],
+                "documents": next(iter(DOCUMENTS)),
+                "depth": depths[0],
+                "size": sizes[-1],
+                "loss": tables.LOSS_NAMES["both"],
             },  # fmt: skip
         ),
         documents=knob(list(DOCUMENTS), default=next(iter(DOCUMENTS))),

@@ -312,5 +312,3 @@ def texts_read(documents: int, kind: str) -> int:
     if kind not in ("cross-encoder", "dual encoder"):
         raise ValueError(f"the kind is {kind!r}; choose cross-encoder or dual encoder.")
     return documents if kind == "cross-encoder" else 1
-
-

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from effnb.chapters.inference.retrieval_distillation import rankers, students
 from effnb.chapters.inference.retrieval_distillation.texts import encoder, pairs
-from effnb.evaluation import seconds_of
+from effnb.evaluation import latency as seconds_of
 from effnb.inference import retrieval_distillation
 from effnb.lab import results
 from effnb.lab.changes import Change, Row, if_measured, pick, tidy
@@ -77,9 +77,7 @@ def student_row(rows: Sequence[Row], depth: int, size: int, loss: str, frozen: b
 def picture_said(rows: Sequence[Row]) -> str:
     """What the smallest student finds, in a sentence."""
     depth, size = depths_of(rows)[0], sizes_of(rows)[-1]
-    before, after = (
-        student_row(rows, depth, size, loss, True) for loss in ("none", "both")
-    )
+    before, after = (student_row(rows, depth, size, loss, True) for loss in ("none", "both"))
     labels = student_row(rows, depth, size, "labels", True)
     teacher = teacher_of(rows, size)
     return (
@@ -104,7 +102,8 @@ def frozen_said(rows: Sequence[Row]) -> str:
     for depth in depths_of(rows):
         for loss, name in LOSS_NAMES.items():
             inherited, own = (
-                student_row(rows, depth, size, loss, frozen)["documents"] for frozen in (True, False)
+                student_row(rows, depth, size, loss, frozen)["documents"]
+                for frozen in (True, False)
             )
             change = Change.between(inherited, own)
             lines.append(
@@ -346,5 +345,3 @@ def refusals(attempts: Mapping[str, Any]) -> str:
         except ValueError as problem:
             said.append(f"- {name}: {problem}")
     return "\n".join(said)
-
-
