@@ -35,7 +35,7 @@ def small(monkeypatch):
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
-        num_attention_heads=2, max_position_embeddings=32,
+        num_attention_heads=2, max_position_embeddings=32, initializer_range=0.5,
     )  # fmt: skip
     model = BertModel(config, add_pooling_layer=False).eval()
     loaded = SimpleNamespace(model=model, tokenizer=None)

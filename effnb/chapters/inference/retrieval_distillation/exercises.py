@@ -65,7 +65,7 @@ lengths = Exercise(
     reference=distance,
     cases=[
         (_a, _b, _W),
-        (torch.zeros(2, 2).double(), torch.tensor([[3.0, 4.0], [0, 1]]).double(), torch.eye(2).double()),
+        (_randn(2, 2, seed=11), _randn(2, 2, seed=12), torch.eye(2, dtype=torch.double)),
     ],
     wrong={
         "The length of the difference, not its square": (

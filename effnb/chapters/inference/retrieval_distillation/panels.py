@@ -78,7 +78,7 @@ def search(rows: Sequence[Row]) -> Panel:
                 "depth": depths[0],
                 "size": sizes[-1],
                 "loss": tables.LOSS_NAMES["both"],
-            },  # fmt: skip
+            },
         ),
         documents=knob(list(DOCUMENTS), default=next(iter(DOCUMENTS))),
         depth=knob(depths, default=depths[0], label="student's layers"),

@@ -7,7 +7,7 @@ three wrong ones that share words with it. They are judged on eight candidates a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
