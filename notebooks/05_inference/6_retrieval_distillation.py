@@ -124,7 +124,7 @@ print(tables.turned_said())
 #
 # $$R_Q = \frac1n \sum_q \lVert E^T_Q(q) - W E^S_Q(q) \rVert_2, \qquad R_D = \frac1m \sum_d \lVert E^T_D(d) - W E^S_D(d) \rVert_2.$$
 #
-# The index $T$ is the teacher's, $S$ the student's. The matrix $W$ is needed where widths differ, and stays part of the student when it is used. Note that this is the length itself, not its square. Embeddings that are close give scores that are close:
+# $T$ marks the teacher's encoder, $S$ the student's. The matrix $W$ is needed where widths differ, and stays part of the student when it is used. Note that this is the length itself, not its square. Embeddings that are close give scores that are close:
 #
 # $$\lvert t - s \rvert \le \lVert q_T - q_S \rVert\, \lVert d_T \rVert + \lVert q_S \rVert\, \lVert d_T - d_S \rVert.$$
 #
@@ -202,7 +202,7 @@ print(tables.frozen_said(grid))
 # %% [markdown]
 # A verdict of "better" or "worse" is from the queries of one run, paired; where it says "indistinguishable", the interval allows both.
 #
-# A shared small encoder has an advantage that is easy to overlook. It makes the same mistakes on both sides: a rare word is put in the same odd place in the synopsis and in the description, and the two still meet. A student that searches the teacher's index must put every word where six layers put it. That is harder, and it is the price of an index that need not be built again.
+# A shared small encoder has an advantage that is easy to overlook: it makes the same mistakes on both sides: a rare word is put in the same odd place in the synopsis and in the description, and the two still meet. A student that searches the teacher's index must put every word where six layers put it. That is harder, and it is the price of an index that need not be built again.
 #
 # ### Capacity or generalization?
 #
