@@ -36,6 +36,7 @@ def small(monkeypatch):
     config = BertConfig(
         vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
         num_attention_heads=2, max_position_embeddings=32, initializer_range=0.5,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     model = BertModel(config, add_pooling_layer=False).eval()
     loaded = SimpleNamespace(model=model, tokenizer=None)
@@ -52,6 +53,7 @@ def course(small):
 @pytest.fixture
 def task(monkeypatch):
     monkeypatch.setattr(rankers, "BATCH", 8)
+    monkeypatch.setattr(rankers, "RATE", 3e-3)
     return rankers.task_of(some_pairs(16), some_pairs(30, seed=1), 10)
 
 
@@ -405,4 +407,5 @@ def test_pictures_say_their_numbers():
 
 def test_panels_pass_over_their_knobs():
     panels.search(grid_rows()).sweep()
+    panels.search(grid_rows((0,))).sweep()  # one depth: there is no knob for it
     panels.scores().sweep()

@@ -21,7 +21,10 @@ def search(rows: Sequence[Row]) -> Panel:
     depths, sizes = tables.depths_of(rows), tables.sizes_of(rows)
     losses = {name: loss for loss, name in tables.LOSS_NAMES.items()}
 
-    def compute(documents: str, depth: int, size: int, loss: str) -> dict[str, Any]:
+    # While one depth alone is measured, there is nothing to choose.
+    deeper = {"depth": knob(depths, label="student's layers")} if len(depths) > 1 else {}
+
+    def compute(documents: str, size: int, loss: str, depth: int = depths[0]) -> dict[str, Any]:
         frozen = DOCUMENTS[documents]
         after = tables.student_row(rows, depth, size, losses[loss], frozen)
         before = tables.student_row(rows, depth, size, "none", frozen)
@@ -67,7 +70,7 @@ def search(rows: Sequence[Row]) -> Panel:
         caption="New synopses that find their own description among the first ten of a thousand. "
         "Dotted: the teacher with all 384 numbers. Stored measurements, one seed.",
         figsize=(6.0, 1.7),
-        frames={"documents": list(DOCUMENTS), "depth": depths},
+        frames={"documents": list(DOCUMENTS)} | dict.fromkeys(deeper, depths),
         predict=guess(
             f"A student of {tables.layers_said(depths[0])} copies its teacher's scores and "
             "embeddings; the documents are the teacher's, frozen. What per cent of new queries "
@@ -75,13 +78,13 @@ def search(rows: Sequence[Row]) -> Panel:
             answer=lambda result: round(100 * result["shares"]["student"]),
             at={
                 "documents": next(iter(DOCUMENTS)),
-                "depth": depths[0],
                 "size": sizes[-1],
                 "loss": tables.LOSS_NAMES["both"],
+                **dict.fromkeys(deeper, depths[0]),
             },
         ),
         documents=knob(list(DOCUMENTS), default=next(iter(DOCUMENTS))),
-        depth=knob(depths, default=depths[0], label="student's layers"),
+        **deeper,
         size=knob(sizes, default=sizes[-1], label="embedding size"),
         loss=knob(list(losses), default=tables.LOSS_NAMES["both"]),
     )

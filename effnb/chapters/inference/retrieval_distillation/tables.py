@@ -330,8 +330,9 @@ def same_index() -> str:
 def scale_said(factors: Sequence[float] = (1, 20)) -> str:
     """What a softmax makes of three cosines, as they are and multiplied."""
     cosines = torch.tensor([0.9, 0.5, 0.2])
+    given = ", ".join(f"{float(c):.1f}" for c in cosines)
     return "\n".join(
-        f"× {factor:2g}: {[tidy(float(p), 3) for p in (factor * cosines).softmax(0)]}"
+        f"({given}) × {factor:2g}: {[tidy(float(p), 3) for p in (factor * cosines).softmax(0)]}"
         for factor in factors
     )
 
