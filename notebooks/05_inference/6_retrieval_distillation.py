@@ -101,7 +101,7 @@ for name in ("input_ids", "token_type_ids", "query", "document"):
 tables.losses_table()
 
 # %% [markdown]
-# A constant added to all scores of a query changes no order. Only the pointwise loss minds it, and spends the student's capacity on it. A cross-encoder's scores may lie anywhere, while the cosines of a dual encoder lie between −1 and 1, so this matters in practice.
+# The first of them exchanges the two wrong documents. Three losses mind; the last does not, because the right document is still ahead of both by as much as it asks for, at most $m = 1$. A constant added to all scores of a query changes no order. Only the pointwise loss minds it, and spends the student's capacity on it. A cross-encoder's scores may lie anywhere, while the cosines of a dual encoder lie between −1 and 1, so this matters in practice.
 #
 # MarginMSE (Hofstätter et al., 2020) compares margins, but it pulls a student back that is *further* ahead than its teacher. The last loss does not: a margin is wanted only up to $m$, and more costs nothing. It is this workbook's own, made to show what keeping the order alone means. Menon et al. (2022) argue for losses that keep the order; their loss is another one.
 
@@ -153,7 +153,7 @@ from effnb.chapters.inference.retrieval_distillation import texts
 words = texts.encoder().tokenizer
 some = [torch.tensor(row) for row in texts.pairs("train", 24).documents]
 draw = torch.Generator().manual_seed(3)
-made, real = retrieval_distillation.made_queries(some, 3, generator=draw)
+made, real = retrieval_distillation.made_queries(some, 5, generator=draw)
 for row, mask in zip(made, real):
     print("-", words.decode(row[mask]))
 

@@ -85,9 +85,9 @@ def _plane(axes: Axes, query: Tensor, documents: Tensor, title: str) -> None:
     axes.annotate(
         "", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": PALETTE[0], "linewidth": 2}
     )
-    axes.text(x + 0.05, y - 0.2, "q")
+    axes.text(x + 0.05, y - 0.25, "q")
     axes.set_xlim(-1.3, 1.4)
-    axes.set_ylim(-1.3, 1.3)
+    axes.set_ylim(-0.4, 1.25)
     axes.set_aspect("equal")
     axes.set_title(title)
 
@@ -112,7 +112,7 @@ def geometry(angle: float = 60) -> CaptionedFigure:
         f"{float(embed_distill(q, a)):.2f} apart. In the mixed one the products with the three "
         f"documents are {', '.join(f'{v:.2f}' for v in mixed)}: document "
         f"{1 + mixed.index(max(mixed))} is first.",
-        figsize=(6.8, 2.5),
+        figsize=(6.8, 2.1),
     )
 
 

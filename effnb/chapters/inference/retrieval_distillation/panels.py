@@ -137,5 +137,5 @@ def scores() -> Panel:
         ),
         shift=knob([-3, 0, 3], default=0, label="added to all"),
         stretch=knob(list(STRETCHES), default=1.0, label="multiplied by"),
-        lead=knob([0, 2, 4], default=0, label="lead of the right one"),
+        lead=knob([0, 2, 4], default=2, label="lead of the right one"),
     )

@@ -80,11 +80,13 @@ def picture_said(rows: Sequence[Row]) -> str:
     before, after = (student_row(rows, depth, size, loss, True) for loss in ("none", "both"))
     labels = student_row(rows, depth, size, "labels", True)
     teacher = teacher_of(rows, size)
+    own = student_row(rows, depth, size, "both", False)
     return (
         f"Of {len(teacher['documents'])} new queries, the teacher finds {found_share(teacher):.0%} "
         f"among the first ten. A student of {layers_said(depth)} finds {found_share(before):.0%} "
         f"before training, {found_share(labels):.0%} after training on labels, and "
-        f"{found_share(after):.0%} after copying the teacher's scores and embeddings."
+        f"{found_share(after):.0%} after copying the teacher's scores and embeddings. With "
+        f"documents that it encodes itself, it then finds {found_share(own):.0%}."
     )
 
 
