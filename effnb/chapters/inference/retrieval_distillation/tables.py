@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from effnb.chapters.inference.retrieval_distillation import rankers, students
-from effnb.chapters.inference.retrieval_distillation.texts import encoder, pairs
+from effnb.chapters.inference.retrieval_distillation.texts import (
+    encoder,
+    first_layers,
+    padded,
+    pairs,
+)
 from effnb.evaluation import latency as seconds_of
 from effnb.inference import retrieval_distillation
 from effnb.lab import results
@@ -279,8 +284,6 @@ def index_said(documents: int = 1_000_000) -> str:
 
 def timed_said(depth: int = 1) -> str:
     """How long one query takes with the teacher and with a student, measured here."""
-    from effnb.chapters.inference.retrieval_distillation.texts import first_layers, padded
-
     ids, real = padded(pairs("test", 100).queries[:1])
     seconds = {}
     with torch.inference_mode():
@@ -298,13 +301,13 @@ def timed_said(depth: int = 1) -> str:
 def live_said(count: int = 96, steps: int = 40) -> str:
     """Train a student without layers here and now, on a small course, and say what it finds."""
     course = students.course_of(pairs("train", count), pairs("test", 120), 60, 32)
-    student = students.learn(course, depth=0, loss="both", steps=steps, batch=32)
     size = students.WIDTH
+    student = students.learn(course, depth=0, size=size, loss="both", steps=steps, batch=32)
     untrained = students.student_of(course, 0, size, True)
     shares = {
         name: found_share(students.judged(ranks))
         for name, ranks in {
-            "teacher": students.teacher_ranks(course),
+            "teacher": students.teacher_ranks(course, size),
             "before": students.ranks_of(untrained, course, size, True),
             "after": students.ranks_of(student, course, size, True),
         }.items()
@@ -320,9 +323,7 @@ def same_index() -> str:
     """Whether a student that inherits documents has the teacher's index, number by number."""
     course = students.course_of(pairs("train", 24), pairs("test", 40), 20, 8)
     before = course.teacher(students.WIDTH)
-    student = students.learn(course, depth=0, loss="both", steps=5, batch=8)
-    from effnb.chapters.inference.retrieval_distillation.texts import padded
-
+    student = students.learn(course, depth=0, size=students.WIDTH, steps=5, batch=8)
     given = padded(course.test.documents[:8])
     with torch.inference_mode():
         same = torch.equal(before.encode_documents(*given), student.encode_documents(*given))
