@@ -25,6 +25,7 @@ MODULES = {
     "low_rank": "2_low_rank_claims",
     "quantization": "3_quantization_claims",
     "distillation": "5_distillation_claims",
+    "retrievers": "6_retrieval_distillation_claims",
     "codesign": "2_codesign_claims",
     "retention": "5_retention_claims",
     "context": "6_context_claims",
@@ -322,3 +323,45 @@ def test_distillation(small, monkeypatch):
     assert wanting(rows, "05_inference/5_distillation") == {}
     (longer,) = chosen(rows, {"setting": "text", "method": "labels for longer"})
     assert longer["steps"] > 2
+
+
+def test_retrievers(small, monkeypatch):
+    script = small.retrievers
+    few = {"documents": [0, 1], "train_documents": [1, 1], "drop_documents": [1, 0], "mrr": 0.5}
+    searched, ranked = [], []
+
+    def learn(course, **given):
+        searched.append(given)
+
+    def dual(task, seed, method="labels", answers=None, **given):
+        ranked.append((method, answers, given))
+
+    for name, value in {
+        "course": lambda: SimpleNamespace(),
+        "teacher_ranks": lambda course: [1, 2],
+        "layers_of_teacher": lambda course, depth: 16,
+        "learn": learn,
+        "ranks_of": lambda *_: [1, 20],
+    }.items():
+        monkeypatch.setattr(script.students, name, value)
+    for name, value in {
+        "task": lambda: SimpleNamespace(),
+        "steps_of": lambda task: 40,
+        "steps_for_answers": lambda task: 15,
+        "cross_encoder": lambda task, seed, dual_pooled=True: ranked.append(("cross", None, {})),
+        "answers_of": lambda *_: "answers",
+        "dual_encoder": dual,
+        "ranked": lambda *_: dict(few),
+    }.items():
+        monkeypatch.setattr(script.rankers, name, value)
+    rows = measured(small, "retrievers", list(script.PARTS))
+    assert wanting(rows, "05_inference/6_retrieval_distillation") == {}
+    for setting, steps in (("search", small.retrievers.students.STEPS + 16), ("ranking", 55)):
+        (longer,) = chosen(rows, {"setting": setting, "method": "labels for longer"})
+        assert longer["steps"] == steps
+    # Each run is of the method that its row names, and only students of a teacher get its answers.
+    assert {one["loss"] for one in searched} == {"labels", "scores", "embeddings", "both"}
+    assert all(given["depth"] == script.DEPTH for given in searched)
+    assert all(
+        (answers is None) == (method in ("labels", "cross")) for method, answers, _ in ranked
+    )

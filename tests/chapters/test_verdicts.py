@@ -13,6 +13,7 @@ from effnb.chapters.inference.distillation import verdicts as distillation
 from effnb.chapters.inference.low_rank import verdicts as low_rank
 from effnb.chapters.inference.pruning import verdicts as pruning
 from effnb.chapters.inference.quantization import verdicts as quantization
+from effnb.chapters.inference.retrieval_distillation import verdicts as retrievers
 from effnb.lab.claims import FAILS, HOLDS, IN_PART, OPEN, UNTESTED, ledger
 from effnb.lab.results import NotMeasured
 
@@ -35,6 +36,8 @@ JUDGES = {
     "G-1": distillation.g_1,
     "G-2": distillation.g_2,
     "G-5": distillation.g_5,
+    "G-3": retrievers.g_3,
+    "G-4": retrievers.g_4,
 }
 
 
@@ -172,7 +175,7 @@ def test_a_missing_run_by_the_clock_is_named_as_the_reason(clock):
 
 
 @pytest.mark.parametrize(
-    "companion", [pruning, low_rank, quantization, codesign, retention, distillation]
+    "companion", [pruning, low_rank, quantization, codesign, retention, distillation, retrievers]
 )
 def test_what_is_stored_can_be_judged(companion):
     """Whatever has been measured by now; parts that were not say so."""
