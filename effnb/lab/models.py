@@ -175,7 +175,9 @@ def _sibling(name: str, device: torch.device, dtype: torch.dtype) -> LoadedModel
     from safetensors.torch import load_file
 
     if name not in read_manifest(data_folder() / "models" / "MANIFEST.json", REMEDY):
-        raise ModelUnavailable(f"{name} is not trained yet; `python data/train_exits.py` trains it.")
+        raise ModelUnavailable(
+            f"{name} is not trained yet; `python data/train_exits.py` trains it."
+        )
     base = load(SIBLINGS[name], device=device, dtype=dtype)
     folder = _shipped_folder(name)
     note_use(f"model {name}", sha256(name))

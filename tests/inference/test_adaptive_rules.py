@@ -239,7 +239,7 @@ def test_calibration_walks_down_and_stops_at_the_first_failure():
         (lambda f: f([1.0, 0.5], [[0.0]], 0.1, 0.1), "one row for each"),
         (lambda f: f([1.0], [[0.0]], 0.1, 0.1, "lucky"), "choose of"),
         (lambda f: learn_then_test.hoeffding_bentkus(0.1, 0, 0.1), "empty"),
-        (lambda f: learn_then_test.simulate(risk, n=0), "empty"),
+        (lambda f: learn_then_test.simulate(risk, n=0), "at least one prompt"),
         (lambda f: branchynet.by_entropy(-0.1), "at least 0"),
         (lambda f: pabee.by_patience(0), "at least 1"),
         (lambda f: pabee.by_patience(1, 0.0), "above 0"),
