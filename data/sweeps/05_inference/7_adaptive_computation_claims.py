@@ -31,7 +31,7 @@ from effnb.inference.adaptive_computation import (
     learn_then_test,
     pabee,
 )
-from effnb.lab import claims_bench, corpora, load
+from effnb.lab import claims_bench, corpora, load, results
 from effnb.lab.claims_bench import SEEDS, Bench, Table
 from effnb.lab.task_inputs import encoder_batch
 from effnb.lab.tasks import Example, task
@@ -301,7 +301,7 @@ def calm_(table: Table) -> None:
                     "threshold": 1.0,
                     "documents": [0.0] * len(others),
                     "layers": [1.0] * len(others),
-                }  # noqa: E501
+                }
             return {
                 "threshold": chosen,
                 "documents": [stored[chosen]["distance"][i] for i in others],
@@ -325,14 +325,12 @@ def calm_(table: Table) -> None:
         about | {"method": "not trained with exits, read"},
         lambda: {
             "documents": claims_bench.by_document(load(BASE, device="cpu").model, bench.documents)
-        },  # noqa: E501
+        },
     )
 
 
 def time_(table: Table) -> None:
-    """Seconds per token, in turn: all layers, and exits at the threshold of the first calibration."""
-    from effnb.lab import results
-
+    """Seconds per token, in turn: all layers, and exits at the first calibration's threshold."""
     stored = results.read(f"{table.name.rpartition('/')[0]}/calm")
     at = next(
         (
@@ -481,9 +479,8 @@ def defer(table: Table) -> None:
 
         for cost in COSTS:
             for method in ("plain", "CSS", "post hoc", "confidence"):
-                about = {
-                    "model": SMALL, "setting": "defer", "method": method, "cost": cost, "seed": seed,
-                }  # fmt: skip
+                about = {"model": SMALL, "setting": "defer", "method": method}
+                about |= {"cost": cost, "seed": seed}
                 table.add(
                     about,
                     lambda about=about, rows=rows: next(
