@@ -260,7 +260,7 @@ def test_the_worked_example_of_one_position():
     assert speculative.best_draft_length(0.1, 0.5) == 0
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(4)
-    draws = 40_000
+    draws = 6_000
     for x in torch.multinomial(q, draws, replacement=True, generator=generator).tolist():
         kept, token = speculative.verify(torch.stack([p, p]), q[None], torch.tensor([x]), generator)
         counts[x if kept else token] += 1

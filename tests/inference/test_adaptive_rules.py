@@ -205,10 +205,17 @@ def test_a_risk_that_is_never_monotone_keeps_the_promise_only_in_sequence(epsilo
         return 0.02 if x >= 0.9 else 0.105
 
     kept = learn_then_test.simulate(
-        flat, grid=grid, epsilon=epsilon, n=200, repetitions=1500, seed=1
+        flat, grid=grid, epsilon=epsilon, n=200, repetitions=1500, seed=1, shared=False
     )
     lucky = learn_then_test.simulate(
-        flat, grid=grid, epsilon=epsilon, n=200, repetitions=1500, seed=1, rule="smallest p"
+        flat,
+        grid=grid,
+        epsilon=epsilon,
+        n=200,
+        repetitions=1500,
+        seed=1,
+        rule="smallest p",
+        shared=False,
     )
     assert kept.violations <= epsilon
     assert lucky.violations > epsilon

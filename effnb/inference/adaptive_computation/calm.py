@@ -89,7 +89,7 @@ def confidence_of(
 @torch.inference_mode()
 def generate(
     model: nn.Module | LayerStack,
-    prompt: Int[Tensor, "1 time"] | Sequence[int],
+    prompt: Tensor | Sequence[int],
     *,
     max_new_tokens: int = 32,
     threshold: float | Sequence[float] = 0.9,
@@ -108,7 +108,7 @@ def generate(
 
     Args:
         model: A decoder laid out as Llama, or its `LayerStack`, which saves checking it again.
-        prompt: One sequence of tokens.
+        prompt: One sequence of tokens, (time,) or (1, time).
         max_new_tokens: Tokens to write.
         threshold: $\lambda$ in [0, 1]; or one value for each new token.
         measure: "softmax", "saturation" or "classifier".

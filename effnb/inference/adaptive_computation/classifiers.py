@@ -39,8 +39,12 @@ class Left:
         return float(self.exits.float().mean())
 
 
-def leave(logits: Float[Tensor, "exits items classes"], rule: Rule) -> Left:
-    """Apply a rule to the logits of all exits; whoever never leaves takes the last.
+def leave(logits: Tensor, rule: Rule) -> Left:
+    """Apply a rule to the logits of all exits; what never leaves early takes the last.
+
+    Args:
+        logits: (exits, items, classes).
+        rule: Which items leave.
 
     Raises:
         ValueError: When there is no exit.

@@ -133,7 +133,7 @@ def curriculum(kind: str, layers: int, step: int, steps: int, every: int = 3) ->
 @torch.inference_mode()
 def self_speculative(
     model: nn.Module | LayerStack,
-    prompt: Int[Tensor, "1 time"] | Sequence[int],
+    prompt: Tensor | Sequence[int],
     *,
     exit_layer: int,
     max_new_tokens: int = 32,
@@ -147,7 +147,7 @@ def self_speculative(
 
     Args:
         model: A decoder laid out as Llama, or its `LayerStack`.
-        prompt: One sequence of tokens.
+        prompt: One sequence of tokens, (time,) or (1, time).
         exit_layer: $E$, from 1 to one less than the number of layers.
         max_new_tokens: Tokens to write.
         draft_tokens: $\gamma$.
@@ -204,7 +204,9 @@ def self_speculative(
         else:
             p = probabilities(logits, temperature, top_p)
             q = torch.stack(qs) if qs else p[:0]
-            count, following = verify(p, q, torch.tensor(guesses, device=p.device), generator)
+            count, following = verify(
+                p, q, torch.tensor(guesses, dtype=torch.long, device=p.device), generator
+            )
         new = [*guesses[:count], following]
         accepted.append(count)
         drafted.append(gamma)

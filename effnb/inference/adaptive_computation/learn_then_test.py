@@ -182,11 +182,12 @@ def simulate(
     rule: str = "fixed sequence",
     repetitions: int = 1000,
     seed: int = 0,
+    shared: bool = True,
 ) -> Coverage:
     r"""Calibrate again and again on prompts whose true risk is known, and count broken promises.
 
-    The loss of a prompt is 1 with probability $R(\lambda)$, independently for each threshold: the
-    worst kind, since each threshold has noise of its own.
+    The loss of a prompt is 1 where its number, uniform in [0, 1], is below $R(\lambda)$, else 0: the
+    mean loss of all prompts is $R(\lambda)$, and a prompt that is bad stays bad at lower thresholds.
 
     Args:
         risk: The true risk of each threshold.
@@ -197,6 +198,7 @@ def simulate(
         rule: See `calibrate`.
         repetitions: How many calibrations.
         seed: Of the draws.
+        shared: Whether a prompt keeps its number; else every threshold has noise of its own.
 
     Raises:
         ValueError: As `calibrate`.
@@ -208,7 +210,12 @@ def simulate(
         raise ValueError("the calibration set is empty; a promise needs at least one prompt.")
     grid = [round(1 - j / 20, 2) for j in range(21)] if grid is None else list(grid)
     true = np.array([risk(x) for x in grid])
-    draws = np.random.default_rng(seed).binomial(n, true, size=(repetitions, len(grid)))
+    rng = np.random.default_rng(seed)
+    if shared:
+        numbers = rng.random((repetitions, n))
+        draws = np.stack([(numbers < r).sum(1) for r in true], 1)
+    else:
+        draws = rng.binomial(n, true, size=(repetitions, len(grid)))
     # one table of p-values for all counts: r-hat takes n + 1 values
     table = np.array([hoeffding_bentkus(k / n, n, delta) for k in range(n + 1)])
     p_values = table[draws]

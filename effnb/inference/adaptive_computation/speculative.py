@@ -169,7 +169,7 @@ def check_drafts(draft_tokens: int) -> None:
 def generate(
     target: nn.Module,
     draft: nn.Module,
-    prompt: Int[Tensor, "1 time"] | Sequence[int],
+    prompt: Tensor | Sequence[int],
     *,
     max_new_tokens: int = 32,
     draft_tokens: int = 4,
@@ -186,7 +186,7 @@ def generate(
     Args:
         target: The model whose text is wanted.
         draft: A faster one with the same vocabulary.
-        prompt: One sequence of tokens.
+        prompt: One sequence of tokens, (time,) or (1, time).
         max_new_tokens: Tokens to write.
         draft_tokens: $\gamma$.
         temperature: Of both models.
@@ -205,18 +205,18 @@ def generate(
     for model in (target, draft):
         check_length(model, start, max_new_tokens)
     text = ids[0].tolist()
-    caches = {model: DynamicCache(config=model.config) for model in (target, draft)}
+    caches = [DynamicCache(config=model.config) for model in (target, draft)]
 
-    def logits_of(model: nn.Module, tokens: Sequence[int], keep: int) -> Tensor:
+    def logits_of(who: int, tokens: Sequence[int], keep: int) -> Tensor:
         given = torch.tensor([list(tokens)], device=ids.device)
-        out = model(
-            input_ids=given, past_key_values=caches[model], use_cache=True, logits_to_keep=keep
+        out = (target, draft)[who](
+            input_ids=given, past_key_values=caches[who], use_cache=True, logits_to_keep=keep
         )
         return out.logits[0]
 
     if start > 1:  # the last token of the prompt is left for the first pass
-        logits_of(target, text[:-1], 1)
-        logits_of(draft, text[:-1], 1)
+        logits_of(0, text[:-1], 1)
+        logits_of(1, text[:-1], 1)
     greedy = temperature == 0
     accepted, drafted = [], []
     began = time.perf_counter()
@@ -225,15 +225,15 @@ def generate(
         guesses: list[int] = []
         qs = []
         for _ in range(gamma):
-            held = caches[draft].get_seq_length()
-            logits = logits_of(draft, (text + guesses)[held:], 1)[-1]
+            held = caches[1].get_seq_length()
+            logits = logits_of(1, (text + guesses)[held:], 1)[-1]
             if greedy:
                 guesses.append(int(logits.argmax()))
                 continue
             qs.append(probabilities(logits, temperature, top_p))
             guesses.append(int(torch.multinomial(qs[-1], 1, generator=generator)))
         # p_1 ... p_{gamma+1}: after the last token of the text, and after each draft
-        logits = logits_of(target, [text[-1], *guesses], gamma + 1)
+        logits = logits_of(0, [text[-1], *guesses], gamma + 1)
         if greedy:
             best = logits.argmax(-1).tolist()
             count = next((i for i, x in enumerate(guesses) if x != best[i]), gamma)
@@ -241,7 +241,9 @@ def generate(
         else:
             p = probabilities(logits, temperature, top_p)
             q = torch.stack(qs) if qs else p[:0]
-            count, following = verify(p, q, torch.tensor(guesses, device=p.device), generator)
+            count, following = verify(
+                p, q, torch.tensor(guesses, dtype=torch.long, device=p.device), generator
+            )
         new = [*guesses[:count], following]
         accepted.append(count)
         drafted.append(gamma)
@@ -249,7 +251,7 @@ def generate(
             text += new[: new.index(end) + 1]
             break
         text += new
-        for cache in caches.values():  # forget what follows the accepted drafts
+        for cache in caches:  # forget what follows the accepted drafts
             if (extra := cache.get_seq_length() - (len(text) - 1)) > 0:
                 cache.crop(-extra)
     seconds = time.perf_counter() - began
