@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from effnb.core.modules import Model, share
@@ -81,7 +81,7 @@ def with_layer_dropout(model: Model, most: float) -> Model:
     new.model.layers = nn.ModuleList(
         DroppedLayer(layer, rate) for layer, rate in zip(new.model.layers, rates)
     )
-    return new
+    return new.train(model.training)
 
 
 def loss_weights(

@@ -186,8 +186,8 @@ def simulate(
 ) -> Coverage:
     r"""Calibrate again and again on prompts whose true risk is known, and count broken promises.
 
-    The loss of a prompt is 1 where its number, uniform in [0, 1], is below $R(\lambda)$, else 0: the
-    mean loss of all prompts is $R(\lambda)$, and a prompt that is bad stays bad at lower thresholds.
+    The loss of a prompt is 1 where its number, uniform in [0, 1], is below $R(\lambda)$, else 0.
+    Its mean over all prompts is $R(\lambda)$, and a prompt that is bad stays bad further down.
 
     Args:
         risk: The true risk of each threshold.
