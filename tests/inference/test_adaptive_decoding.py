@@ -300,7 +300,7 @@ def test_two_tokens_have_the_targets_joint_distribution(temperature, top_p):
     wanted = {(a, b): float(p[0, a] * p[a, b]) for a, b in itertools.product(range(3), repeat=2)}
     generator = torch.Generator().manual_seed(3)
     counts = dict.fromkeys(wanted, 0)
-    draws = 3000
+    draws = 1000
     for _ in range(draws):
         found = speculative.generate(
             target, draft, [0], max_new_tokens=3, draft_tokens=2, temperature=temperature,
@@ -344,7 +344,7 @@ def test_sampling_by_self_speculation_follows_the_model(tiny_llama):
     stack = layers.LayerStack(model)
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(6)
-    draws = 600
+    draws = 300
     for _ in range(draws):
         found = layerskip.self_speculative(
             stack, prompt, exit_layer=1, max_new_tokens=2, draft_tokens=1, temperature=1.0,
