@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from scipy.stats import chi2
 
 from effnb.inference.adaptive_computation import (
     calm,
@@ -293,7 +294,7 @@ class Bigram(torch.nn.Module):
         return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:])
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8)])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.5, 1.0), (1.3, 0.8)])
 def test_two_tokens_have_the_targets_joint_distribution(temperature, top_p):
     target, draft = Bigram(0), Bigram(1)
     p = speculative.probabilities(target.table.detach(), temperature, top_p)
@@ -307,13 +308,15 @@ def test_two_tokens_have_the_targets_joint_distribution(temperature, top_p):
             top_p=top_p, generator=generator,
         )  # fmt: skip
         counts[found.tokens[:2]] += 1
+    assert all(counts[pair] == 0 for pair, probability in wanted.items() if probability == 0)
+    rare = [pair for pair, probability in wanted.items() if 0 < draws * probability < 5]
+    cells = [[pair] for pair, probability in wanted.items() if draws * probability >= 5]
+    cells += [rare] if rare else []  # cells with few expected counts are taken together
     chi = 0.0
-    for pair, probability in wanted.items():
-        if probability == 0:
-            assert counts[pair] == 0
-        else:
-            chi += (counts[pair] - draws * probability) ** 2 / (draws * probability)
-    assert chi < 26.1  # at most 8 degrees of freedom, one in a thousand
+    for cell in cells:
+        expected = draws * sum(wanted[pair] for pair in cell)
+        chi += (sum(counts[pair] for pair in cell) - expected) ** 2 / expected
+    assert chi < chi2.isf(1e-3, len(cells) - 1)
 
 
 def test_sampling_from_the_target_alone_would_be_found():

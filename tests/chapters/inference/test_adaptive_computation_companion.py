@@ -146,6 +146,7 @@ def test_promises_of_a_rule_are_counted_over_drawn_prompts():
         {"setting": "texts", "threshold": at, "distance": ([1.0] * bad + [0.0] * (100 - bad))}
         for at, bad in ((0.9, 2), (0.5, 22), (0.2, 60))
     ]
+    assert "naive rule in " in tables.resampled_said(rows)
     naive = tables.resampled(rows, 0.2, 0.05, "naive", repetitions=200)
     walk = tables.resampled(rows, 0.2, 0.05, "fixed sequence", repetitions=200)
     assert naive > 0.2 > 0.05 >= walk
@@ -235,6 +236,8 @@ def test_a_cascade_is_drawn_as_planted():
     here = shown.at(pair="mini-300k → mini-5m", threshold=0.5)
     assert "Accuracy: 100.0%" in here.text and "Deferred: 50%" in here.text
     assert len(tables.cascade_table(rows).rows) == 3
+    said = tables.cascade_said(rows)
+    assert "50% by mini-300k, 0% by mini-1m and 50% by mini-5m; 100% right" in said
 
 
 def test_texts_are_summed_up_as_planted():

@@ -206,6 +206,20 @@ def resampled(
     return broken / repetitions
 
 
+@if_measured
+def resampled_said(rows: Sequence[Row], delta: float = 0.2, epsilon: float = 0.05) -> str:
+    """How often two rules break their promise on prompts drawn again and again, in a sentence."""
+    naive, walk = (
+        resampled(rows, delta, epsilon, rule, repetitions=1000)
+        for rule in ("naive", "fixed sequence")
+    )
+    return (
+        f"With these prompts as the whole world, and 60 of them drawn 1,000 times, the walk breaks "
+        f"its promise (δ = {delta:g}, ε = {epsilon:g}) in {walk:.1%} of the calibrations and the "
+        f"naive rule in {naive:.1%}."
+    )
+
+
 # --- time -----------------------------------------------------------------------------------------
 
 
@@ -406,6 +420,29 @@ def cascade_table(rows: Sequence[Row]) -> Table:
         caption="Ranked-choice questions: accuracy of each model, of a cascade that defers the "
         "half the small model is least sure of, of one that defers half at random, and the best "
         "point of the curve, which was found on the same questions and flatters.",
+    )
+
+
+@if_measured
+def cascade_said(rows: Sequence[Row], threshold: float = 0.6) -> str:
+    """What a cascade of all four models does at one threshold, in a sentence."""
+    order = sorted(rows, key=lambda row: row["parameters"])
+    whole = order[-1]["parameters"]
+    found = cascades.cascade(
+        torch.tensor([row["confidence"] for row in order]),
+        1.0 - torch.tensor([row["right"] for row in order], dtype=torch.float32),
+        [row["parameters"] / whole for row in order],
+        [threshold] * (len(order) - 1),
+    )
+    parts = [
+        f"{found.model.count(i) / len(found.model):.0%} by {row['model']}"
+        for i, row in enumerate(order)
+    ]
+    return (
+        f"All of them in a row, each asked until one is at least {threshold:.0%} sure: "
+        f"{spoken(parts)}; {1 - found.loss:.0%} right, against "
+        f"{fmean(order[-1]['right']):.0%} by {order[-1]['model']} alone, at {found.cost:.0%} of "
+        "its cost."
     )
 
 
