@@ -50,7 +50,7 @@ run_time("05_inference/7_adaptive_computation")
 from effnb.chapters.inference.adaptive_computation import drawings, methods
 
 writer = methods.Writer()
-drawings.texts(writer, (1.0, 0.6, 0.3))
+drawings.texts(writer, (1.0, 0.4, 0.1))
 
 # %% [markdown]
 # A token that is wrong also misleads the tokens after it. So the questions of this chapter are: how does a layer know that it knows, what may be promised about the whole text, and does skipping layers save *time*?
@@ -250,6 +250,8 @@ print(tables.measures_said(exits))
 tables.measures_table(exits)
 
 # %% [markdown]
+# Mind the last column: a text is made of words, and an early exit that chooses the same word with less certainty costs nats and changes nothing. Even the oracle, whose words are those of the full model by definition, pays that price. This is why CALM promises something about *texts*.
+#
 # **The promise**, kept on prompts that did not calibrate it:
 
 # %% tags=["nbval-check-output"]

@@ -157,6 +157,7 @@ def test_adaptive_computation(small, monkeypatch):
     for name, value in {
         "Sections": Sections,
         "GRID": (0.9, 0.2),
+        "READ_GRID": (0.9, 0.2),
         "PROMPTS": 4,
         "CALIBRATED": 2,
         "NEW_TOKENS": 3,

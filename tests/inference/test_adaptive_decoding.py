@@ -96,6 +96,14 @@ def test_a_threshold_of_one_is_greedy_decoding_token_for_token(tiny_llama, measu
     assert set(found.layers) == {4}
 
 
+def test_repetitions_are_punished_as_transformers_does(model):
+    found = calm.generate(model, PROMPT, max_new_tokens=20, threshold=1.0, repetition_penalty=1.3)
+    assert found.tokens == greedy(model, repetition_penalty=1.3)
+    assert found.tokens != greedy(model)
+    with pytest.raises(ValueError, match="above 0"):
+        calm.generate(model, PROMPT, repetition_penalty=0.0)
+
+
 def test_a_threshold_of_zero_leaves_at_the_first_layer(model):
     found = calm.generate(model, PROMPT, max_new_tokens=8, threshold=0.0)
     assert set(found.layers) == {1}

@@ -8,6 +8,7 @@ sections     MiniLM with a head after each layer: accuracy against layers for ea
 speed        time per token over the threshold, by measure, and of one layer and the head (2 min)
 speculative  acceptance, tokens for each pass and speed over the length of the draft (3 min)
 cascade      answers and confidences of four models to the same questions (4 min)
+sequences    confidences of whole texts, summed up in several ways (1 min)
 smollm2      how many layers SmolLM2 needs, token by token, and how sure it is (3 min)
 
 Times are for one idle core. Models are those of the bench and `mini-5m-exits`.
@@ -43,8 +44,8 @@ from effnb.lab.sweeps import run
 
 BASE, EXITS = "mini-5m", "mini-5m-exits"
 CHAPTER = "05_inference/7_adaptive_computation"
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-NEAR = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+NEAR = (0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.98, 1.0)
 """Thresholds of saturation, which moves in another range."""
 WINDOWS, CALIBRATION = 12, (6, 256)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 6, 24, 32, 5
@@ -185,7 +186,7 @@ def speed() -> None:
         ]  # fmt: skip
 
     for measure in confidence.MEASURES:
-        for at in (0.2, 0.4, 0.6, 0.8, 0.9) if measure != "saturation" else NEAR[2:-1]:
+        for at in (0.1, 0.2, 0.4, 0.6, 0.8) if measure != "saturation" else NEAR[1:6]:
 
             def ratio(measure=measure, at=at) -> dict:
                 ratios = []
@@ -352,7 +353,11 @@ def cascade() -> None:
             }
 
         table.add({"model": name}, answers)
-    sequences = Table("sequences")
+
+
+def sequences() -> None:
+    """Confidences of three models in the tokens of held-out windows, and their losses."""
+    table = Table("sequences")
     benches: dict[str, Bench] = {}
 
     def bench(name: str) -> Bench:
@@ -374,7 +379,7 @@ def cascade() -> None:
                     sure[kind].append(round(cascades.sequence_confidence(top, given), 3))
             return {"losses": losses, "confidences": sure}
 
-        sequences.add({"model": name}, windows)
+        table.add({"model": name}, windows)
 
 
 # ------------------------------------------------------------------------------------ smollm2
@@ -419,6 +424,7 @@ PARTS = {
     "speed": speed,
     "speculative": speculative_,
     "cascade": cascade,
+    "sequences": sequences,
     "smollm2": smollm2,
 }
 

@@ -37,8 +37,10 @@ from effnb.lab.task_inputs import encoder_batch
 from effnb.lab.tasks import Example, task
 
 EXITS, BASE, ENCODER, SMALL = "mini-5m-exits", "mini-5m", "minilm-l6", "base of 256 units"
-GRID = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+GRID = (0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 """Thresholds of texts, the safest first."""
+READ_GRID = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+"""Thresholds of reading; the most lenient where none passes as few layers as wanted."""
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, CALIBRATED = 200, 16, 20, 120
 DELTA, EPSILON = 0.2, 0.05
 COSTS = (0.0, 0.1, 0.2, 0.4, 0.6)
@@ -73,8 +75,8 @@ def read(table: Table) -> None:
             """The safest threshold at which calibration text passes four of six layers or fewer."""
             if not lambda_:
                 seen = calm.read_exits(bench.model, bench.calibration(seed)[:4])
-                means = {x: float(seen.layer("softmax", x).float().mean()) for x in GRID}
-                lambda_.append(next((x for x in GRID if means[x] <= 4), GRID[-1]))
+                means = {x: float(seen.layer("softmax", x).float().mean()) for x in READ_GRID}
+                lambda_.append(next((x for x in READ_GRID if means[x] <= 4), READ_GRID[-1]))
             return lambda_[0]
 
         def confident(threshold=threshold) -> dict:

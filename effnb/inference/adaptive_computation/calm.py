@@ -56,8 +56,19 @@ class EarlyText:
         return fmean(self.layers)
 
 
+def penalized(
+    logits: Float[Tensor, " vocabulary"], seen: Int[Tensor, " tokens"], penalty: float
+) -> Float[Tensor, " vocabulary"]:
+    """Scores of tokens that were seen, made smaller."""
+    values = logits[seen]
+    return logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
+
+
 def confidence_of(
-    measure: str, stack: LayerStack, classifier: ExitClassifier | None
+    measure: str,
+    stack: LayerStack,
+    classifier: ExitClassifier | None,
+    scores: Callable[[Tensor], Tensor],
 ) -> Callable[[Tensor, Tensor], tuple[float, Tensor | None]]:
     """From the states before and after a layer: its confidence, and its logits if it made them.
 
@@ -80,7 +91,7 @@ def confidence_of(
         return lambda before, after: (float(saturation(before[0, -1], after[0, -1])), None)
 
     def by_softmax(before: Tensor, after: Tensor) -> tuple[float, Tensor]:
-        logits = stack.head(after)[0, -1]
+        logits = scores(after)
         return float(softmax_response(logits)), logits
 
     return by_softmax
@@ -99,6 +110,7 @@ def generate(
     form: str = "paper",
     copying: str = "states",
     first_exit: int = 1,
+    repetition_penalty: float = 1.0,
     end: int | None = None,
 ) -> EarlyText:
     r"""Greedy decoding in which each token leaves at the first layer with $c_t^i \ge \lambda_t$.
@@ -119,6 +131,8 @@ def generate(
             "projected" copies the last layer's keys and values as they are, which is a mistake
             worth seeing.
         first_exit: The first layer that may be left from; saturation has none before 2.
+        repetition_penalty: Scores of tokens that occurred before are divided by it where they are
+            above 0 and multiplied below (CTRL, arXiv 1909.05858); confidences see what is left.
         end: A token that ends the text.
 
     Raises:
@@ -127,6 +141,8 @@ def generate(
     stack = model if isinstance(model, LayerStack) else LayerStack(model)
     ids = prompt_ids(prompt, stack.model)
     check_length(stack.model, ids.shape[1], max_new_tokens)
+    if not repetition_penalty > 0:
+        raise ValueError(f"repetition_penalty is {repetition_penalty}; it must be above 0.")
     if copying not in COPYING:
         raise ValueError(f"copying is {copying!r}; choose of {', '.join(COPYING)}.")
     if not 1 <= first_exit <= stack.count:
@@ -137,7 +153,13 @@ def generate(
         lambdas = [thresholds(one, 1)[0] for one in threshold]
     else:
         lambdas = thresholds(threshold, max_new_tokens, decay, form)
-    sure = confidence_of(measure, stack, classifier)
+    seen = ids[0].unique()
+
+    def scores(state: Tensor) -> Tensor:
+        logits = stack.head(state)[0, -1]
+        return logits if repetition_penalty == 1 else penalized(logits, seen, repetition_penalty)
+
+    sure = confidence_of(measure, stack, classifier, scores)
     first_exit = max(first_exit, 2) if measure == "saturation" else first_exit
 
     cache = stack.new_cache()
@@ -165,8 +187,9 @@ def generate(
                 stack.copy_state(state, cache, layer, rotary)
             else:
                 _copy_projected(cache, layer, stack.count)
-        logits = stack.head(state)[0, -1] if logits is None else logits
+        logits = scores(state) if logits is None else logits
         token = logits.argmax()[None, None]
+        seen = torch.cat([seen, token[0]])
         position += 1
         tokens.append(int(token))
         layers.append(layer)

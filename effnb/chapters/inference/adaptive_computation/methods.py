@@ -17,6 +17,8 @@ from effnb.lab.bench import Bench
 EXITS = "mini-5m-exits"
 PROMPT = "Anne was"
 NEW_TOKENS = 40
+PENALTY = 1.3
+"""A small model repeats itself; the bench writes with the same penalty."""
 CALIBRATION = (6, 256)
 """Sequences and tokens of the text that the classifier of exits learns from."""
 
@@ -88,6 +90,7 @@ class Writer:
                     measure=measure,
                     classifier=classifier,
                     copying=copying,
+                    repetition_penalty=PENALTY,
                 )
                 for _ in range(repeats)
             ]

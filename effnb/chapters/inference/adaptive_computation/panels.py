@@ -16,7 +16,7 @@ from effnb.lab import PALETTE, knob, panel
 from effnb.lab.changes import Row, if_measured, pick
 from effnb.lab.panels import Panel, guess
 
-THRESHOLDS = [0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1.0]
+THRESHOLDS = [0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0]
 
 
 def leaving(writer: methods.Writer) -> Panel:
@@ -61,14 +61,14 @@ def leaving(writer: methods.Writer) -> Panel:
         caption="Above: what the model writes, each token on the shade of the layer it left at. "
         "Below: how many tokens left at each layer.",
         figsize=(6.8, 3.0),
-        frames={"threshold": [0.2, 0.6, 0.9, 1.0], "measure": ["softmax", "saturation"]},
+        frames={"threshold": [0.1, 0.2, 0.6, 1.0], "measure": ["softmax", "classifier"]},
         predict=guess(
-            "At a threshold of 0.6 by softmax, how many of the six layers does a token pass on "
+            "At a threshold of 0.2 by softmax, how many of the six layers does a token pass on "
             "average?",
             answer=lambda early: round(early.text.mean_layers, 1),
-            at={"threshold": 0.6, "measure": "softmax", "copying": "states"},
+            at={"threshold": 0.2, "measure": "softmax", "copying": "states"},
         ),
-        threshold=knob(THRESHOLDS, default=0.6),
+        threshold=knob(THRESHOLDS, default=0.2),
         measure=knob(["softmax", "saturation", "classifier"], label="confidence"),
         copying=knob(list(calm.COPYING), label="skipped layers get"),
     )
