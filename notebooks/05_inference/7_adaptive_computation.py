@@ -50,7 +50,7 @@ run_time("05_inference/7_adaptive_computation")
 from effnb.chapters.inference.adaptive_computation import drawings, methods
 
 writer = methods.Writer()
-drawings.texts(writer, (1.0, 0.4, 0.1))
+drawings.texts(writer, (1.0, 0.4, 0.2))
 
 # %% [markdown]
 # A token that is wrong also misleads the tokens after it. So the questions of this chapter are: how does a layer know that it knows, what may be promised about the whole text, and does skipping layers save *time*?

@@ -15,10 +15,12 @@ from effnb.inference.adaptive_computation import calm, confidence, layers, specu
 from effnb.lab.bench import Bench
 
 EXITS = "mini-5m-exits"
-PROMPT = "Anne was"
-NEW_TOKENS = 40
-PENALTY = 1.3
-"""A small model repeats itself; the bench writes with the same penalty."""
+PROMPT = "This package provides the"
+NEW_TOKENS = 34
+PENALTY = 1.1
+"""On repetition, of which a small model is fond."""
+END = "■"
+"""How the end of a text is shown."""
 CALIBRATION = (6, 256)
 """Sequences and tokens of the text that the classifier of exits learns from."""
 
@@ -32,7 +34,7 @@ class Early:
         pieces: Each new token as it reads.
         full: The text of all layers.
         same: Part of the tokens that are the full model's, position by position.
-        speed: The full model's time over this one's.
+        speed: The full model's time for a token over this one's.
     """
 
     text: calm.EarlyText
@@ -51,7 +53,7 @@ class Writer:
         Args:
             name: The model.
             prompt: What it continues.
-            tokens: How many tokens it writes.
+            tokens: How many tokens it writes at most.
         """
         self.bench = Bench(name, questions=0, windows=6)
         self.prompt, self.tokens = prompt, tokens
@@ -91,6 +93,7 @@ class Writer:
                     classifier=classifier,
                     copying=copying,
                     repetition_penalty=PENALTY,
+                    end=self.bench.tokenizer.eos_token_id,
                 )
                 for _ in range(repeats)
             ]
@@ -102,12 +105,13 @@ class Writer:
         full = self.write(1.0, repeats=3)
         text = self.write(threshold, measure, copying, repeats=3)
         same = sum(a == b for a, b in zip(text.tokens, full.tokens)) / len(full.tokens)
-        return Early(text, self.pieces(text.tokens), full, same, full.seconds / text.seconds)
+        seconds = [one.seconds / len(one.tokens) for one in (full, text)]
+        return Early(text, self.pieces(text.tokens), full, same, seconds[0] / seconds[1])
 
     def pieces(self, tokens: Sequence[int]) -> tuple[str, ...]:
         """Each token as it reads, line ends as spaces."""
-        decode = self.bench.tokenizer.decode
-        return tuple(decode([t]).replace("\n", " ") for t in tokens)
+        end, decode = self.bench.tokenizer.eos_token_id, self.bench.tokenizer.decode
+        return tuple(END if t == end else decode([t]).replace("\n", " ") for t in tokens)
 
 
 # ---------------------------------------------------------------------------- traced by hand

@@ -49,7 +49,7 @@ def leaving(writer: methods.Writer) -> Panel:
                 f"Layers per token: {early.text.mean_layers:.2f} of {early.text.of}",
                 f"Times faster: {early.speed:.2f}",
                 f"Tokens as with all layers: {early.same:.0%}",
-                f"It writes: {writer.prompt}{''.join(early.pieces)} …",
+                f"It writes: {writer.prompt}{''.join(early.pieces)}",
             ]
         )
 
@@ -61,7 +61,7 @@ def leaving(writer: methods.Writer) -> Panel:
         caption="Above: what the model writes, each token on the shade of the layer it left at. "
         "Below: how many tokens left at each layer.",
         figsize=(6.8, 3.0),
-        frames={"threshold": [0.1, 0.2, 0.6, 1.0], "measure": ["softmax", "classifier"]},
+        frames={"threshold": [0.1, 0.2, 0.4, 1.0], "measure": ["softmax", "classifier"]},
         predict=guess(
             "At a threshold of 0.2 by softmax, how many of the six layers does a token pass on "
             "average?",
