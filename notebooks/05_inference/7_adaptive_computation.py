@@ -246,11 +246,12 @@ drawings.curves(exits)
 
 # %% tags=["nbval-check-output"]
 print(tables.exits_said(exits))
+print(tables.words_said(exits))
 print(tables.measures_said(exits))
 tables.measures_table(exits)
 
 # %% [markdown]
-# Mind the last column: a text is made of words, and an early exit that chooses the same word with less certainty costs nats and changes nothing. Even the oracle, whose words are those of the full model by definition, pays that price. This is why CALM promises something about *texts*.
+# Mind the difference between the two pictures, and the last column: a text is made of words, and an early exit that chooses the same word with less certainty costs nats and changes nothing. Even the oracle, whose words are those of the full model by definition, pays that price. This is why CALM promises something about *texts*.
 #
 # **The promise**, kept on prompts that did not calibrate it:
 

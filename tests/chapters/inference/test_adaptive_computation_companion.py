@@ -108,7 +108,9 @@ def test_exits_are_told_as_planted():
     assert "oracle needs 2.5 of 6 layers" in measures
     assert len(tables.exits_table(rows).rows) == 6
     assert tables.measures_table(rows).rows[1][2:4] == ("4.00", "+0.200")
-    assert "mini-5m-exits: softmax 3.10 nats at 2.0 layers" in drawings.curves(rows).alt
+    assert "softmax: 3.10 nats and 33% at 2.0 layers" in drawings.curves(rows).alt
+    words = tables.words_said(rows)
+    assert "full model's word in 67% of the cases, 0% " in words and "0.40 nats lower" in words
 
 
 def calm_rows(count=20):

@@ -138,54 +138,51 @@ def texts(writer: methods.Writer, thresholds: Sequence[float]) -> CaptionedFigur
 
 
 @if_measured
-def curves(rows: Sequence[Row]) -> CaptionedFigure:
-    """Loss over layers for each measure, with and without training of exits."""
-    whole = max(row["exit"] for row in rows if "exit" in row)
-    ends = {
-        name: pick(rows, model=name, exit=whole)[0]["loss"] for name in ("mini-5m", "mini-5m-exits")
-    }
+def curves(rows: Sequence[Row], model: str = tables.EXITS) -> CaptionedFigure:
+    """Loss, and how often the word is the full model's, over layers for each measure."""
+    panes = {"loss": "nats per token", "agrees": "same word as all layers"}
 
-    def points(model: str, measure: str) -> list[tuple[float, float]]:
+    def points(measure: str, key: str) -> list[tuple[float, float]]:
         found = pick(rows, model=model, measure=measure)
-        return sorted((row["layers"], row["loss"]) for row in found)
+        return sorted((row["layers"], row[key]) for row in found)
 
-    def fixed(model: str) -> list[tuple[float, float]]:
-        return [
-            (row["exit"], row["loss"]) for row in rows if row["model"] == model and "exit" in row
-        ]
+    def fixed(key: str) -> list[tuple[float, float]]:
+        return [(row["exit"], row[key]) for row in rows if row["model"] == model and "exit" in row]
 
     def draw(fig: Figure) -> None:
-        panes = fig.subplots(1, 2, sharey=True)
-        for axes, model in zip(panes, ends, strict=True):
+        for axes, (key_, label) in zip(fig.subplots(1, 2), panes.items(), strict=True):
+            axes.plot(
+                *zip(*fixed(key_)), "s:", color="0.45", label="one exit for all", markersize=4
+            )
             for measure, colour in COLOURS.items():
                 axes.plot(
-                    *zip(*points(model, measure)), "o-", color=colour, label=measure, markersize=3
+                    *zip(*points(measure, key_)), "o-", color=colour, label=measure, markersize=3
                 )
-            axes.plot(
-                *zip(*fixed(model)), "s:", color="0.45", label="one exit for all", markersize=4
-            )
             oracle = pick(rows, model=model, measure="oracle")[0]
-            axes.plot([oracle["layers"]], [oracle["loss"]], "*", color="black", markersize=10)
+            axes.plot([oracle["layers"]], [oracle[key_]], "*", color="black", markersize=10)
             axes.set_xlabel("layers per token")
-            axes.set_title(model)
-        panes[0].set_ylabel("nats per token")
-        panes[0].legend()
+            axes.set_ylabel(label)
+            if key_ == "loss":
+                axes.legend()
 
     return figure(
         draw,
-        caption="Held-out text: loss over layers per token as the threshold falls. Left: exits "
-        "never trained. Right: all exits trained. The star is the oracle, which leaves at the "
-        "first layer with the last layer's token.",
-        alt=" ".join(
-            f"{model}: "
-            + "; ".join(
-                f"{measure} {points(model, measure)[0][1]:.2f} nats at "
-                f"{points(model, measure)[0][0]:.1f} layers"
-                for measure in COLOURS
+        caption=f"{model} on held-out text: loss, and how often the most probable word is that of "
+        "all layers, over layers per token as the threshold falls. The star is the oracle, which "
+        "leaves at the first layer with the last layer's word.",
+        alt="; ".join(
+            f"{measure}: "
+            + ", ".join(
+                f"{loss:.2f} nats and {same:.0%} at {layers:.1f} layers"
+                for (layers, loss), (_, same) in zip(
+                    points(measure, "loss")[::3], points(measure, "agrees")[::3], strict=True
+                )
             )
-            + f"; all layers {ends[model]:.2f}."
-            for model in ends
-        ),
+            for measure in COLOURS
+        )
+        + "; one exit for all: "
+        + ", ".join(f"{same:.0%} at {layers}" for layers, same in fixed("agrees"))
+        + ".",
         figsize=(6.6, 2.8),
     )
 

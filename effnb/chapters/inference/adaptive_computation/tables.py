@@ -129,6 +129,28 @@ def measures_said(rows: Sequence[Row]) -> str:
     )
 
 
+@if_measured
+def words_said(rows: Sequence[Row]) -> str:
+    """What confidence is worth against one exit for all, in words and in nats, in sentences."""
+    one = nearest(rows, "softmax", 4.0)
+    fixed = [
+        pick(rows, model=EXITS, exit=e)[0] for e in (int(one["layers"]), int(one["layers"]) + 1)
+    ]
+    part = one["layers"] - int(one["layers"])
+
+    def between(key: str) -> float:
+        return (1 - part) * fixed[0][key] + part * fixed[1][key]
+
+    same, nats = one["agrees"] - between("agrees"), one["loss"] - between("loss")
+    words = "more" if same > 0 else "fewer"
+    cost = "lower" if nats < 0 else "higher"
+    return (
+        f"At {one['layers']:.1f} layers per token, exits by softmax choose the full model's word "
+        f"in {one['agrees']:.0%} of the cases, {abs(same):.0%} {words} than a mix of fixed exits that "
+        f"costs the same; their loss is {abs(nats):.2f} nats {cost}."
+    )
+
+
 # --- classifiers ----------------------------------------------------------------------------------
 
 
