@@ -44,7 +44,7 @@ run_time("05_inference/7_adaptive_computation")
 # %% [markdown]
 # ## The picture
 #
-# A decoder computes every token with all of its layers, whether it writes the second half of a name or the first word of a new thought. Below, a small model writes the same sentence three times. Where it is pale, the token left the model after few layers.
+# A decoder computes every token with all of its layers, whether it writes the second half of a name or the first word of a new thought. Below, a small model writes the same sentence three times. Where it is pale, the token left the model after few layers. Look for the first place where the text changes.
 
 # %%
 from effnb.chapters.inference.adaptive_computation import drawings, methods

@@ -146,8 +146,8 @@ def words_said(rows: Sequence[Row]) -> str:
     cost = "lower" if nats < 0 else "higher"
     return (
         f"At {one['layers']:.1f} layers per token, exits by softmax choose the full model's word "
-        f"in {one['agrees']:.0%} of the cases, {abs(same):.0%} {words} than a mix of fixed exits that "
-        f"costs the same; their loss is {abs(nats):.2f} nats {cost}."
+        f"in {one['agrees']:.0%} of the cases, {abs(same):.0%} {words} than a mix of fixed exits "
+        f"that costs the same; their loss is {abs(nats):.2f} nats {cost}."
     )
 
 
