@@ -203,7 +203,7 @@ panels.speculation(pairs)
 # %% [markdown]
 # ### What may be promised?
 #
-# From stored texts of 200 prompts, each written at nine thresholds. The loss is one minus **ROUGE-L**, the longest common subsequence of the early and the full text as a part of their lengths. *Textual* consistency compares the two; *risk* consistency asks how much worse the early text is as a continuation of the real one.
+# From stored texts of 200 prompts, each written at eight thresholds. The loss is one minus **ROUGE-L**, the longest common subsequence of the early and the full text as a part of their lengths. *Textual* consistency compares the two; *risk* consistency asks how much worse the early text is as a continuation of the real one.
 
 # %%
 promised = tables.judged("calm").data["table"]
