@@ -301,12 +301,12 @@ def calm_(table: Table) -> None:
             if chosen is None:  # the full model is used
                 return {
                     "threshold": 1.0,
-                    "documents": [0.0] * len(others),
+                    "distance": [0.0] * len(others),
                     "layers": [1.0] * len(others),
                 }
             return {
                 "threshold": chosen,
-                "documents": [stored[chosen]["distance"][i] for i in others],
+                "distance": [stored[chosen]["distance"][i] for i in others],
                 "layers": [stored[chosen]["layers"][i] for i in others],
             }
 

@@ -97,7 +97,7 @@ def rejector_loss(
     expert_right: Bool[Tensor, " items"],
     cost: float,
 ) -> Float[Tensor, ""]:
-    r"""$\mathbb 1[h \ne y] \ln(1 + e^{-r}) + (c + \mathbb 1[m \ne y]) \ln(1 + e^{r})$, meaned."""
+    r"""$\mathbb 1[h \ne y] \ln(1 + e^{-r}) + (c + \mathbb 1[m \ne y]) \ln(1 + e^{r})$, averaged."""
     check_cost(cost)
     softplus = nn.functional.softplus
     wrong, paid = (~right).to(scores), cost + (~expert_right).to(scores)

@@ -123,7 +123,7 @@ def calm_rows(count=20):
     for seed in range(2):
         rows.append(
             {"setting": "calm", "method": "calibrated", "seed": seed, "threshold": 0.9,
-             "documents": [0.02, 0.04], "layers": [0.9, 0.7]}
+             "distance": [0.02, 0.04], "layers": [0.9, 0.7]}
         )  # fmt: skip
     return rows
 

@@ -126,8 +126,8 @@ walking = Exercise(
             _bonferroni
         ),
         "This one failed; take the last before it": _first_failure,
-        "A p-value of at most epsilon passes, and one above it fails": (
-            lambda grid, p, epsilon: walk(grid, [1 - x for x in p], epsilon)
+        "Walk from the safest threshold down, not from the most lenient one up": (
+            lambda grid, p, epsilon: walk(grid[::-1], p[::-1], epsilon)
         ),
     },
 )

@@ -189,7 +189,7 @@ def calm_said(rows: Sequence[Row]) -> str:
     """What the calibrations chose, and what came of it on other prompts, in sentences."""
     found = pick(rows, setting="calm", method="calibrated")
     chosen = sorted(row["threshold"] for row in found)
-    risk = fmean(fmean(row["documents"]) for row in found)
+    risk = fmean(fmean(row["distance"]) for row in found)
     share = fmean(fmean(row["layers"]) for row in found)
     words = (
         f"the threshold {chosen[0]:g}"
