@@ -267,6 +267,8 @@ print(tables.deferral_said(deferred))
 tables.deferral_table(deferred)
 
 # %% [markdown]
+# A rule with many inputs can overfit as well: here it reads 390 numbers of each text and learns from fewer than 700 texts, while confidence is a single number. Which of the two does better depends on how much the expert's skill varies, and on how many texts were held back.
+#
 # **Cascades.** How sure was a model of a whole text? The mean of its tokens' log-probabilities hides one bad token, the sum punishes length, and quantiles lie between:
 
 # %% tags=["nbval-check-output"]
@@ -489,7 +491,7 @@ blocks = [m for m in routed.modules() if isinstance(m, mixture_of_depths.DepthBl
 print([f"{int(block.chosen.sum())} of 64 tokens" for block in blocks])
 
 # %% [markdown]
-# **Which one?** Speculation first: it changes no word, and its gain can be predicted from two numbers. Exits pay where layers are expensive beside the head, and need training; choose the threshold by the walk, on prompts like yours. A cascade pays where most inputs are easy; learn its rule afterwards, and give it what the expert is good at. The evidence is from small models: measure on yours.
+# **Which one?** Speculation first: it changes no word, and its gain can be predicted from two numbers. Exits pay where layers are expensive beside the head, and need training; choose the threshold by the walk, on prompts like yours. A cascade pays where most inputs are easy; learn its rule afterwards, not jointly, and compare it with plain confidence. The evidence is from small models: measure on yours.
 #
 # ## Further reading
 #

@@ -211,7 +211,7 @@ def test_deferral_is_told_as_planted():
     rows = defer_rows()
     said = tables.deferral_said(rows)
     assert "on 70.0% where deferral is free and on 40.0% where it costs 0.4" in said
-    assert "lower loss at 1 of 2 costs" in said
+    assert "lower loss at 1 of 2 costs; against confidence alone, at 2 of 2 costs" in said
     assert len(tables.deferral_table(rows).rows) == 2
     assert panels.worse(0.0) == "about the same"
     assert panels.worse(-0.2) == "it gets worse"

@@ -390,12 +390,18 @@ def deferral_said(rows: Sequence[Row]) -> str:
 
     plain = mean("plain", costs[0], "accuracy")
     first, last = (mean("CSS", cost, "accuracy") for cost in (costs[0], costs[-1]))
-    better = [c for c in costs if mean("post hoc", c, "mean_loss") < mean("CSS", c, "mean_loss")]
-    where = f"at {len(better)} of {len(costs)} costs" if better else "at no cost"
+
+    def where(other: str) -> str:
+        better = [
+            c for c in costs if mean("post hoc", c, "mean_loss") < mean(other, c, "mean_loss")
+        ]
+        return f"at {len(better)} of {len(costs)} costs" if better else "at no cost"
+
     return (
         f"Trained alone the base model is right on {plain:.1%}; trained jointly on {first:.1%} "
         f"where deferral is free and on {last:.1%} where it costs {costs[-1]:g}. The rule learned "
-        f"afterwards has the lower loss {where}."
+        f"afterwards has the lower loss {where('CSS')}; against confidence alone, "
+        f"{where('confidence')}."
     )
 
 
