@@ -101,9 +101,10 @@ for rule in ("naive", "fixed sequence", "Bonferroni"):
         f"{rule:15} breaks its promise in {found.violations:6.1%} of the calibrations; "
         f"mean threshold {found.mean_threshold:.2f}"
     )
+print(f"the true boundary lies at a threshold of {1 - 2 * 0.1**0.5:.2f}")
 
 # %% [markdown]
-# The true boundary lies at a threshold of 0.37. The naive rule comes close to it, and breaks its promise far more often than in one of twenty cases. The walk keeps it. **Bonferroni**, which tests every threshold at $\varepsilon$ divided by their number, keeps it too and gives away more: a walk in an order that was fixed beforehand needs no such correction.
+# The naive rule comes close to the true boundary, and breaks its promise far more often than in one of twenty cases. The walk keeps it. **Bonferroni**, which tests every threshold at $\varepsilon$ divided by their number, keeps it too and gives away more: a walk in an order that was fixed beforehand needs no such correction.
 #
 # ### Draft and check
 #
@@ -352,7 +353,7 @@ for rule in ("fixed sequence", "smallest p"):
 # %% [markdown]
 # Three more ways to lose the guarantee: to count tokens in place of prompts (the tokens of a text are not independent), to calibrate on one kind of text and use another, and to judge on the prompts that calibrated.
 #
-# **Smoothed by accident.** A model that is 90 % sure, beside an expert that is right in 80 % of the cases, at a cost of 0.3. The joint loss teaches it to say:
+# **Smoothed by accident.** A model that is right in nine of ten cases, beside an expert that is right in eight of ten, at a cost of 0.3. The joint loss teaches it to say:
 
 # %% tags=["nbval-check-output"]
 import torch
