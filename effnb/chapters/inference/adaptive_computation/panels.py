@@ -61,7 +61,7 @@ def leaving(writer: methods.Writer) -> Panel:
         caption="Above: what the model writes, each token on the shade of the layer it left at. "
         "Below: how many tokens left at each layer.",
         figsize=(6.8, 3.0),
-        frames=[0.2, 0.4, 1.0],
+        frames=[0.2, 1.0],
         predict=guess(
             "At a threshold of 0.2 by softmax, how many of the six layers does a token pass on "
             "average?",
@@ -145,7 +145,7 @@ def guarantee(rows: Sequence[Row], calibrated: int = 120) -> Panel:
         caption=f"{calibrated} prompts calibrate. Walk to the right (more lenient) until the first "
         "p-value above ε; the vertical line is the last threshold before it. Dashed: δ and ε.",
         figsize=(6.6, 2.5),
-        frames=[0.1, 0.2, 0.4],
+        frames=[0.1, 0.4],
         predict=guess(
             "At δ = 0.2 and ε = 0.05, which share of the layers do the texts pass, in per cent?",
             answer=lambda result: round(100 * result["layers"]),
@@ -217,7 +217,7 @@ def speculation(rows: Sequence[Row] | None = None) -> Panel:
         caption="Left: predicted speed over the length of the draft. Right: where speculation is "
         "faster at this length; triangles are pairs of this book's models, where measured.",
         figsize=(6.6, 2.6),
-        frames=[0.3, 0.6, 0.9],
+        frames=[0.3, 0.9],
         predict=guess(
             "Six drafts in ten are accepted, four tokens are drafted at a time, and a draft costs "
             "half of the target's time. How many times faster is the pair?",
@@ -279,7 +279,7 @@ def deferral(rows: Sequence[Row]) -> Panel:
         caption="Package sections: a base model with a specialist that knows three of six "
         "sections. CSS trains both at once; the other two leave the base model as it is.",
         figsize=(6.6, 1.8),
-        frames=[0.0, 0.2, 0.6],
+        frames=[0.0, 0.6],
         predict=guess(
             "Deferral costs 0.6 errors, so that it hardly ever pays. What does that do to the base "
             "model when classifier and rule are trained together?",
