@@ -28,7 +28,7 @@ from baselines import HELD_OUT, encode, load_tokenizer
 
 from effnb.lab import corpora, results
 from effnb.lab._files import data_folder
-from effnb.lab.models import SHIPPED, TWINS, WEIGHTS
+from effnb.lab.models import SHIPPED, SIBLINGS, TWINS, WEIGHTS
 
 HERE = Path(__file__).resolve().parent
 SHEET = HERE / "DATASHEET.md"
@@ -434,6 +434,29 @@ def table_twins() -> list[str]:
         "",
         *_table(["file", "SHA-256"], sums, numbers=2),
     ]  # fmt: skip
+
+
+def table_siblings() -> list[str]:
+    """The thin changes of a shipped model: size, training, and the loss of every exit."""
+    manifest, rows, sums = _json(data_folder() / "models" / "MANIFEST.json"), [], []
+    for name in (name for name in SIBLINGS if name in manifest):
+        run = _json(data_folder() / "models" / name / "training.json")
+        last, about = run["held out"][-1], manifest[name]["model.safetensors"]
+        for text in ("novels", "packages"):
+            exits = [key for key in last if key.startswith(f"{text} exit")]
+            rows.append(
+                (f"`{name}`", f"`{SIBLINGS[name]}`", run["rank"], f"{run['tokens']:,}", text,
+                 *(f"{run['before'][key]:.2f} → {last[key]:.2f}" for key in exits))
+            )  # fmt: skip
+        sums.append((f"`{name}/model.safetensors`", _mib(about["bytes"]), f"`{about['sha256']}`"))
+    if not rows:
+        return ["No sibling has been trained yet."]
+    exits = [f"exit {i}" for i in range(1, len(rows[0]) - 4)]
+    return [
+        *_table(["model", "of", "rank", "tokens read", "text", *exits], rows, numbers=2),
+        "",
+        *_table(["file", "MiB", "SHA-256"], sums, numbers=3),
+    ]
 
 
 def _mixture(shares: dict) -> str:

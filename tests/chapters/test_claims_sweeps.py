@@ -26,6 +26,7 @@ MODULES = {
     "quantization": "3_quantization_claims",
     "distillation": "5_distillation_claims",
     "retrievers": "6_retrieval_distillation_claims",
+    "adaptive": "7_adaptive_computation_claims",
     "codesign": "2_codesign_claims",
     "retention": "5_retention_claims",
     "context": "6_context_claims",
@@ -134,6 +135,49 @@ def test_low_rank(small):
         for a in ({"method": "original"}, {"method": "SVD", "kept": 0.6})
     )
     assert less / whole == pytest.approx(0.6, abs=0.03)
+
+
+def test_adaptive_computation(small, monkeypatch):
+    adaptive = small.adaptive
+    from transformers import BertConfig, BertModel
+
+    class Sections(adaptive.Sections):
+        def __init__(self):
+            sizes = dict(vocab_size=9, hidden_size=12, intermediate_size=8)
+            config = BertConfig(num_hidden_layers=3, num_attention_heads=2, **sizes)
+            self.loaded = SimpleNamespace(model=BertModel(config))
+            self.task = SimpleNamespace(labels="abcdef")
+
+        def of(self, split):
+            draw = torch.Generator().manual_seed(len(split))
+            labels = torch.arange(60) % 6
+            hot = torch.nn.functional.one_hot(labels, 12)
+            return 0.3 * torch.randn(3, 60, 12, generator=draw) + hot, labels
+
+    fit = adaptive.fit
+    for name, value in {
+        "Sections": Sections,
+        "GRID": (0.9, 0.2),
+        "READ_GRID": (0.9, 0.2),
+        "PROMPTS": 4,
+        "CALIBRATED": 2,
+        "NEW_TOKENS": 3,
+        "ROUNDS": 2,
+        "load": lambda name, device: load("mini-300k", device=device),
+        "prompts": lambda tokenizer: [(ids(n, 1, 5), [7, 8, 9]) for n in range(6)],
+        "fit": lambda *given, **more: fit(*given, **more, steps=8),
+        "results": SimpleNamespace(read=lambda name: None),
+    }.items():
+        monkeypatch.setattr(adaptive, name, value)
+    rows = measured(small, "adaptive", list(adaptive.PARTS))
+    lacking = wanting(rows, "05_inference/7_adaptive_computation")
+    lacking.pop(("S-I4", "patience"), None)  # may find no patience that is quick enough
+    assert lacking == {}
+    whole = chosen(rows, {"model": "minilm-l6", "setting": "sections", "method": "all layers"})
+    assert set(whole[0]["layers"]) == {1.0}
+    texts = [row for row in rows if row.get("setting") == "texts"]
+    assert [row["threshold"] for row in texts] == [0.9, 0.2]
+    assert all(0 <= x <= 1 for row in texts for key in ("distance", "risk") for x in row[key])
 
 
 def test_retention(small, monkeypatch):

@@ -9,6 +9,7 @@ from effnb.chapters.design.attention import verdicts as attention
 from effnb.chapters.design.context import verdicts as context
 from effnb.chapters.design.retention import verdicts as retention
 from effnb.chapters.hardware.codesign import verdicts as codesign
+from effnb.chapters.inference.adaptive_computation import verdicts as adaptive
 from effnb.chapters.inference.distillation import verdicts as distillation
 from effnb.chapters.inference.low_rank import verdicts as low_rank
 from effnb.chapters.inference.pruning import verdicts as pruning
@@ -38,6 +39,9 @@ JUDGES = {
     "G-5": distillation.g_5,
     "G-3": retrievers.g_3,
     "G-4": retrievers.g_4,
+    "S-I4": adaptive.s_i4,
+    "G-6": adaptive.g_6,
+    "G-7": adaptive.g_7,
 }
 
 
@@ -175,7 +179,8 @@ def test_a_missing_run_by_the_clock_is_named_as_the_reason(clock):
 
 
 @pytest.mark.parametrize(
-    "companion", [pruning, low_rank, quantization, codesign, retention, distillation, retrievers]
+    "companion",
+    [pruning, low_rank, quantization, codesign, retention, distillation, retrievers, adaptive],
 )
 def test_what_is_stored_can_be_judged(companion):
     """Whatever has been measured by now; parts that were not say so."""
