@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def check_dims(dims: Sequence[int], width: int) -> tuple[int, ...]:
         raise ValueError("there are no prefix lengths; give at least one, such as (8, 16, 32).")
     if any(isinstance(m, bool) or not isinstance(m, int) for m in found):
         raise ValueError(f"the prefix lengths are {list(found)}; they must be whole numbers.")
-    if any(b <= a for a, b in zip(found, found[1:])):
+    if any(b <= a for a, b in pairwise(found)):
         raise ValueError(
             f"the prefix lengths {list(found)} do not nest: each must be longer than the one "
             "before it."

@@ -1,6 +1,7 @@
 r"""Matryoshka classifiers: a head for every prefix, or one head for all; and stopping early.
 
-$$\mathcal L = \sum_{m \in \mathcal M} c_m \operatorname{CE}\bigl(W^{(m)} z_{1:m} + b^{(m)},\, y\bigr)$$
+$$\mathcal L = \sum_{m \in \mathcal M} c_m
+  \operatorname{CE}\bigl(W^{(m)} z_{1:m} + b^{(m)},\, y\bigr)$$
 
 MRL has a head $W^{(m)}$ of its own for each prefix length. MRL-E ties them: $W^{(m)}$ is the first
 $m$ columns of one $W$, and the bias is shared, which halves the memory of the heads.
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from effnb.inference.matryoshka.checks import check_dims, check_weights
 
@@ -49,7 +49,7 @@ class MatryoshkaHeads(nn.Module):
         if self.tied:
             W, b = self.heads[0].weight, self.heads[0].bias
             # $z_{1:m} W_{1:m}^\top + b$
-            return {m: F.linear(z[:, :m], W[:, :m], b) for m in self.dims}
+            return {m: nn.functional.linear(z[:, :m], W[:, :m], b) for m in self.dims}
         # $z_{1:m} W^{(m)\top} + b^{(m)}$
         return {m: head(z[:, :m]) for m, head in zip(self.dims, self.heads)}
 
@@ -64,7 +64,10 @@ def matryoshka_cross_entropy(
     """
     scales = check_weights(weights, tuple(logits))
     return sum(
-        (c * F.cross_entropy(found, labels) for c, found in zip(scales, logits.values())),
+        (
+            c * nn.functional.cross_entropy(found, labels)
+            for c, found in zip(scales, logits.values())
+        ),
         start=torch.zeros((), device=labels.device),
     )
 

@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from effnb.inference.matryoshka.checks import check_dims, check_vectors, check_weights
 
@@ -31,11 +30,13 @@ def prefix(vectors: Float[Tensor, "*batch dim"], m: int) -> Float[Tensor, "*batc
         ValueError: When `m` is not between 1 and the width of the vectors.
     """
     check_dims((m,), vectors.shape[-1])
-    return F.normalize(vectors[..., :m], dim=-1)
+    return nn.functional.normalize(vectors[..., :m], dim=-1)
 
 
 def in_batch_softmax(
-    queries: Float[Tensor, "pairs dim"], documents: Float[Tensor, "pairs dim"], scale: float = 20.0
+    queries: Float[Tensor, "pairs dim"],
+    documents: Float[Tensor, "documents document_dim"],
+    scale: float = 20.0,
 ) -> Float[Tensor, ""]:
     r"""Each query's own document against all others of the batch, in nats.
 
@@ -58,12 +59,12 @@ def in_batch_softmax(
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"the scale is {scale}; it must be above 0.")
     scores = scale * queries @ documents.T  # $s\, q_i \cdot d_j$
-    return F.cross_entropy(scores, torch.arange(len(queries), device=queries.device))
+    return nn.functional.cross_entropy(scores, torch.arange(len(queries), device=queries.device))
 
 
 def matryoshka_loss(
     queries: Float[Tensor, "pairs dim"],
-    documents: Float[Tensor, "pairs dim"],
+    documents: Float[Tensor, "documents document_dim"],
     dims: Sequence[int],
     *,
     weights: Sequence[float] | None = None,

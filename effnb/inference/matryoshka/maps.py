@@ -37,7 +37,7 @@ def orthogonal(width: int, dim: int, seed: int) -> Float[Tensor, "width dim"]:
 
 def train_map(
     queries: Float[Tensor, "pairs dim"],
-    documents: Float[Tensor, "pairs dim"],
+    documents: Float[Tensor, "documents document_dim"],
     dims: Sequence[int],
     *,
     weights: Sequence[float] | None = None,

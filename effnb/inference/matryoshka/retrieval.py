@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,7 +47,7 @@ class Found:
 
 def search(
     queries: Float[Tensor, "queries dim"],
-    documents: Float[Tensor, "documents dim"],
+    documents: Float[Tensor, "documents document_dim"],
     k: int = 10,
     *,
     dims: int | None = None,
@@ -76,7 +77,7 @@ def _found(rows: Tensor, evaluations: float, multiplications: float) -> Found:
 
 def rerank(
     queries: Float[Tensor, "queries dim"],
-    documents: Float[Tensor, "documents dim"],
+    documents: Float[Tensor, "documents document_dim"],
     shortlist: Found,
     k: int,
     *,
@@ -104,7 +105,7 @@ def rerank(
 
 def adaptive_retrieval(
     queries: Float[Tensor, "queries dim"],
-    documents: Float[Tensor, "documents dim"],
+    documents: Float[Tensor, "documents document_dim"],
     k: int = 10,
     *,
     dims: int,
@@ -131,7 +132,7 @@ def adaptive_retrieval(
 
 def funnel(
     queries: Float[Tensor, "queries dim"],
-    documents: Float[Tensor, "documents dim"],
+    documents: Float[Tensor, "documents document_dim"],
     k: int = 10,
     *,
     dims: Sequence[int],
@@ -161,7 +162,7 @@ def funnel(
             "for each step but the last, and at least one."
         )
     check_count("the shortlist", shortlists[0], len(documents), "documents in the collection")
-    for before, kept in zip(shortlists, shortlists[1:]):
+    for before, kept in pairwise(shortlists):
         check_count("a later shortlist", kept, before, "in the shortlist before it")
     check_count("k", k, shortlists[-1], "in the last shortlist")
     found = search(queries, documents, shortlists[0], dims=nested[0])
