@@ -77,8 +77,8 @@ def two_looks(searched: live.Live) -> Panel:
         figsize=(7.0, 1.9),
         frames={"dims": [8, 16, 32], "shortlist": [0, 50, 200]},
         predict=guess(
-            "The first look compares 16 numbers of each document, an eighth, and there is no second "
-            "look. How many per cent of the ten nearest documents does it find?",
+            "The first look compares 16 numbers of each document, an eighth, and there is no "
+            "second. How many per cent of the ten nearest documents does it find?",
             answer=lambda answer: round(100 * answer.neighbours),
             at={"dims": 16, "shortlist": 0},
         ),
