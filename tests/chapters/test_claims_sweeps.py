@@ -25,6 +25,7 @@ MODULES = {
     "low_rank": "2_low_rank_claims",
     "quantization": "3_quantization_claims",
     "distillation": "5_distillation_claims",
+    "matryoshka": "8_matryoshka_claims",
     "codesign": "2_codesign_claims",
     "retention": "5_retention_claims",
     "context": "6_context_claims",
@@ -133,6 +134,53 @@ def test_low_rank(small):
         for a in ({"method": "original"}, {"method": "SVD", "kept": 0.6})
     )
     assert less / whole == pytest.approx(0.6, abs=0.03)
+
+
+def test_matryoshka(small, monkeypatch):
+    script = small.matryoshka
+    draws = torch.Generator().manual_seed(0)
+
+    def unit(count):
+        return torch.nn.functional.normalize(torch.randn(count, 384, generator=draws), dim=1)
+
+    packages = [
+        SimpleNamespace(split=split, section=f"section {n % 3}")
+        for n, split in enumerate(["train", "validation", "test"] * 80)
+    ]
+    here = SimpleNamespace(
+        documents=packages,
+        pairs=[],
+        asked={"test": (2, 5, 8, 11), "validation": (1, 4, 7)},
+    )
+    documents = unit(len(packages))
+    vectors = SimpleNamespace(
+        documents=documents,
+        queries={
+            s: documents[list(rows)] + 0.02 * unit(len(rows)) for s, rows in here.asked.items()
+        },
+        pair_queries=unit(9),
+        pair_documents=torch.zeros(0, 384),
+    )
+    fake = SimpleNamespace(collection=lambda: here, vectors=lambda: vectors)
+    monkeypatch.setattr(script, "collection", fake)
+    monkeypatch.setattr(script, "EFS", (10, 40))
+    monkeypatch.setattr(script, "LOOKS", ((16, 100), (32, 50)))
+    monkeypatch.setattr(
+        script.methods,
+        "trained_map",
+        lambda v, dims, seed: script.matryoshka.orthogonal(dims[-1], 384, seed),
+    )
+    train = script.methods.train_classifier
+    monkeypatch.setattr(
+        script.methods, "train_classifier", lambda *given, **more: train(*given, steps=3, **more)
+    )
+    rows = measured(small, "matryoshka", ["search", "classes"])
+    assert wanting(rows, "05_inference/8_matryoshka") == {}
+    whole, less = (
+        chosen(rows, {"model": "minilm-l6", "method": name})[0]["multiplications"]
+        for name in ("all numbers", "two looks")
+    )
+    assert (whole, less) == (240 * 384, 240 * 16 + 200 * 384)
 
 
 def test_retention(small, monkeypatch):

@@ -9,6 +9,7 @@ from effnb.chapters.design.retention import verdicts as retention
 from effnb.chapters.hardware.codesign import verdicts as codesign
 from effnb.chapters.inference.distillation import verdicts as distillation
 from effnb.chapters.inference.low_rank import verdicts as low_rank
+from effnb.chapters.inference.matryoshka import verdicts as matryoshka
 from effnb.chapters.inference.pruning import verdicts as pruning
 from effnb.chapters.inference.quantization import verdicts as quantization
 from effnb.lab.claims import FAILS, HOLDS, IN_PART, OPEN, UNTESTED, ledger
@@ -33,6 +34,7 @@ JUDGES = {
     "G-1": distillation.g_1,
     "G-2": distillation.g_2,
     "G-5": distillation.g_5,
+    "G-8": matryoshka.g_8,
 }
 
 
@@ -170,13 +172,14 @@ def test_a_missing_run_by_the_clock_is_named_as_the_reason(clock):
 
 
 @pytest.mark.parametrize(
-    "companion", [pruning, low_rank, quantization, codesign, retention, distillation]
+    "companion",
+    [pruning, low_rank, quantization, codesign, retention, distillation, matryoshka],
 )
 def test_what_is_stored_can_be_judged(companion):
     """Whatever has been measured by now; parts that were not say so."""
     found = companion.stored()
     assert {one.name for one in found} <= set(companion.TABLES)
     every = [*pruning.stored(), *quantization.stored(), *low_rank.stored(), *codesign.stored()]
-    every += [*retention.stored(), *distillation.stored()]
+    every += [*retention.stored(), *distillation.stored(), *matryoshka.stored()]
     for name, judged in {**JUDGES, "C-7": pruning.c_7}.items():
         assert judged(*every).claim.id == name
