@@ -20,6 +20,9 @@ from torch import Tensor
 from effnb.inference.matryoshka.checks import check_count, check_dims, check_vectors
 from effnb.inference.matryoshka.losses import prefix
 
+SOME = 64
+"""Queries whose shortlists are gathered at once, so that memory does not grow with the queries."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -92,7 +95,12 @@ def rerank(
     dims = queries.shape[1] if dims is None else dims
     check_count("k", k, shortlist.rows.shape[1], "in the shortlist")
     rows, q, d = shortlist.rows, prefix(queries, dims), prefix(documents, dims)
-    scores = torch.einsum("qd,qkd->qk", q, d[rows.clamp(min=0)])
+    scores = torch.cat(
+        [
+            torch.einsum("qd,qkd->qk", a, d[b.clamp(min=0)])
+            for a, b in zip(q.split(SOME), rows.split(SOME))
+        ]
+    )
     scores = scores.masked_fill(rows < 0, -torch.inf)  # places that a search left empty
     best = rows.gather(1, scores.topk(k, dim=1).indices)
     compared = (rows >= 0).sum(1).float()

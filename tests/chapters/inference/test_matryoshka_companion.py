@@ -1,4 +1,4 @@
-"""The companion of the chapter on Matryoshka: exercises, the collection, sweeps' helpers, panels."""
+"""The companion of the chapter on Matryoshka: exercises, collection, helpers, tables, panels."""
 
 import math
 from types import SimpleNamespace
@@ -100,10 +100,9 @@ def test_a_nested_classifier_learns_and_a_cut_one_gets_a_head():
     e = torch.nn.functional.normalize(randn(120, 384) + 3 * randn(3, 384, seed=1)[y], dim=1)
     model = methods.train_classifier(e, y, (2, 8), 0, steps=40)
     logits = model(e)
-    assert {m: methods.right(x, y).float().mean() > 0.9 for m, x in logits.items()} == {
-        2: True,
-        8: True,
-    }
+    shares = {m: float(methods.right(x, y).float().mean()) for m, x in logits.items()}
+    assert shares[8] > 0.9
+    assert shares[2] > 0.5
     other = methods.train_classifier(e, y, (2, 8), 1, tied=True, steps=2)
     assert len(other.heads.heads) == 1
     head = methods.linear_head(model.body(e).detach(), y, 0, steps=40)

@@ -25,8 +25,8 @@ SHIPPED = 128
 """Numbers of each vector that are stored."""
 ASKING = 300
 """Test queries that are stored beside the documents."""
-STEPS = 7.0
-"""Steps in a standard deviation; rounding changes a vector by about 4 % of its length."""
+STEPS = 4.0
+"""Steps in a standard deviation; rounding changes a vector by about 7 % of its length."""
 RESULT = "05_inference/8_matryoshka/vectors"
 LINE = 20_000
 
