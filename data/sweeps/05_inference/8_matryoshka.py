@@ -154,7 +154,7 @@ def walks(table: Table, side: Searched, seed: int) -> None:
 
         table.add({"dims": index.dims, "seed": seed} | about | how, look)
 
-    for m in (16, 32, 64, methods.FULL):
+    for m in (16, 32, 64, 128, methods.FULL):
         hnsw = matryoshka.Hnsw(side.d, dims=m)
         for ef in EFS if m == methods.FULL else LOOKS:
             add({"method": "HNSW"}, hnsw, ef, ef=ef)

@@ -24,8 +24,8 @@ JUDGED = 500
 DIMS, SHORTLIST = 16, 200
 KEPT = 0.99
 EFS = (20, 40, 60, 80, 120, 160, 240, 320, 480, 640)
-LOOKS = ((16, 100), (16, 200), (16, 300), (16, 500), (32, 50), (32, 100), (32, 200), (64, 30),
-         (64, 60), (64, 120))  # fmt: skip
+LOOKS = ((16, 100), (16, 200), (16, 500), (32, 100), (32, 200), (32, 500), (64, 60), (64, 120),
+         (64, 240), (128, 40), (128, 80), (128, 160))  # fmt: skip
 """Numbers in the first look, and documents that it keeps; HNSW's efSearch is as large."""
 
 Sides = dict[str, tuple[torch.Tensor, torch.Tensor]]
