@@ -86,7 +86,7 @@ def result(dimensions: Sequence[Row], shortlists: Sequence[Row]) -> CaptionedFig
         "five kinds of vectors. Right: nested vectors once more, over the work saved, and the "
         "search of this chapter.",
         alt=f"Left, curves that rise with the numbers compared. {ends}. Right, one look falls as "
-        f"work is saved; two looks stay level: at {star[0]:.1f} times fewer multiplications "
+        f"work is saved; two looks fall later: at {star[0]:.1f} times fewer multiplications "
         f"{star[1]:.1f} per cent, all numbers {curves['Matryoshka'][-1][1]:.1f} per cent.",
         figsize=(7.2, 3.0),
     )

@@ -242,7 +242,7 @@ def cheapest_table(rows: Sequence[Row]) -> Table:
         "right one first, %": ".0f",
     }
     return table(
-        [{name: NOT_MEASURED for name in columns} | line for line in lines],
+        [dict.fromkeys(columns, NOT_MEASURED) | line for line in lines],
         columns,
         caption="The cheapest two looks of the grid that reach a goal: numbers in the first look, "
         "documents in the shortlist, how many times fewer multiplications they take than "
