@@ -171,8 +171,8 @@ def test_what_is_not_measured_says_so():
     for said in (
         tables.dimensions_said, tables.dimensions_table, tables.between_said,
         tables.shortlist_said, tables.cheapest_table, tables.rivals_said, tables.funnel_said,
-        tables.walks_said, tables.walks_table, tables.classes_table, tables.stops_said, tables.undivided_said,
-        tables.undivided_table,
+        tables.walks_said, tables.walks_table, tables.classes_table, tables.stops_said,
+        tables.undivided_said, tables.undivided_table,
     ):  # fmt: skip
         assert said(missing) is missing
 
