@@ -144,7 +144,7 @@ def test_matryoshka(small, monkeypatch):
         return torch.nn.functional.normalize(torch.randn(count, 384, generator=draws), dim=1)
 
     packages = [
-        SimpleNamespace(split=split, section=f"section {n % 3}")
+        SimpleNamespace(split=split, section=f"section {n // 3 % 3}")
         for n, split in enumerate(["train", "validation", "test"] * 80)
     ]
     here = SimpleNamespace(

@@ -183,6 +183,6 @@ def by_split(
     found = {}
     for split in ("train", "validation", "test"):
         rows = [i for i, p in enumerate(packages) if p.split == split and p.section in number]
-        labels = torch.tensor([number[packages[i].section] for i in rows])
-        found[split] = (e[torch.tensor(rows)], labels)
+        labels = torch.tensor([number[packages[i].section] for i in rows], dtype=torch.long)
+        found[split] = (e[torch.tensor(rows, dtype=torch.long)], labels)
     return found
