@@ -59,7 +59,7 @@ drawings.result(dimensions, shortlists)
 print(tables.dimensions_said(dimensions))
 
 # %% [markdown]
-# The left picture shows that few numbers are not enough, however they were made. The right one shows that few numbers are enough to know *where to look*.
+# The left picture shows that training for prefixes helps, and that few numbers are still not enough. The right one shows that few numbers are nearly enough to know *where to look*.
 
 # %% [markdown]
 # ## The idea
@@ -86,7 +86,7 @@ cut = matryoshka.prefix(q, 2) @ matryoshka.prefix(d, 2).T
 print("two, divided      :", [round(x, 2) for x in cut[0].tolist()])
 
 # %% [markdown]
-# Without the division, the first document gets its score only because it is *short* in these two numbers, and the third nearly passes it; with it, the first is the nearest. (Whether that is the better answer is another matter: two numbers cannot know of the third. This is what training is for.)
+# Not divided, the first document looks poor, because little of its length lies in these two numbers. Divided, it is the nearest: it points just where the query does. Yet all three numbers prefer the second document. Two numbers cannot know what the third would have said, unless the vectors were *trained* so that the first numbers say most of it.
 #
 # ### One loss for many lengths
 #
@@ -198,6 +198,8 @@ from effnb.lab import claims_table
 claims_table(verdicts.g_8(*verdicts.stored()))
 
 # %% [markdown]
+# The verdict is about equality within a point at *one* setting, which saves a little more than 16 times. The tables below show what other settings save, and what they lose.
+#
 # **What the training is worth.** *Trained whole, cut* is the same map trained for 384 numbers alone. *Principal components* are the directions in which MiniLM's vectors are longest, found without any pairs:
 
 # %% tags=["nbval-check-output"]
@@ -232,7 +234,8 @@ print(tables.walks_said(walked))
 tables.walks_table(walked)
 
 # %% [markdown]
-# The two savings do not multiply. The reason is in the formula: the second look takes $K D$ multiplications whatever the index does, and a walk by 384 numbers compares only a few hundred documents in the first place. On a collection of millions, both exact terms grow and $K D$ does not, so the balance shifts; that cannot be measured here.
+# The two savings do not multiply. A shorter prefix needs a longer shortlist to lose nothing; a longer shortlist needs a larger efSearch, and so more comparisons; and the second look takes $K D$ multiplications whatever the index does. Exact search does not have the middle step: its first look sees every document anyway. On millions of documents the balance shifts, because
+# $K D$ does not grow with the collection; that cannot be measured here.
 
 # %% [markdown]
 # ### For classification
@@ -286,14 +289,14 @@ else:
 # %% [markdown]
 # ## Where it breaks
 #
-# **The division is forgotten.** Libraries cut vectors for you, and their indexes take whatever they are given; an inner-product index on prefixes that were not divided ranks by length as well as by direction. How much that hurts depends on how unequal the lengths of the prefixes are:
+# **The division is forgotten.** Libraries cut vectors for you, and their indexes take whatever they are given; an inner-product index on prefixes that were not divided ranks by length as well as by direction. A trained map does not keep lengths, so here it hurts even at all 384 numbers:
 
 # %% tags=["nbval-check-output"]
 print(tables.undivided_said(dimensions))
 tables.undivided_table(dimensions)
 
 # %% [markdown]
-# **A vector that was never nested is cut.** The row *MiniLM, cut* of the table above is what a reader gets who sets `truncate_dim=16` on an encoder that was not trained for it. At 256 of 384 numbers nobody notices; at 16 the search is another one.
+# **A vector that was never nested is cut.** The row *MiniLM, cut* of the table above is what a reader gets who sets `truncate_dim=16` on an encoder that was not trained for it. At 128 of 384 numbers little is lost; at 16 it is another search.
 #
 # **Only the query is cut.** An index built over all numbers cannot be asked with fewer; build one for each length that you serve. **Bad input** is answered with one sentence, before any work starts:
 
@@ -408,7 +411,7 @@ print(tables.funnel_said(shortlists))
 #
 # **IVF**. Lists around centres instead of a graph. It is built faster and takes no memory for links; the table above compares the two. Use it for collections that change often or do not fit into memory. `Ivf`.
 #
-# **Which one?** If you can train on pairs of your own, train nested: it costs nothing afterwards. If you search some ten thousand documents exactly, look twice. If you search millions, take HNSW first, measure, and cut the vectors if *memory* is what you lack.
+# **Which one?** If you can train on pairs of your own, train nested: it costs nothing afterwards. If you search some ten thousand documents exactly, look twice. If you search millions, take HNSW first, measure, and cut the vectors where the comparisons or the memory still cost too much. And say first what must not be lost: the right answer, or every neighbour.
 #
 # ## Further reading
 #

@@ -68,9 +68,15 @@ def result(dimensions: Sequence[Row], shortlists: Sequence[Row]) -> CaptionedFig
         right.plot(*zip(*two), "D-", color=PALETTE[4], label="two looks", markersize=4)
         right.plot(*star, "*", color=PALETTE[1], markersize=15)
         right.annotate(
-            "16 of all,\n384 of the best 200", star, (0, -38), textcoords="offset points",
-            fontsize=9, ha="center", color=PALETTE[1],
-        )  # fmt: skip
+            "16 of all,\n384 of the best 200",
+            star,
+            (0, 9),
+            textcoords="offset points",
+            fontsize=9,
+            ha="center",
+            color=PALETTE[1],
+        )
+        right.set_ylim(0, 82)
         _ticks(right, (1, 2, 4, 8, 16, 32))
         right.set_xlabel("times fewer multiplications")
         right.legend(loc="lower left")

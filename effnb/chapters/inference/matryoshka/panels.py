@@ -15,7 +15,7 @@ DIMS = (4, 8, 16, 32, 64, 128)
 SHORTLISTS = (0, 10, 20, 50, 100, 200, 500, 1000)
 EFS = (10, 20, 40, 80, 160, 320)
 WALKED = (8, 16, 32, 64, 128)
-EXAMPLE = 4
+EXAMPLE = 2
 """The stored query whose results are written out."""
 
 

@@ -361,14 +361,14 @@ def walks_said(rows: Sequence[Row], share: float = 0.95) -> str:
     graph = work(DOCUMENTS, FULL, 0) / whole["multiplications"]
     both = whole["multiplications"] / cut[m]["multiplications"]
     tail = (
-        f"Walking by {m} numbers takes another {both:.1f} times fewer"
+        f"Walking by {m} numbers and looking again takes another {both:.1f} times fewer"
         if both > 1
-        else f"Walking by {m} numbers first takes {1 / both:.1f} times as many again"
+        else f"Walking by {m} numbers and looking again takes {1 / both:.1f} times as many"
     )
     return (
-        f"For {100 * share:.0f} % of the ten nearest, the graph alone takes {graph:.0f} times "
-        f"fewer multiplications than exact search, with all {FULL} numbers. {tail}: the graph "
-        "has taken most of the comparisons away before the prefix can make them cheaper."
+        f"For {100 * share:.0f} % of the ten nearest, the graph alone takes {graph:.1f} times "
+        f"fewer multiplications than exact search, with all {FULL} numbers. {tail}; the shorter "
+        f"comparisons alone would promise {FULL / m:.0f} times fewer."
     )
 
 
