@@ -71,14 +71,14 @@ print(tables.dimensions_said(dimensions))
 #
 # $$\cos_m(q, d) = \frac{q_{1:m} \cdot d_{1:m}}{\lVert q_{1:m} \rVert\, \lVert d_{1:m} \rVert}.$$
 #
-# By hand: the query $(0.6, 0.8, 0)$ and three documents of length 1. The first two numbers of the first document point exactly as the query does, but it has most of its length in the third:
+# By hand: the query $(0.36, 0.48, 0.8)$ and three documents of length 1, the first of which points almost as the query does:
 
 # %% tags=["nbval-check-output"]
 import torch
 
 from effnb.inference import matryoshka
 
-q = torch.tensor([[0.6, 0.8, 0.0]])
+q = torch.tensor([[0.36, 0.48, 0.8]])
 d = torch.tensor([[0.30, 0.40, 0.866], [0.8, 0.6, 0.0], [0.0, 0.6, 0.8]])
 print("all three numbers :", [round(x, 2) for x in (q @ d.T)[0].tolist()])
 print("two, not divided  :", [round(x, 2) for x in (q[:, :2] @ d[:, :2].T)[0].tolist()])
@@ -86,7 +86,7 @@ cut = matryoshka.prefix(q, 2) @ matryoshka.prefix(d, 2).T
 print("two, divided      :", [round(x, 2) for x in cut[0].tolist()])
 
 # %% [markdown]
-# Not divided, the first document looks poor, because little of its length lies in these two numbers. Divided, it is the nearest: it points just where the query does. Yet all three numbers prefer the second document. Two numbers cannot know what the third would have said, unless the vectors were *trained* so that the first numbers say most of it.
+# Not divided, the prefix of the first document looks poor, because most of its length lies in the third number, and the second document wins. Divided, the first one leads again. What no division can repair is the order of the other two: two numbers cannot know what the third would have said, unless the vectors were *trained* so that the first numbers say most of it.
 #
 # ### One loss for many lengths
 #
@@ -264,13 +264,13 @@ print(tables.stops_said(sections))
 tables.storage_table()
 
 # %% [markdown]
-# Are fewer multiplications less time? Here and now, for all 300 queries at once. A second look gathers scattered rows, which a processor does less well than one large product, so expect less than the count says:
+# Are fewer multiplications less time? Here and now, one query at a time, as a server gets them, with prefixes that were divided beforehand. Choosing the best of 10,000 scores and gathering scattered rows take time as well, so expect less than the count says. (In large batches one look can even be faster: a single large product is what processors do best.)
 
 # %%
 whole = searched.seconds(128, 0)
 for m, shortlist in ((64, 0), (16, 0), (16, 50), (16, 200)):
     took = searched.seconds(m, shortlist)
-    print(f"{m:2} numbers, shortlist {shortlist:3}: {took / whole:.2f} of the exact search's time")
+    print(f"{m:2} numbers, shortlist {shortlist:3}: {took / whole:.2f} of exact search's time")
 
 # %% [markdown]
 # ## On a real model

@@ -151,7 +151,8 @@ def test_live_answers_count_what_they_compare(searched):
     walked = searched.walk(128, 80)
     assert walked.evaluations < 1200
     assert walked.first == 1
-    assert searched.seconds(16, 0, turns=1) > 0
+    assert searched.seconds(16, 20, turns=1) > 0
+    assert "1,200 descriptions" in repr(searched)
 
 
 def test_panels_answer_at_every_position(searched, monkeypatch):

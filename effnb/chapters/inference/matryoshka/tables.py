@@ -321,7 +321,6 @@ def walks_table(rows: Sequence[Row], share: float = 0.95) -> Table:
             lines.append(
                 {
                     "index": f"{method}, {m} numbers" + (", then all" if m < FULL else ""),
-                    KNOB[method]: None,
                     "setting": f"{KNOB[method]} {best[KNOB[method]]}" if best else "none is enough",
                     "evaluations": round(best["evaluations"]) if best else "–",
                     "multiplications": round(best["multiplications"]) if best else "–",
