@@ -146,7 +146,7 @@ show(matryoshka.rerank, matryoshka.funnel)
 # %% [markdown]
 # The first is equal to `MatryoshkaLoss` of sentence-transformers, and exact search to FAISS's, in the tests. Two checks that need no library: with the full width alone, the loss is the ordinary one; and with a shortlist of all documents, two looks find what exact search finds.
 #
-# The repository does to itself what this chapter teaches. All 384 numbers of 10,000 documents would take 7.7 MB, for which it has no room. It holds the first 128, rounded and compressed:
+# The repository does to itself what this chapter teaches. It has no room for all 384 numbers of 10,000 documents. It holds the first 128, rounded and compressed:
 
 # %%
 from effnb.chapters.inference.matryoshka import live
@@ -189,7 +189,7 @@ panels.walk(searched)
 # ## Does it hold?
 #
 # One claim of the ledger belongs to this chapter: nested vectors make nearest-neighbour search up to 16 times cheaper at equal recall and accuracy. **Recall** is the share of the ten truly nearest documents (by all 384 numbers) that a search finds; **accuracy** is how often the right description comes first. The setting of the exact
-# search (16 numbers, shortlist 200) was registered before any measurement; those of HNSW are the cheapest that keep 99 % of the neighbours of *validation* queries.
+# search (16 numbers, shortlist 200) was registered before any measurement; those of HNSW were chosen by *validation* queries, as the note under the table says.
 
 # %%
 from effnb.chapters.inference.matryoshka import verdicts
@@ -244,6 +244,7 @@ tables.walks_table(walked)
 
 # %% tags=["nbval-check-output"]
 sections = tables.stored("classes").data["table"]
+print(tables.classes_said(sections))
 tables.classes_table(sections)
 
 # %% [markdown]
@@ -409,7 +410,7 @@ print(tables.funnel_said(shortlists))
 #
 # **Principal components**. $z = P e$ with the eigenvectors of $\sum_i e_i e_i^\top$ as rows of $P$, the largest first. Any encoder's vectors become nested that way, without pairs and without training. Use it when you cannot train, and as the number to beat when you can. `principal_map`.
 #
-# **IVF**. Lists around centres instead of a graph. It is built faster and takes no memory for links; the table above compares the two. Use it for collections that change often or do not fit into memory. `Ivf`.
+# **IVF**. Lists around centres instead of a graph. It is built faster and takes no memory for links; the table above shows both. Use it for collections that change often or do not fit into memory. `Ivf`.
 #
 # **Which one?** If you can train on pairs of your own, train nested: it costs nothing afterwards. If you search some ten thousand documents exactly, look twice. If you search millions, take HNSW first, measure, and cut the vectors where the comparisons or the memory still cost too much. And say first what must not be lost: the right answer, or every neighbour.
 #

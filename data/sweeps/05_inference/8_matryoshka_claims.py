@@ -6,7 +6,8 @@ search   two looks against one, exact and with HNSW, and what a shortlist holds 
 classes  a nested classifier with early stops against all of its numbers (half a minute)
 
 Rows hold the test queries one by one, the first 500 of them: the checkout has no room for more. The
-settings of HNSW are the cheapest that keep 99 % of the ten nearest for *validation* queries.
+settings of HNSW are the cheapest that keep 99 % of the ten nearest for *validation* queries, or
+where none does, those that keep most.
 """
 
 from __future__ import annotations

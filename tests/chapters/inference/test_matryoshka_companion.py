@@ -254,8 +254,8 @@ def planted_walks(cut):
 
 
 def test_walks_say_whether_the_prefix_helps():
-    assert "another 2.0 times fewer" in tables.walks_said(planted_walks(100_000))
-    assert "1.5 times as many;" in tables.walks_said(planted_walks(300_000))
+    assert "another 2.0 times fewer" in tables.walks_said(planted_walks(100_000), 0.95)
+    assert "1.5 times as many;" in tables.walks_said(planted_walks(300_000), 0.95)
     assert "No walk" in tables.walks_said(planted_walks(100_000), 0.99)
     rows = tables.walks_table(planted_walks(100_000), 0.95).rows
     assert rows[0][:2] == ("HNSW, 16 numbers, then all", "ef 80")
@@ -273,7 +273,26 @@ def test_what_is_stored_can_be_said():
         (tables.cheapest_table, "shortlist"),
         (tables.walks_table, "approximate"),
         (tables.classes_table, "classes"),
+        (tables.classes_said, "classes"),
         (tables.stops_said, "classes"),
     ):
         assert str(said(tables.stored(part).data["table"]))
     assert "16.2" in str(tables.storage_table()) or "23." in str(tables.storage_table())
+
+
+def test_what_one_network_for_all_sizes_costs():
+    rows = [
+        {"method": method, "dims": m, "seed": 0, "accuracy": level + 0.05 * m}
+        for method, level in (
+            ("MRL", 0.3),
+            ("own size", 0.34),
+            ("plain, principal components", 0.2),
+        )
+        for m in (2, 4)
+    ]
+    said = tables.classes_said(rows)
+    assert "4 points behind a network of its own at" in said
+    assert "components at every length" in said
+    for row in rows:
+        row["accuracy"] += 0.3 * (row["method"].startswith("plain") and row["dims"] == 4)
+    assert "only at 2" in tables.classes_said(rows)

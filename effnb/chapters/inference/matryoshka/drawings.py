@@ -70,7 +70,7 @@ def result(dimensions: Sequence[Row], shortlists: Sequence[Row]) -> CaptionedFig
         right.annotate(
             "16 of all,\n384 of the best 200",
             star,
-            (0, 9),
+            (6, 13),
             textcoords="offset points",
             fontsize=9,
             ha="center",
