@@ -28,5 +28,6 @@ def g_8(*stored: StoredResult) -> Verdict:
         "same on both sides and left out. The setting of the exact search, 16 numbers and a "
         "shortlist of 200, was fixed beforehand. The settings of HNSW were chosen by validation "
         "queries: the cheapest of a grid that keep 99 % of the ten nearest, or where none does, "
-        "those that keep most. Exact search over more documents would save more, for the second look does not grow with the collection.",
+        "those that keep most. Exact search over more documents would save more, for the second "
+        "look does not grow with the collection.",
     )
