@@ -27,6 +27,7 @@ MODULES = {
     "distillation": "5_distillation_claims",
     "retrievers": "6_retrieval_distillation_claims",
     "adaptive": "7_adaptive_computation_claims",
+    "matryoshka": "8_matryoshka_claims",
     "codesign": "2_codesign_claims",
     "retention": "5_retention_claims",
     "context": "6_context_claims",
@@ -178,6 +179,53 @@ def test_adaptive_computation(small, monkeypatch):
     texts = [row for row in rows if row.get("setting") == "texts"]
     assert [row["threshold"] for row in texts] == [0.9, 0.2]
     assert all(0 <= x <= 1 for row in texts for key in ("distance", "risk") for x in row[key])
+
+
+def test_matryoshka(small, monkeypatch):
+    script = small.matryoshka
+    draws = torch.Generator().manual_seed(0)
+
+    def unit(count):
+        return torch.nn.functional.normalize(torch.randn(count, 384, generator=draws), dim=1)
+
+    packages = [
+        SimpleNamespace(split=split, section=f"section {n // 3 % 3}")
+        for n, split in enumerate(["train", "validation", "test"] * 80)
+    ]
+    here = SimpleNamespace(
+        documents=packages,
+        pairs=[],
+        asked={"test": (2, 5, 8, 11), "validation": (1, 4, 7)},
+    )
+    documents = unit(len(packages))
+    vectors = SimpleNamespace(
+        documents=documents,
+        queries={
+            s: documents[list(rows)] + 0.02 * unit(len(rows)) for s, rows in here.asked.items()
+        },
+        pair_queries=unit(9),
+        pair_documents=torch.zeros(0, 384),
+    )
+    fake = SimpleNamespace(collection=lambda: here, vectors=lambda: vectors)
+    monkeypatch.setattr(script, "collection", fake)
+    monkeypatch.setattr(script, "EFS", (10, 40))
+    monkeypatch.setattr(script, "LOOKS", ((16, 100), (32, 50)))
+    monkeypatch.setattr(
+        script.methods,
+        "trained_map",
+        lambda v, dims, seed: script.matryoshka.orthogonal(dims[-1], 384, seed),
+    )
+    train = script.methods.train_classifier
+    monkeypatch.setattr(
+        script.methods, "train_classifier", lambda *given, **more: train(*given, steps=3, **more)
+    )
+    rows = measured(small, "matryoshka", ["search", "classes"])
+    assert wanting(rows, "05_inference/8_matryoshka") == {}
+    whole, less = (
+        chosen(rows, {"model": "minilm-l6", "method": name})[0]["multiplications"]
+        for name in ("all numbers", "two looks")
+    )
+    assert (whole, less) == (240 * 384, 240 * 16 + 200 * 384)
 
 
 def test_retention(small, monkeypatch):

@@ -12,6 +12,7 @@ from effnb.chapters.hardware.codesign import verdicts as codesign
 from effnb.chapters.inference.adaptive_computation import verdicts as adaptive
 from effnb.chapters.inference.distillation import verdicts as distillation
 from effnb.chapters.inference.low_rank import verdicts as low_rank
+from effnb.chapters.inference.matryoshka import verdicts as matryoshka
 from effnb.chapters.inference.pruning import verdicts as pruning
 from effnb.chapters.inference.quantization import verdicts as quantization
 from effnb.chapters.inference.retrieval_distillation import verdicts as retrievers
@@ -42,6 +43,7 @@ JUDGES = {
     "S-I4": adaptive.s_i4,
     "G-6": adaptive.g_6,
     "G-7": adaptive.g_7,
+    "G-8": matryoshka.g_8,
 }
 
 
@@ -180,7 +182,17 @@ def test_a_missing_run_by_the_clock_is_named_as_the_reason(clock):
 
 @pytest.mark.parametrize(
     "companion",
-    [pruning, low_rank, quantization, codesign, retention, distillation, retrievers, adaptive],
+    [
+        pruning,
+        low_rank,
+        quantization,
+        codesign,
+        retention,
+        distillation,
+        retrievers,
+        adaptive,
+        matryoshka,
+    ],  # fmt: skip
 )
 def test_what_is_stored_can_be_judged(companion):
     """Whatever has been measured by now; parts that were not say so."""
