@@ -192,7 +192,7 @@ def test_a_missing_run_by_the_clock_is_named_as_the_reason(clock):
         retrievers,
         adaptive,
         matryoshka,
-    ],  # fmt: skip
+    ],
 )
 def test_what_is_stored_can_be_judged(companion):
     """Whatever has been measured by now; parts that were not say so."""

@@ -19,8 +19,9 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from effnb.lab import corpora, load
+from effnb.lab import corpora, load, models
 from effnb.lab._cache import cached_folder
+from effnb.lab._files import note_use
 
 DOCUMENTS = 10_000
 """Descriptions in the collection."""
@@ -122,9 +123,18 @@ def _encode(texts: list[str], name: str) -> Float[Tensor, "texts dim"]:
     return torch.nn.functional.normalize(torch.cat(found), dim=-1)
 
 
-@lru_cache(maxsize=1)
 def vectors() -> Vectors:
-    """All of MiniLM's vectors; about ten minutes on two idle cores, the first time."""
+    """All of MiniLM's vectors; about ten minutes on two idle cores, the first time.
+
+    They count as use of the model and of the corpus, wherever they come from.
+    """
+    note_use("model minilm-l6", models.sha256("minilm-l6") or "not installed")
+    note_use("corpus packages", corpora.sha256("packages"))
+    return _vectors()
+
+
+@lru_cache(maxsize=1)
+def _vectors() -> Vectors:
     here = collection()
     queries = {
         split: _encode([here.documents[i].synopsis for i in rows], f"queries-{split}")
