@@ -17,25 +17,23 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from effnb.kernels._stored import RESULTS, provenance, write
 from effnb.kernels.compile import modules
 
 VERSIONS = (
     "torch", "triton", "bitsandbytes", "torchao", "peft", "liger-kernel", "flash-linear-attention",
 )  # fmt: skip
-RESULT = Path(__file__).resolve().parents[1] / "data" / "results" / "kernels.json"
+RESULT = RESULTS / "kernels.json"
 FLUSH_BYTES = 256 * 2**20
 NOT_MEASURED = "not measured"
 
@@ -233,13 +231,6 @@ def table(timings: list[Timing]) -> str:
     return "\n".join(lines)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def content(
     timings: list[Timing], ceilings: Ceilings | None, device: torch.device | None
 ) -> dict[str, Any]:
@@ -248,19 +239,12 @@ def content(
     if device is not None:
         of_gpu = device.type == "cuda"
         name = f"{device.type} ({torch.cuda.get_device_name(device)})" if of_gpu else device.type
-    versions = {name: _version(name) for name in VERSIONS}
     return {
         "data": {
             "ceilings": None if ceilings is None else asdict(ceilings),
             "timings": [asdict(t) for t in timings],
         },
-        "provenance": {
-            "command": "python -m effnb.kernels.bench --store",
-            "date": datetime.now(UTC).date().isoformat(),
-            "device": name,
-            "versions": {"python": platform.python_version()}
-            | {k: v for k, v in versions.items() if v},
-        },
+        "provenance": provenance("python -m effnb.kernels.bench --store", name, VERSIONS),
     }
 
 
@@ -270,8 +254,7 @@ def store(result: dict[str, Any], path: Path) -> str:
         old = json.loads(path.read_text(encoding="utf-8"))
         if old["data"]["ceilings"] is not None:
             return f"{path.name} holds measurements and was kept: there is no GPU here."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(result, path)
     return f"Stored in {path.name}."
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import effnb.kernels
 from effnb.kernels import report
 from effnb.kernels._launch import INTERPRETED, LIMITS, triton
+from effnb.kernels._stored import RESULTS, provenance, write
 from effnb.kernels.assembly import Assembly, disassemble
 from effnb.kernels.report import Work
 
@@ -196,10 +197,11 @@ def main(arguments: list[str] | None = None) -> int:
             )
     print(f"{failures} failed." if failures else "All compiled.")
     if options.store and not failures:
-        from effnb.lab import results
-
-        about = {"triton": triton.__version__, "devices": _devices(), "table": rows}
-        results.store("kernel_report", about, "python -m effnb.kernels.compile --report --store")
+        about = provenance(
+            "python -m effnb.kernels.compile --report --store", "not run", ("triton", "torch")
+        )
+        data = {"triton": triton.__version__, "devices": _devices(), "table": rows}
+        write({"provenance": about, "data": data}, RESULTS / "kernel_report.json")
     return 1 if failures else 0
 
 
