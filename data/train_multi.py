@@ -91,7 +91,7 @@ def read_texts() -> tuple[list[str], list[tuple[str, int, str]]]:
     for pair in json.loads(lzma.decompress(PARALLEL.read_bytes())):
         english = original(clipped(pair["en"], PARAGRAPH))
         rows.append((pair["language"], english, clipped(pair["text"], PARAGRAPH)))
-    translated = {text for text in originals}
+    translated = set(originals)
     others = sorted(set(whole.values()) - translated)
     for text in random.Random(0).sample(others, EXTRA_ENGLISH):
         original(text)

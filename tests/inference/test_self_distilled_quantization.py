@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -357,10 +358,10 @@ def test_what_noise_refuses():
     with pytest.raises(ValueError, match="no NoisyLinear"):
         own.convert_noise(model)
     with pytest.raises(ValueError, match="one shape"):
-        own.quant_noise(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 3, dtype=torch.bool))
+        own.quant_noise(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 3) > 0)
     with torch.no_grad():
         model.encoder.encoder.layer[0].attention.self.query.weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="query contains 1 NaN"):
+    with pytest.raises(ValueError, match="query has 1 entries that are NaN"):
         prepare(model)
 
 
@@ -382,15 +383,14 @@ def test_kmeans_never_gets_worse_and_serves_each_point_best(seed, count, weighte
     points = torch.randn(40, 3, generator=draw)
     h = torch.rand(40, 3, generator=draw) + 0.1 if weighted else None
     centres, nearest, objective = own.kmeans(points, count, importance=h, seed=seed)
-    assert all(b <= a * (1 + 1e-4) + 1e-6 for a, b in zip(objective, objective[1:]))
+    assert all(b <= a * (1 + 1e-4) + 1e-6 for a, b in pairwise(objective))
     h = torch.ones_like(points) if h is None else h
     distance = (h[:, None] * (points[:, None] - centres[None]).square()).sum(-1)
     chosen = distance.gather(1, nearest[:, None])[:, 0]
     assert torch.allclose(chosen, distance.min(1).values, atol=1e-4)
 
 
-def test_kmeans_agrees_with_scikit_learns_optimum_on_clear_clusters():
-    """Reference: on well separated clusters every k-means ends at the clusters' means."""
+def test_kmeans_finds_clear_clusters():
     torch.manual_seed(0)
     means = torch.tensor([[10.0, 0.0], [-10.0, 5.0], [0.0, -20.0]])
     points = (means[:, None] + 0.1 * torch.randn(3, 30, 2)).flatten(0, 1)
@@ -454,8 +454,8 @@ def test_what_codewords_refuse():
             )
     with pytest.raises(ValueError, match="fit"):
         own.kmeans(torch.randn(3, 2), 4)
-    with pytest.raises(ValueError, match="NaN"):
-        own.product_quantize(weight / 0 * 0, 4, 2)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        own.product_quantize(weight * math.nan, 4, 2)
 
 
 # ------------------------------------------------------------------------------ iterative
@@ -469,7 +469,7 @@ def test_iterative_quantization_goes_block_by_block_and_training_helps():
         centroids=6,
     )  # fmt: skip
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    plain, mended = run(TrainingSettings(0)), run(TrainingSettings(15, 2e-3))
+    plain, mended = run(None), run(TrainingSettings(15, 2e-3))
     assert plain.groups == mended.groups
     assert [len(group) for group in plain.groups] == [6, 6]
     assert all(".layer.0." in name for name in plain.groups[0])
@@ -483,7 +483,7 @@ def test_iterative_quantization_goes_block_by_block_and_training_helps():
 def test_groups_may_be_given_and_are_checked():
     teacher, one = classifier(), batch()
     run = partial(
-        own.iterative_product_quantization, teacher, lambda step: one, TrainingSettings(0),
+        own.iterative_product_quantization, teacher, lambda step: one, None,
         loss=own.sdq(teacher), block_size=4, centroids=4,
     )  # fmt: skip
     found = run(groups=[["*intermediate.dense"], ["*self.*"]])
@@ -557,8 +557,6 @@ def test_what_errors_refuse():
     model = classifier()
     with pytest.raises(ValueError, match="no batches"):
         own.module_errors(model, model, [])
-    with pytest.raises(ValueError, match="quantized model is in training mode"):
-        own.module_errors(model, classifier().train(), [batch()])
     with pytest.raises(ValueError, match="2 blocks and the quantized one 3"):
         own.module_errors(model, classifier(3), [batch()])
     with pytest.raises(ValueError, match="no module's name"):

@@ -53,7 +53,7 @@ def default_groups(model: nn.Module, layers: LayerChoice = "*") -> list[list[str
 def iterative_product_quantization(
     model: nn.Module,
     batches: Batches,
-    settings: TrainingSettings,
+    settings: TrainingSettings | None,
     *,
     loss: Loss,
     groups: Sequence[Sequence[str]] | None = None,
@@ -67,7 +67,7 @@ def iterative_product_quantization(
     Args:
         model: Any module with `nn.Linear` layers; it is not changed.
         batches: From the step's number to its batch; the numbers go on from group to group.
-        settings: The training after each group; its steps are those of one group, 0 for none.
+        settings: The training after each group; its steps are those of one group; None for none.
         loss: From (student, batch) to a scalar, such as `sdq(teacher)`.
         groups: Name patterns of the layers that are replaced together, in order; None for block
             after block.
@@ -100,13 +100,13 @@ def iterative_product_quantization(
             new[name] = ProductLinear(stored, layer.bias)
         put_modules(student, new)
         errors.append((missed / max(whole, 1e-30)) ** 0.5)
-        if settings.steps:
+        if settings is not None:
             begin = done
             found = train(student, lambda step, at=begin: batches(at + step), settings, loss=loss)
             done += found.steps
             losses.append((found.losses[0], found.losses[-1]))
         else:
-            now = float(loss(student, batches(done)))
+            now = float(loss(student, batches(done)).detach())
             losses.append((now, now))
     student.eval()
     return IterativeResult(student, tuple(map(tuple, chosen)), tuple(errors), tuple(losses))

@@ -86,7 +86,7 @@ def roles_of(
                 found[name] = (role, layer)
     if not found:
         raise ValueError(
-            "no module's name says what it does; give roles, a mapping from a role to name patterns."
+            "no module's name says what it does; give roles, from a role to its name patterns."
         )
     return found
 
@@ -143,6 +143,8 @@ def module_errors(
 ) -> list[ModuleError]:
     """Relative errors of every module whose role is known, of each head's context, of each block.
 
+    Both models are run in evaluation mode, whatever mode they are in.
+
     Args:
         model: The model in full precision, a transformer with one stack of blocks.
         quantized: The same model quantized; its modules have the same names.
@@ -153,14 +155,10 @@ def module_errors(
         Sorted by block; in a block in the order in which its modules were defined.
 
     Raises:
-        ValueError: No batches, no known module, models of other depths, or a model in training
-            mode.
+        ValueError: No batches, no known module, or models of other depths.
     """
     if not batches:
         raise ValueError("there are no batches; at least one is needed to measure an error.")
-    for whose, one in (("model", model), ("quantized model", quantized)):
-        if any(module.training for module in one.modules()):
-            raise ValueError(f"the {whose} is in training mode; call .eval() first.")
     known = roles_of(model, roles)
     prefix, blocks = find_blocks(model)
     other = find_blocks(quantized)

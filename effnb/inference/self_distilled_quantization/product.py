@@ -1,4 +1,4 @@
-r"""Product quantization: replace short pieces of a weight's rows by codewords of a small dictionary.
+r"""Product quantization: short pieces of a weight's rows become codewords of a small dictionary.
 
 Each row of a weight is cut into blocks of $d$ neighbours. All blocks of the matrix share a
 dictionary of $K$ codewords, found by k-means; a block is stored as the number of its codeword:
@@ -77,8 +77,9 @@ def kmeans(
 ) -> tuple[Float[Tensor, "count dim"], Int[Tensor, " points"], list[float]]:
     r"""Lloyd's k-means with weights: $\min \sum_i \sum_j h_{ij} (x_{ij} - c_{I(i), j})^2$.
 
-    The first centres are different points, drawn at random. A centre that lost all its points moves
-    to the point that is served worst. Both steps can only lower the objective.
+    The first centres are points far from each other: each is drawn with a probability that grows
+    with the square of its distance to the nearest one drawn before (k-means++, Arthur and
+    Vassilvitskii, 2007). A centre that lost all its points moves to the point that is served worst.
 
     Returns:
         The centres, the number of each point's centre, and the objective after each round.
@@ -93,8 +94,7 @@ def kmeans(
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; it must be at least 1.")
     h = torch.ones_like(points) if importance is None else importance
-    draw = torch.Generator().manual_seed(seed)
-    centres = points[torch.randperm(len(points), generator=draw)[:count].to(points.device)].clone()
+    centres = points[_first(points, h, count, seed)].clone()
     objective = []
 
     def assign() -> tuple[Tensor, Tensor]:
@@ -122,12 +122,27 @@ def kmeans(
     return centres, nearest, objective
 
 
+def _first(points: Tensor, h: Tensor, count: int, seed: int) -> Tensor:
+    """Numbers of the points that k-means begins with."""
+    draw = torch.Generator().manual_seed(seed)
+    chosen = [int(torch.randint(len(points), (1,), generator=draw))]
+    nearest = (h * (points - points[chosen[0]]).square()).sum(1)
+    while len(chosen) < count:
+        if float(nearest.sum()) > 0:
+            place = int(torch.multinomial(nearest.cpu(), 1, generator=draw))
+        else:  # all that is left are copies of points that were drawn
+            place = int(torch.randint(len(points), (1,), generator=draw))
+        chosen.append(place)
+        nearest = torch.minimum(nearest, (h * (points - points[place]).square()).sum(1))
+    return torch.tensor(chosen, device=points.device)
+
+
 def product_quantize(
     weight: Float[Tensor, "rows columns"],
     block_size: int = 8,
     centroids: int = 256,
     *,
-    importance: Float[Tensor, " columns"] | None = None,
+    importance: Float[Tensor, " importances"] | None = None,
     iterations: int = 15,
     seed: int = 0,
 ) -> ProductWeight:

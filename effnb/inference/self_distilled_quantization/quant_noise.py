@@ -64,8 +64,8 @@ def noise_mask(
 
 def quant_noise(
     weight: Float[Tensor, "rows columns"],
-    rounded: Float[Tensor, "rows columns"],
-    mask: Bool[Tensor, "rows columns"],
+    rounded: Float[Tensor, "*rounded"],
+    mask: Bool[Tensor, "*mask"],
 ) -> Float[Tensor, "rows columns"]:
     r"""$\psi(b \mid J)$: `rounded` where the mask is True, the weight elsewhere.
 
