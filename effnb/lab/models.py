@@ -516,8 +516,8 @@ def load(
     Raises:
         ValueError: When there is no such model; the message lists those there are.
         DamagedFile: When a file of the workbook is missing or damaged.
-        ModelUnavailable: When a wheel is not installed, the hub cannot be reached, an encoder is not
-            trained yet, or a folder is refused or not whole.
+        ModelUnavailable: When a wheel is not installed, the hub cannot be reached, an encoder is
+            not trained yet, or a folder is refused or not whole.
         CacheUnwritable: When there is no room for the converted SmolLM2.
     """
     if source not in ("local", "hub"):
