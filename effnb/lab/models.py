@@ -504,7 +504,8 @@ def load(
     """Load a model of the workbook by its name, or a model folder of your own by its path.
 
     Args:
-        name_or_path: One of `NAMES` or `ENCODERS`, or a folder with config.json, safetensors and a tokenizer.
+        name_or_path: One of `NAMES` or `ENCODERS`, or a folder with config.json, safetensors and a
+            tokenizer.
         source: "local" never touches the network. "hub" fetches the published weights of
             smollm2-135m or minilm-l6, or of any owner/model, once.
         device: Where the model goes; None takes the best device present.

@@ -3,7 +3,7 @@
     python data/sweeps/05_inference/4_self_distilled_quantization_claims.py [minilm] [errors] …
 
 minilm    errors of every module of MiniLM, rounded (2 minutes)
-errors    the same of five fine-tuned classifiers on `mini-multi` (9 minutes, of which fine-tuning 8)
+errors    the same of five classifiers on `mini-multi` (9 minutes, of which fine-tuning 8)
 students  teacher, rounding, and students on labels, answers and attention at 8, 6 and 4 bits, five
           seeds (25 minutes)
 depth     what attention gains with six blocks and with two, five seeds (10 minutes)
@@ -36,6 +36,8 @@ TEXTS = 2
 TURNS = 8
 """Repeated timings."""
 STEPS, TAUGHT = methods.STEPS, methods.TAUGHT
+LONGER = STEPS * sdq.step_passes(teacher=True) // sdq.step_passes(teacher=False)
+"""Steps on labels alone that cost what the others cost, their teacher's passes counted."""
 
 
 @cache
@@ -108,10 +110,8 @@ def students(table: Table) -> None:
                     point | {"method": method}, lambda m=method, b=bits, run=run: run(m, b, STEPS)
                 )
         point = about | {"bits": 4}
-        # A teacher's forward pass makes four passes of three: so many more steps are equal compute.
-        longer = STEPS * sdq.step_passes(teacher=True) // sdq.step_passes(teacher=False)
         table.add(
-            point | {"method": "QAT for longer"}, lambda run=run: run("QAT for longer", 4, longer)
+            point | {"method": "QAT for longer"}, lambda run=run: run("QAT for longer", 4, LONGER)
         )
         table.add(
             point | {"method": "QAT, noise"},

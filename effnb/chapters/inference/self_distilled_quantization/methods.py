@@ -157,7 +157,7 @@ def trained(
 
 
 def role_errors(errors: Sequence[sdq.ModuleError]) -> dict[str, dict[str, list[float]]]:
-    """Errors by role, text by text, accumulated and alone; the first and last block by themselves."""
+    """Errors by role, text by text, of both kinds; the first and the last block by themselves."""
     found: dict[str, dict[str, list[float]]] = {}
     for kind in ("accumulated", "alone"):
         for role, values in sdq.by_role(errors, kind).items():
