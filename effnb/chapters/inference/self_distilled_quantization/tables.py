@@ -75,8 +75,8 @@ def errors_said(rows: Sequence[Row], model: str = "minilm-l6", bits: int = 4) ->
     place = places[rank - 1] if rank <= len(places) else f"number {rank}"
     return (
         f"{model}, weights in {bits} bits: the largest error is that of the {worst}, "
-        f"{whole[worst]:.0%}; the smallest that of the {best}, {whole[best]:.0%}. What the heads of "
-        f"self-attention put out is the {place} at {whole['self-attention']:.0%}, and "
+        f"{whole[worst]:.0%}; the smallest that of the {best}, {whole[best]:.0%}. What the heads "
+        f"of self-attention put out is the {place} at {whole['self-attention']:.0%}, and "
         f"{alone['self-attention']:.0%} where only their own block is rounded. The first block's "
         f"output is wrong by {blocks[0]['accumulated']:.0%}, the last one's by "
         f"{blocks[-1]['accumulated']:.0%}."

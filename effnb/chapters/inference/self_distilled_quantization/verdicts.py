@@ -26,9 +26,9 @@ def q_1(*stored: StoredResult) -> Verdict:
     return judge(
         "Q-1",
         *stored,
-        note="Self-attention's output is here what its heads put out, before the output projection; "
-        "the projection is a row of its own. Weights alone are rounded, symmetrically, a scale for "
-        "each row.",
+        note="Self-attention's output is here what its heads put out before the projection; "
+        "the projection has rows of its own. Only weights are rounded, symmetrically, with a scale "
+        "for each row.",
     )
 
 
@@ -48,7 +48,7 @@ def q_3(*stored: StoredResult) -> Verdict:
     return judge(
         "Q-3",
         *stored,
-        note="The shallow classifier is the first two blocks of the same encoder, fine-tuned alike.",
+        note="The shallow classifier has the first two blocks of the same encoder.",
     )
 
 
