@@ -69,7 +69,7 @@ from effnb.chapters.inference.self_distilled_quantization import panels
 panels.errors()
 
 # %% [markdown]
-# Things to try: round *attention only*, then *feed-forward only*. In which of the two maps does the other part's error stay small? Then look at 8 bits, where the pattern is the same and the numbers are not.
+# Things to try: round *attention only*, then *feed-forward only*, and compare what the other part inherits. Then look at 8 bits: the map keeps its pattern, at a fraction of the size.
 
 # %% [markdown]
 # ## The idea
@@ -88,7 +88,7 @@ panels.errors()
 #
 # Quantization-aware training (QAT) rounds all weights in every forward pass. Rounding has no useful gradient, so the gradient is passed **straight through**, as if nothing had been rounded. That is wrong for every weight in every step.
 #
-# **Quant-Noise** (Stock et al., 2020) cuts each weight into blocks $b_{kl}$, a few neighbours of a row each, and draws a random set $J$ of them in each pass. Only these are rounded by $\varphi$:
+# **Quant-Noise** (Fan et al., 2020) cuts each weight into blocks $b_{kl}$, a few neighbours of a row each, and draws a random set $J$ of them in each pass. Only these are rounded by $\varphi$:
 #
 # $$\psi(b_{kl}) = \begin{cases} \varphi(b_{kl}) & (k, l) \in J \\ b_{kl} & \text{otherwise,} \end{cases} \qquad P\bigl((k, l) \in J\bigr) = p.$$
 #
@@ -198,7 +198,7 @@ claims_table(*(judge(*measured) for judge in verdicts.ALL))
 tables.errors_table(modules)
 
 # %% [markdown]
-# Compare the two columns of each model. What the modules share is the *order* along the path; what they do not share is how much of it is inherited. Layer norms divide by the size of what reaches them, and so bring a relative error down only where it points along the vector itself.
+# Compare the two columns of each model: their difference is inherited. Why does the error fall after attention? A block adds what attention puts out to what it had received, and that part is larger and less wrong. The norm that follows sees the sum.
 
 # %% [markdown]
 # **What training brings back .** Rounding after training (PTQ), training on labels with everything rounded (QAT), the same with the teacher's answers, and SDQ. All students take the same number of steps on the same batches:
@@ -250,7 +250,7 @@ else:
     print(tables.stored("modules"))
 
 # %% [markdown]
-# The whole method on a real multilingual encoder needs one, and none ships with this book: XLM-R has 270 million parameters. What it would take is a classifier fine-tuned on it, the function above, and a GPU.
+# The whole method on a real multilingual encoder needs one, and none ships with this book: XLM-R-Base has about 280 million parameters. What it would take is a classifier fine-tuned on it, the function above, and a GPU.
 #
 # ## Where it breaks
 #
@@ -284,7 +284,7 @@ reverse = (ignores * (ignores / looks).log()).sum()
 print(f"the student ignores one of two tokens: forward {forward:.2f}, reverse {reverse:.2f} nats")
 
 # %% [markdown]
-# **Forgetting the mask.** Padding has attention too, and it is nobody's business. If its rows count, texts of a batch change each other's loss. Exercise 2 asks you to get this right.
+# **Forgetting the mask.** Padding has attention too, and none of it matters. If its rows count, texts of a batch change each other's loss. Exercise 2 asks you to get this right.
 #
 # **A mean that hides its parts.** A model may keep its average and lose one language. Print every group, and give the smallest ones an interval: here Chinese has 30 texts, so one of them is worth more than three points.
 
@@ -383,4 +383,4 @@ checks.codewords_table()
 #
 # ## Further reading
 #
-# O'Neill and Dutta, *Self-Distilled Quantization*, ACL 2023, arXiv 2307.05972. Stock et al., *Training with Quantization Noise for Extreme Model Compression*, ICLR 2021, arXiv 2004.07320. Stock et al., *And the Bit Goes Down*, ICLR 2020, arXiv 1907.05686. Jégou, Douze and Schmid, *Product Quantization for Nearest Neighbor Search*, 2011. Hooker et al., *Characterising Bias in Compressed Models*, 2020, arXiv 2010.03058. For how the encoder was trained: Lample and Conneau, 2019, arXiv 1901.07291; Reimers and Gurevych, 2020, arXiv 2004.09813.
+# O'Neill and Dutta, *Self-Distilled Quantization*, ACL 2023, arXiv 2307.05972. Fan et al., *Training with Quantization Noise for Extreme Model Compression*, ICLR 2021, arXiv 2004.07320. Stock et al., *And the Bit Goes Down*, ICLR 2020, arXiv 1907.05686. Jégou, Douze and Schmid, *Product Quantization for Nearest Neighbor Search*, 2011. Hooker et al., *Characterising Bias in Compressed Models*, 2020, arXiv 2010.03058. For how the encoder was trained: Lample and Conneau, 2019, arXiv 1901.07291; Reimers and Gurevych, 2020, arXiv 2004.09813.

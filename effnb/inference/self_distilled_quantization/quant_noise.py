@@ -13,8 +13,8 @@ not rounded have exact gradients. At evaluation the whole weight is rounded.
 The noise $\varphi$ is what will be done in the end: rounding to integers, a block's codeword in a
 product quantizer, or, cheaper, the proxy $\varphi(b) = 0$ that drops the block.
 
-Stock, Fan, Graham, Grave, Gribonval, Jégou, Joulin, "Training with Quantization Noise for Extreme
-Model Compression", 2020, arXiv 2004.07320 (also cited as Fan et al., ICLR 2021), section 4.
+Fan, Stock, Graham, Grave, Gribonval, Jégou, Joulin, "Training with Quantization Noise for Extreme
+Model Compression", 2020, arXiv 2004.07320, section 4.
 """
 
 from __future__ import annotations

@@ -73,10 +73,11 @@ def errors() -> Panel:
         figsize=(7.4, 3.2),
         frames={"bits": [3, 4, 8]},
         predict=guess(
-            "All weights of MiniLM are rounded to 4 bits. Which module's output is wrong by most?",
+            "Only the feed-forward layers are rounded to 4 bits. Which module's output is wrong by "
+            "most?",
             [drawings.SHORT[r].lower() for r in tables.ROLES if "norm" not in r],
             answer=lambda result: drawings.SHORT[largest(result["layers"])].lower(),
-            at={"bits": 4, "rounded": "all layers"},
+            at={"bits": 4, "rounded": "feed-forward only"},
         ),
         bits=knob(3, 8, default=4),
         rounded=knob(list(MODULES), label="what is rounded"),

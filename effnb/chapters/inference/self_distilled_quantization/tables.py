@@ -17,7 +17,7 @@ from effnb.chapters.inference.self_distilled_quantization import languages, meth
 from effnb.inference import self_distilled_quantization as sdq
 from effnb.inference.quantization import fake_quantize
 from effnb.lab import results
-from effnb.lab.changes import Row, if_measured, pick, spoken
+from effnb.lab.changes import Row, if_measured, pick, spoken, tidy
 from effnb.lab.tables import Table, table
 from effnb.lab.tasks import TONGUES
 
@@ -273,7 +273,7 @@ def noise_rows(seed: int = 0) -> Table:
     noisy = sdq.quant_noise(WEIGHT, rounded, mask)
 
     def said(row: torch.Tensor) -> str:
-        return "  ".join(f"{value:+.2f}" for value in row.tolist())
+        return "  ".join(f"{tidy(value, 2):+.2f}" for value in row.tolist())
 
     return table(
         [
