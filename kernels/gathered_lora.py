@@ -52,6 +52,7 @@ from effnb.kernels._launch import (
 from effnb.kernels.bench import BenchCase
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.lora import too_large
+from effnb.kernels.report import Work
 
 __all__ = ["UserBatch", "gathered_lora", "gathered_reference", "lora_update", "stack_users"]
 
@@ -512,8 +513,26 @@ def compile_cases() -> list[CompileCase]:
         constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PARTS": 4, "BASE": not backward}
         name = f"gathered_lora: {dtype} {kernel.__name__.strip('_')} {m}, A and B {ab}, r {rank}"
         name += backward * " backward"
-        found.append(CompileCase(name, kernel, types, constants, mma=dtype != "fp32"))
+        work = _work(kernel is _down, rank, m, n, k, 4 if dtype == "fp32" else 2)
+        found.append(CompileCase(name, kernel, types, constants, mma=dtype != "fp32", work=work))
     return found
+
+
+def _work(down: bool, rank: int, m: int, n: int, k: int, size: int) -> Work:
+    """Sixteen users on a layer of 4,096 by 4,096: 16 rows, or a tile's rows 16 times."""
+    users, width = 16, 4096
+    rows = users * (1 if m == 16 else m)
+    parts = 4 if down else width // n
+    return Work(
+        what=f"{rows} rows of {users} users, {width} x {width}, rank {rank}",
+        item="tile",
+        items=1,
+        turns=width // k // parts if down else 1,
+        programs=users * parts,
+        fetched=(m + rank) * k * size if down else n * (rank + m) * size,
+        bytes=users * rank * width * size + rows * width * size * (1 if down else 2),
+        flops=2 * rows * rank * width,
+    )
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

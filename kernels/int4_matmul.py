@@ -14,11 +14,16 @@ $2 / (\frac12 + \frac{b_s}{g})$ times less than with 16-bit weights: 3.88 times 
 without zero points. With $P$ operations and $B$ bytes a second, arithmetic takes over at
 $M = \frac{P}{2B} (\frac12 + \frac{b_s}{g})$ rows.
 
-Three kernels. *One row*: every program takes a few outputs and a part of the inputs, multiplies in
-float32 and adds up; parts go to memory and are added in a fixed order afterwards, so the result is
-the same every time. *Many rows*: tiles on the tensor cores. The codes minus the zero point are
+Four kernels. *One row*: every program takes 32 outputs and a part of the inputs, multiplies in
+float32 and adds up. Parts go to memory, and the program that is last adds them in a fixed order, so
+the result is the same every time. Reading half a byte leaves an H100's schedulers about five
+instructions for a weight before they, and not memory, set the time: a code is turned into a number
+where it stands in its word, by one logic operation and one subtraction. *A few rows*: tiles on the
+tensor cores, likewise in parts. The codes minus the zero point are
 small whole numbers, exact in every type, so they are multiplied as they are and the step is applied
-to the sums in float32: uniform grids lose nothing to rounding the weights. *Backward*:
+to the sums in float32: uniform grids lose nothing to rounding the weights. *Writing
+out*: from 256 rows on, where reading the weight costs little beside the operations, it is written
+out once and the library multiplies. *Backward*:
 $\partial x = \partial y\, \hat W$, for training something under a frozen weight (QLoRA). Here the
 step is part of the weight; float16, which may not hold that, is multiplied in TF32, at half the
 rate.
@@ -30,13 +35,14 @@ Large Language Models", 2024, arXiv 2408.11743. QLoRA: Dettmers et al., 2023, ar
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from effnb.kernels._int4_weight import SPANS, Int4Weight, pack_int4
+from effnb.kernels._int4_weight import SMALLEST, UNIT, Int4Weight, pack_int4
 from effnb.kernels._launch import (
     GRID,
     cdiv,
@@ -55,8 +61,17 @@ from effnb.kernels._launch import (
 )
 from effnb.kernels.bench import BenchCase, absent
 from effnb.kernels.compile import CompileCase
+from effnb.kernels.report import Work
 
-__all__ = ["SPANS", "Blocks", "Int4Weight", "blocks_for", "int4_matmul", "pack_int4", "reference"]
+__all__ = [
+    "SMALLEST",
+    "Blocks",
+    "Int4Weight",
+    "blocks_for",
+    "int4_matmul",
+    "pack_int4",
+    "reference",
+]
 
 
 def reference(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
@@ -73,158 +88,270 @@ def reference(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tens
 
 
 @jit
-def _values(codes, zero, table, TABLE: tl.constexpr):
-    """What codes stand for before the step: q - z exactly, or the table's entry, in float32."""
-    if TABLE:
-        return tl.load(table + codes)
-    # The float whose last bits are q is 2^23 + q: cheaper than converting each code.
-    return ((codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) - zero
+def _place(bits, magic, AT: tl.constexpr):
+    """The code that stands in place AT of each word as the float 2^23 + q 16^AT, in one operation.
+
+    The code stays where it is: the last bits of a float32 count ones. `magic` is the bits of 2^23
+    in a register, for no operation of three takes two constants.
+    """
+    return ((bits & (15 << (4 * AT))) | magic).to(tl.float32, bitcast=True)
+
+
+@jit
+def _two_entries(words, pairs, BYTE: tl.constexpr):
+    """What the two codes of a byte stand for by the table, which holds all pairs, in one load."""
+    both = tl.load(pairs + ((words >> (8 * BYTE)) & 255))
+    first = (both & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+    return first, (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@jit
+def _of_groups(
+    per_group, units, rows, mask,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """Steps or zero points of the inputs from FIRST on in some units, by rows; 0 past the end."""
+    group = (units * 128 + FIRST) // GROUP
+    mask = mask & (group < K // GROUP)
+    return tl.load(per_group + group.to(tl.int64) * N + rows, mask=mask, other=0).to(tl.float32)
+
+
+@jit
+def _last_adds(
+    found, sums, counters, place, mask, bias, columns, out, part, rows_by_columns,
+    BIAS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Store a part of a sum; the program that is last adds all of them in order, and the bias."""
+    last = True
+    if PARTS > 1:
+        tl.store(sums + part.to(tl.int64) * rows_by_columns + place, found, mask=mask)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        counter = counters + tl.program_id(0)
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == PARTS - 1
+        if last:
+            found = tl.zeros_like(found)
+            earlier = sums + place
+            for _ in range(PARTS):
+                # Other multiprocessors wrote these: not from this one's own cache.
+                found += tl.load(earlier, mask=mask, other=0.0, cache_modifier=".cg")
+                earlier += rows_by_columns
+            tl.store(counter, 0)  # as the next launch expects it
+    if last:
+        if BIAS:
+            found += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + place, found.to(out.dtype.element_ty), mask=mask)
 
 
 @jit
 def _one_row(
-    x, codes, scales, zeros, table, out, stride_x,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
-    ZERO: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr,
-    PART: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, codes, scales, zeros, pairs, bias, out, sums, counters, magics, stride_x,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
+    ZERO: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): outputs i BLOCK_N ..., inputs of the spans j PART ... (j + 1) PART - 1."""
-    HALF: tl.constexpr = SPAN // 2
-    COLUMNS: tl.constexpr = (K + SPAN - 1) // SPAN * HALF
-    GROUPS: tl.constexpr = K // GROUP
+    """Program (i, j): outputs i BLOCK_N ..., part j of the inputs, UNITS units at a time."""
+    ALL: tl.constexpr = (K + 127) // 128
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = rows < N
-    columns = tl.arange(0, HALF)
+    words = tl.arange(0, 16)
     line = rows.to(tl.int64)
-    total = tl.zeros((BLOCK_N, HALF), dtype=tl.float32)
+    magic = tl.load(magics)
+    total = tl.zeros((BLOCK_N, UNITS, 16), dtype=tl.float32)
     for step in range(PART):
-        span = tl.program_id(1) * PART + step
-        first = span * SPAN
-        there = first < K  # the last part may have fewer spans
+        units = (tl.program_id(1) * PART + step) * UNITS + tl.arange(0, UNITS)
+        mask = (rows < N)[:, None] & (units < ALL)[None, :]
         packed = tl.load(
-            codes + line[:, None] * COLUMNS + (span * HALF + columns)[None, :],
-            mask=inside[:, None] & there,
+            codes + line[:, None, None] * (ALL * 16) + (units[:, None] * 16 + words)[None, :, :],
+            mask=mask[:, :, None],
             other=0,
-        ).to(tl.int32)
-        group = first // GROUP
-        scale = tl.load(scales + line * GROUPS + group, mask=inside & there, other=0.0)
-        zero = tl.full((BLOCK_N,), ZERO, dtype=tl.float32)
-        if ZEROS:
-            loaded = tl.load(zeros + line * GROUPS + group, mask=inside & there, other=0)
-            zero = loaded.to(tl.float32)
-        # Times a stride, 32 bits may be too few.
-        place = (first + columns).to(tl.int64)
-        low = tl.load(x + place * stride_x, mask=place < K, other=0.0).to(tl.float32)
-        place += HALF
-        high = tl.load(x + place * stride_x, mask=place < K, other=0.0).to(tl.float32)
-        product = _values(packed & 15, zero[:, None], table, TABLE) * low[None, :]
-        product += _values(packed >> 4, zero[:, None], table, TABLE) * high[None, :]
-        total += product * scale.to(tl.float32)[:, None]
-    tl.store(out + tl.program_id(1).to(tl.int64) * N + line, tl.sum(total, 1), mask=inside)
+        )
+        upper = packed >> 16
+        for part in tl.static_range(128 // SHARED):
+            first = part * SHARED
+            scale = _of_groups(scales, units[None, :], line[:, None], mask, N, K, GROUP, first)
+            zero = tl.full((BLOCK_N, UNITS), ZERO, dtype=tl.float32)
+            if ZEROS:
+                zero = _of_groups(zeros, units[None, :], line[:, None], mask, N, K, GROUP, first)
+            product = tl.zeros((BLOCK_N, UNITS, 16), dtype=tl.float32)
+            for byte in tl.static_range(part * SHARED // 32, (part + 1) * SHARED // 32):
+                k = (units[:, None] * 128 + byte * 32 + words[None, :]).to(tl.int64)
+                low = tl.load(x + k * stride_x, mask=k < K, other=0.0).to(tl.float32)
+                k += 16
+                high = tl.load(x + k * stride_x, mask=k < K, other=0.0).to(tl.float32)
+                if TABLE:
+                    first, second = _two_entries(packed, pairs, byte)
+                    product += first * low[None, :, :]
+                    product += second * high[None, :, :]
+                else:
+                    # q 16^p - z 16^p, exactly, times x / 16^p
+                    product += _times(packed, upper, low, zero, magic, 2 * byte)
+                    product += _times(packed, upper, high, zero, magic, 2 * byte + 1)
+            total += product * scale[:, :, None]
+    found = tl.sum(tl.sum(total, 2), 1)
+    _last_adds(
+        found, sums, counters, line, rows < N, bias, line, out,
+        tl.program_id(1), N, BIAS, PARTS,
+    )  # fmt: skip
+
+
+@jit
+def _times(packed, upper, x, zero, magic, PLACE: tl.constexpr):
+    """Products of x and q - z in one place; those beyond a float's last bits were moved down."""
+    AT: tl.constexpr = PLACE if PLACE < 5 else PLACE - 4
+    number = _place(packed if PLACE < 5 else upper, magic, AT)
+    number -= (zero * 16**AT + 8388608.0)[:, :, None]
+    return number * (x * (1.0 / 16**AT))[None, :, :]
+
+
+@jit
+def _exact(words, zero, kind: tl.constexpr, PLACE: tl.constexpr):
+    """The codes in one place less their zero points, exactly, in the type that is multiplied."""
+    q = (words >> (4 * PLACE)) & 15
+    if kind == tl.float16:  # the float16 whose last bits are q is 1024 + q
+        number = (q | 0x6400).to(tl.int16).to(kind, bitcast=True) - (zero + 1024.0).to(kind)
+    elif kind == tl.bfloat16:  # and the bfloat16 is 128 + q
+        number = (q | 0x4300).to(tl.int16).to(kind, bitcast=True) - (zero + 128.0).to(kind)
+    else:
+        number = (q | 0x4B000000).to(tl.float32, bitcast=True) - (zero + 8388608.0)
+    return number
 
 
 @jit
 def _many_rows(
-    x, codes, scales, zeros, table, bias, out, M, stride_xm, stride_xk,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    x, codes, scales, zeros, pairs, bias, out, sums, counters, M, stride_xm, stride_xk,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
     ZERO: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program i + j N / BLOCK_N: rows j BLOCK_M ... of x, outputs i BLOCK_N ..., all inputs."""
+    """Program (i + j N / BLOCK_N, p): rows j BLOCK_M ..., outputs i BLOCK_N ..., a part of K."""
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    HALF: tl.constexpr = SPAN // 2
-    COLUMNS: tl.constexpr = (K + SPAN - 1) // SPAN * HALF
-    GROUPS: tl.constexpr = K // GROUP
+    ALL: tl.constexpr = (K + 127) // 128
+    kind: tl.constexpr = x.dtype.element_ty
     ms = (tl.program_id(0) // BLOCKS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ns = tl.program_id(0) % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, HALF)
+    words = tl.arange(0, 16)
     x_rows = x + ms[:, None] * stride_xm
     line = ns.to(tl.int64)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for span in range(COLUMNS // HALF):
-        first = span * SPAN
+    for step in range(PART):
+        unit = tl.program_id(1) * PART + step
+        mask = (ns < N) & (unit < ALL)
         packed = tl.load(  # transposed: inputs by outputs
-            codes + line[None, :] * COLUMNS + (span * HALF + columns)[:, None],
-            mask=(ns < N)[None, :],
+            codes + line[None, :] * (ALL * 16) + (unit * 16 + words)[:, None],
+            mask=mask[None, :],
             other=0,
-        ).to(tl.int32)
-        group = first // GROUP
-        scale = tl.load(scales + line * GROUPS + group, mask=ns < N, other=0.0)
-        zero = tl.full((BLOCK_N,), ZERO, dtype=tl.float32)
-        if ZEROS:
-            zero = tl.load(zeros + line * GROUPS + group, mask=ns < N, other=0).to(tl.float32)
-        place = (first + columns).to(tl.int64)
-        mask = (ms < M)[:, None] & (place < K)[None, :]
-        low = tl.load(x_rows + place[None, :] * stride_xk, mask=mask, other=0.0)
-        place += HALF
-        mask = (ms < M)[:, None] & (place < K)[None, :]
-        high = tl.load(x_rows + place[None, :] * stride_xk, mask=mask, other=0.0)
-        values = _values(packed & 15, zero[None, :], table, TABLE).to(x.dtype.element_ty)
-        product = tl.dot(low, values, input_precision=PRECISION)
-        values = _values(packed >> 4, zero[None, :], table, TABLE).to(x.dtype.element_ty)
-        product = tl.dot(high, values, product, input_precision=PRECISION)
-        total += product * scale.to(tl.float32)[None, :]
-    if BIAS:
-        total += tl.load(bias + ns, mask=ns < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        out + ms[:, None] * N + ns[None, :],
-        total.to(out.dtype.element_ty),
-        mask=(ms < M)[:, None] & (ns < N)[None, :],
-    )
+        )
+        for part in tl.static_range(128 // SHARED):
+            scale = _of_groups(scales, unit, line, mask, N, K, GROUP, part * SHARED)
+            zero = tl.full((BLOCK_N,), ZERO, dtype=tl.float32)
+            if ZEROS:
+                zero = _of_groups(zeros, unit, line, mask, N, K, GROUP, part * SHARED)
+            product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for byte in tl.static_range(part * SHARED // 32, (part + 1) * SHARED // 32):
+                place = (unit * 128 + byte * 32 + words).to(tl.int64)
+                here = (ms < M)[:, None] & (place < K)[None, :]
+                low = tl.load(x_rows + place[None, :] * stride_xk, mask=here, other=0.0)
+                place += 16
+                here = (ms < M)[:, None] & (place < K)[None, :]
+                high = tl.load(x_rows + place[None, :] * stride_xk, mask=here, other=0.0)
+                if TABLE:
+                    first, second = _two_entries(packed, pairs, byte)
+                else:
+                    first = _exact(packed, zero[None, :], kind, 2 * byte)
+                    second = _exact(packed, zero[None, :], kind, 2 * byte + 1)
+                product = tl.dot(low, first.to(kind), product, input_precision=PRECISION)
+                product = tl.dot(high, second.to(kind), product, input_precision=PRECISION)
+            total += product * scale[None, :]
+    mask = (ms < M)[:, None] & (ns < N)[None, :]
+    place = ms[:, None] * N + ns[None, :]
+    columns = tl.broadcast_to(line[None, :], (BLOCK_M, BLOCK_N))
+    _last_adds(
+        total, sums, counters, place, mask, bias, columns, out,
+        tl.program_id(1), M.to(tl.int64) * N, BIAS, PARTS,
+    )  # fmt: skip
+
+
+@jit
+def _written(
+    codes, scales, zeros, table, line, k, mask,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    ZEROS: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """The weights of some rows and inputs in float32, steps included."""
+    COLUMNS: tl.constexpr = (K + 127) // 128 * 16
+    words = tl.load(codes + line * COLUMNS + k // 128 * 16 + k % 16, mask=mask, other=0)
+    q = (words >> (k % 128 // 16 * 4)) & 15
+    of_group = (k // GROUP).to(tl.int64) * N + line
+    scale = tl.load(scales + of_group, mask=mask, other=0.0).to(tl.float32)
+    if TABLE:
+        return tl.load(table + q) * scale
+    zero = tl.full((1, 1), ZERO, dtype=tl.float32)
+    if ZEROS:
+        zero = tl.load(zeros + of_group, mask=mask, other=0).to(tl.float32)
+    return ((q | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - zero) * scale
 
 
 @jit
 def _backward(
     dy, codes, scales, zeros, table, dx, M, stride_dm, stride_dn,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program i + j K / SPAN: rows j BLOCK_M ..., inputs of span i, all outputs."""
+    """Program i + j K / BLOCK_K: rows j BLOCK_M ..., inputs i BLOCK_K ..., all outputs."""
     kind: tl.constexpr = tl.float32 if dy.dtype.element_ty == tl.float16 else dy.dtype.element_ty
-    HALF: tl.constexpr = SPAN // 2
-    COLUMNS: tl.constexpr = (K + SPAN - 1) // SPAN * HALF
-    GROUPS: tl.constexpr = K // GROUP
-    span = tl.program_id(0) % (COLUMNS // HALF)
-    ms = (tl.program_id(0) // (COLUMNS // HALF)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, HALF)
-    group = span * SPAN // GROUP
-    low = tl.zeros((BLOCK_M, HALF), dtype=tl.float32)
-    high = tl.zeros((BLOCK_M, HALF), dtype=tl.float32)
+    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    ms = (tl.program_id(0) // BLOCKS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ks = tl.program_id(0) % BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     dy_rows = dy + ms[:, None] * stride_dm
     for block in range((N + BLOCK_N - 1) // BLOCK_N):
         ns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         line = ns.to(tl.int64)
-        packed = tl.load(
-            codes + line[:, None] * COLUMNS + (span * HALF + columns)[None, :],
-            mask=(ns < N)[:, None],
-            other=0,
-        ).to(tl.int32)
-        scale = tl.load(scales + line * GROUPS + group, mask=ns < N, other=0.0).to(tl.float32)
-        zero = tl.full((BLOCK_N,), ZERO, dtype=tl.float32)
-        if ZEROS:
-            zero = tl.load(zeros + line * GROUPS + group, mask=ns < N, other=0).to(tl.float32)
-        mask = (ms < M)[:, None] & (ns < N)[None, :]
-        grad = tl.load(dy_rows + line[None, :] * stride_dn, mask=mask, other=0.0).to(kind)
+        mask = (ns < N)[:, None] & (ks < K)[None, :]
         # The step belongs to the axis that is summed over, so here it is part of the weight, which
         # float16 may not hold.
-        values = _values(packed & 15, zero[:, None], table, TABLE) * scale[:, None]
-        low = tl.dot(grad, values.to(kind), low, input_precision=PRECISION)
-        values = _values(packed >> 4, zero[:, None], table, TABLE) * scale[:, None]
-        high = tl.dot(grad, values.to(kind), high, input_precision=PRECISION)
-    place = span * SPAN + columns
-    rows = dx + ms[:, None] * K
-    mask = (ms < M)[:, None] & (place < K)[None, :]
-    tl.store(rows + place[None, :], low.to(dx.dtype.element_ty), mask=mask)
-    place += HALF
-    mask = (ms < M)[:, None] & (place < K)[None, :]
-    tl.store(rows + place[None, :], high.to(dx.dtype.element_ty), mask=mask)
+        weights = _written(
+            codes, scales, zeros, table, line[:, None], ks[None, :], mask,
+            N, K, GROUP, ZERO, ZEROS, TABLE,
+        )  # fmt: skip
+        mask = (ms < M)[:, None] & (ns < N)[None, :]
+        grad = tl.load(dy_rows + line[None, :] * stride_dn, mask=mask, other=0.0).to(kind)
+        total = tl.dot(grad, weights.to(kind), total, input_precision=PRECISION)
+    mask = (ms < M)[:, None] & (ks < K)[None, :]
+    tl.store(dx + ms[:, None] * K + ks[None, :], total.to(dx.dtype.element_ty), mask=mask)
+
+
+@jit
+def _write_out(
+    codes, scales, zeros, table, out,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    ZERO: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): the weights of rows i BLOCK_N ... and inputs j BLOCK_K ..., rounded once."""
+    line = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (line < N)[:, None] & (ks < K)[None, :]
+    weights = _written(
+        codes, scales, zeros, table, line[:, None], ks[None, :], mask,
+        N, K, GROUP, ZERO, ZEROS, TABLE,
+    )  # fmt: skip
+    tl.store(out + line[:, None] * K + ks[None, :], weights.to(out.dtype.element_ty), mask=mask)
 
 
 # --- launching ------------------------------------------------------------------------------------
 
 PROGRAMS = 512
-"""How many programs one row is cut into at least: a few for each multiprocessor of a large GPU."""
+"""How many programs a product of few rows is cut into at least: four for each multiprocessor of a
+large GPU, so that each of them waits for four pieces of memory at a time."""
+UNITS = 4
+"""Units of inputs that a program of one row loads at once: a warp reads 256 bytes of a row, and a
+thread 16 of each of its rows. Fewer would ask memory for too little at a time; more would need more
+than the 128 registers with which four programs find room on a multiprocessor."""
+LIBRARY_ROWS = 256
+"""From so many rows on the weight is written out once and the library's product is called: reading
+it costs little beside so many operations, and nobody multiplies faster."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +361,7 @@ class Blocks:
     Attributes:
         m: Rows of x per program; 1 for the kernel of one row.
         n: Outputs per program.
-        parts: Into how many parts the inputs of one row are cut.
+        parts: Into how many parts the inputs are cut.
         warps: Warps per program.
 
     Raises:
@@ -262,16 +389,21 @@ def blocks_for(rows: int, weight: Int4Weight, dtype: torch.dtype) -> Blocks:
 
     Products of float32 run without tensor cores, on small blocks.
     """
+    units = cdiv(weight.shape[1], UNIT)
     if rows == 1:
-        n = 16
-        spans = cdiv(weight.shape[1], weight.span)
-        parts = next_power_of_2(cdiv(PROGRAMS, cdiv(weight.shape[0], n)))
-        return Blocks(1, n, min(parts, spans))
+        return Blocks(1, 32, _parts(cdiv(weight.shape[0], 32), cdiv(units, UNITS)))
     if dtype == torch.float32:
         return Blocks(16, 16, warps=8)
-    if rows <= 64:  # still limited by memory: few rows, many programs
-        return Blocks(max(16, next_power_of_2(rows)), 32) if rows <= 32 else Blocks(64, 64, warps=8)
-    return Blocks(64, 128, warps=8)
+    # As wide as registers allow: a weight that was unpacked serves all rows, and four warps share
+    # the outputs, since among more of them each would unpack what another one has.
+    m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    n = 64 if m == 16 else 128
+    return Blocks(m, n, _parts(cdiv(weight.shape[0], n) * cdiv(rows, m), units))
+
+
+def _parts(programs: int, turns: int) -> int:
+    """Into how many parts to cut the inputs, so that enough programs run and each has a turn."""
+    return min(next_power_of_2(cdiv(PROGRAMS, max(1, programs))), turns)
 
 
 def _about(weight: Int4Weight) -> dict[str, Any]:
@@ -280,35 +412,74 @@ def _about(weight: Int4Weight) -> dict[str, Any]:
         "N": weight.shape[0],
         "K": weight.shape[1],
         "GROUP": weight.group_size,
-        "SPAN": weight.span,
         "ZERO": weight.zero,
         "ZEROS": weight.zeros is not None,
         "TABLE": weight.table is not None,
     }
 
 
+_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(programs: int, device: torch.device) -> Tensor:
+    """Zeros by which the last of several programs knows that it is; it leaves zeros behind.
+
+    On a GPU they are kept for the next launch on the same stream, which begins when this one has
+    ended.
+    """
+    if device.type != "cuda":
+        return torch.zeros(programs, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if len(_COUNTERS.get(key, ())) < programs:
+        _COUNTERS[key] = torch.zeros(programs, dtype=torch.int32, device=device)
+    return _COUNTERS[key]
+
+
+@lru_cache
+def _magic(device: torch.device) -> Tensor:
+    """The bits of 2^23 where no compiler sees them."""
+    return torch.tensor([0x4B000000], dtype=torch.int32, device=device)
+
+
 def _forward(x: Tensor, weight: Int4Weight, bias: Tensor | None, blocks: Blocks | None) -> Tensor:
-    (rows, _), n = x.shape, weight.shape[0]
+    (rows, k), n = x.shape, weight.shape[0]
+    if rows >= LIBRARY_ROWS and blocks is None and weight.fits(x.dtype):
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.nn.functional.linear(x, written_out(weight, x.dtype), bias)
     blocks = blocks or blocks_for(rows, weight, x.dtype)
-    parts = weight.parts
-    if rows == 1 and blocks.m == 1:
-        spans = cdiv(weight.shape[1], weight.span)
-        each = cdiv(spans, min(blocks.parts, spans, GRID[1]))
-        count = cdiv(spans, each)
-        sums = empty((count, n), torch.float32, x.device)
-        launch(
-            _one_row, (cdiv(n, blocks.n), count), x, *parts, sums, x.stride(1), **_about(weight),
-            PART=each, BLOCK_N=blocks.n, num_warps=blocks.warps,
-        )  # fmt: skip
-        total = sums.sum(0, keepdim=True)
-        return (total if bias is None else total + bias.float()).to(x.dtype)
-    block_m = max(blocks.m, 16)
+    single = rows == 1 and blocks.m == 1
+    units = UNITS if single else 1
+    turns = cdiv(cdiv(k, UNIT), units)
+    each = cdiv(turns, min(blocks.parts, turns, GRID[1]))
+    parts, block_m = cdiv(turns, each), 1 if single else max(blocks.m, 16)
+    programs = cdiv(n, blocks.n) * cdiv(rows, block_m)
     bias = None if bias is None else bias.contiguous()
     out = empty((rows, n), x.dtype, x.device)
+    sums = empty((parts, rows, n), torch.float32, x.device) if parts > 1 else None
+    counters = _counters(programs, x.device) if parts > 1 else None
+    codes, scales, zeros, _ = weight.parts
+    given = (x, codes, scales, zeros, weight.pairs, bias, out, sums, counters)
+    about = _about(weight) | {"SHARED": weight.shared, "BIAS": bias is not None}
+    about |= {"PART": each, "PARTS": parts, "BLOCK_N": blocks.n, "num_warps": blocks.warps}
+    if single:
+        launch(
+            _one_row, (programs, parts), *given, _magic(x.device), x.stride(1), **about, UNITS=UNITS
+        )
+    else:
+        launch(
+            _many_rows, (programs, parts), *given, rows, *x.stride(), **about, BLOCK_M=block_m,
+            PRECISION=precision(x.dtype), num_stages=3,
+        )  # fmt: skip
+    return out
+
+
+def written_out(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
+    """The Triton kernel that writes the weights out, (N, K) in a type, each rounded once."""
+    n, k = weight.shape
+    out = empty((n, k), dtype, weight.codes.device)
     launch(
-        _many_rows, (cdiv(n, blocks.n) * cdiv(rows, block_m),), x, *parts, bias, out, rows,
-        x.stride(0), x.stride(1), **_about(weight), BIAS=bias is not None, BLOCK_M=block_m,
-        BLOCK_N=blocks.n, PRECISION=precision(x.dtype), num_warps=blocks.warps, num_stages=2,
+        _write_out, (cdiv(n, 32), cdiv(k, UNIT)), *weight.parts, out, **_about(weight), BLOCK_N=32,
+        BLOCK_K=UNIT, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -342,15 +513,17 @@ def _backward_precision(dtype: torch.dtype) -> str:
 
 def int4_matmul_transposed(dy: Tensor, weight: Int4Weight) -> Tensor:
     """The Triton kernel of the backward pass: dy times the weight, (M, N) to (M, K)."""
-    rows = len(dy)
+    (rows, _), k = dy.shape, weight.shape[1]
     single = dy.dtype == torch.float32  # without tensor cores
+    if rows >= LIBRARY_ROWS and weight.fits(dy.dtype):
+        return dy @ written_out(weight, dy.dtype)
     block_m = 16 if single else max(16, min(next_power_of_2(rows), 64))
-    dx = empty((rows, weight.shape[1]), dy.dtype, dy.device)
+    block_k = 32 if single else 64
+    dx = empty((rows, k), dy.dtype, dy.device)
     launch(
-        _backward, (cdiv(weight.shape[1], weight.span) * cdiv(rows, block_m),), dy, *weight.parts,
-        dx, rows, dy.stride(0), dy.stride(1), **_about(weight), BLOCK_M=block_m,
-        BLOCK_N=16 if single else 32, PRECISION=_backward_precision(dy.dtype), num_warps=4,
-        num_stages=2,
+        _backward, (cdiv(k, block_k) * cdiv(rows, block_m),), dy, *weight.parts, dx, rows,
+        dy.stride(0), dy.stride(1), **_about(weight), BLOCK_M=block_m, BLOCK_N=16 if single else 32,
+        BLOCK_K=block_k, PRECISION=_backward_precision(dy.dtype), num_warps=4, num_stages=2,
     )  # fmt: skip
     return dx
 
@@ -402,38 +575,72 @@ def int4_matmul(
 
 def compile_cases() -> list[CompileCase]:
     """Every kernel for both kinds of weights, in block sizes that `blocks_for` chooses."""
-    affine = {"GROUP": 128, "SPAN": 128, "ZEROS": True, "TABLE": False, "table": None}
-    nf4 = {"GROUP": 64, "SPAN": 64, "ZEROS": False, "TABLE": True, "zeros": None}
-    kinds = {"affine": affine, "nf4": nf4}
+    affine = {"GROUP": 128, "SHARED": 128, "ZEROS": True, "TABLE": False, "pairs": None}
+    nf4 = {"GROUP": 64, "SHARED": 64, "ZEROS": False, "TABLE": True, "zeros": None}
+    kinds = {"affine": affine | {"table": None}, "nf4": nf4}
     found = []
     for kind, dtype, kernel, m, n, warps in (
-        ("affine", "bf16", _one_row, 1, 16, 4),
-        ("affine", "fp16", _many_rows, 32, 32, 4),
-        ("affine", "bf16", _many_rows, 64, 128, 8),
+        ("affine", "bf16", _one_row, 1, 32, 4),
+        ("affine", "fp16", _many_rows, 16, 64, 4),
+        ("affine", "fp16", _many_rows, 32, 128, 4),
+        ("affine", "bf16", _many_rows, 64, 128, 4),
         ("affine", "bf16", _backward, 64, 32, 4),
+        ("affine", "bf16", _write_out, 1, 32, 4),
         ("affine", "fp32", _many_rows, 16, 16, 8),
-        ("nf4", "fp16", _one_row, 1, 16, 4),
-        ("nf4", "bf16", _many_rows, 16, 32, 4),
-        ("nf4", "bf16", _many_rows, 64, 64, 8),
+        ("nf4", "fp16", _one_row, 1, 32, 4),
+        ("nf4", "bf16", _many_rows, 16, 64, 4),
+        ("nf4", "bf16", _many_rows, 64, 128, 4),
         ("nf4", "fp16", _backward, 64, 32, 4),
-        ("nf4", "fp32", _one_row, 1, 16, 4),
+        ("nf4", "fp32", _one_row, 1, 32, 4),
         ("nf4", "fp32", _backward, 16, 16, 4),
     ):
         pointer = f"*{dtype}"
         types = dict.fromkeys(("x", "dy", "dx", "bias", "out"), pointer)
-        types |= {"codes": "*u8", "zeros": "*u8", "table": "*fp32", "M": "i32"}
+        types |= {"codes": "*i32", "zeros": "*u8", "table": "*fp32", "pairs": "*i64", "M": "i32"}
         types |= {"scales": "*fp16" if kind == "affine" else "*fp32"}
+        types |= {"sums": "*fp32", "counters": "*i32", "magics": "*i32"}
         types |= {"stride_xm": "i32", "stride_dm": "i32"}
-        types |= {"out": "*fp32"} if kernel is _one_row else {}
-        constants = kinds[kind] | {"N": 4096, "K": 4096, "ZERO": 8, "PART": 16, "BIAS": True}
+        work, parts = _work(kernel, kinds[kind], m, n, 4 if dtype == "fp32" else 2)
+        constants = kinds[kind] | {"N": 4096, "K": 4096, "ZERO": 8, "BIAS": True}
         constants |= dict.fromkeys(("stride_x", "stride_xk", "stride_dn"), 1)
-        constants |= {"BLOCK_M": m, "BLOCK_N": n}
+        constants |= {"BLOCK_M": m, "BLOCK_N": n, "UNITS": UNITS, "PARTS": parts}
+        constants |= {"PART": work.turns, "BLOCK_K": 32 if dtype == "fp32" else 64}
+        constants |= {"BLOCK_K": UNIT} if kernel is _write_out else {}
         half = kernel is _backward and dtype == "fp16"
         constants |= {"PRECISION": "tf32" if half else "ieee"}
-        mma = kernel is not _one_row and dtype != "fp32"
+        mma = kernel in (_many_rows, _backward) and dtype != "fp32"
+        stages = 3 if kernel is _many_rows else 2
         name = f"int4_matmul: {kind} {dtype} {kernel.__name__.strip('_')} {m}x{n}"
-        found.append(CompileCase(name, kernel, types, constants, mma=mma, warps=warps))
+        found.append(CompileCase(name, kernel, types, constants, mma, warps, stages, work))
     return found
+
+
+def _work(kernel: Any, kind: dict[str, Any], m: int, n: int, size: int) -> tuple[Work, int]:
+    """A layer of 4,096 by 4,096: one token, a tile's rows, or a prompt; and the parts of K."""
+    width, one_row = 4096, kernel is _one_row
+    rows, per_group, units = m, 4 if kind["TABLE"] else 3, width // UNIT
+    item = n * UNIT * (UNITS if one_row else 1)
+    turns = units // UNITS if one_row else units
+    few = one_row or (kernel is _many_rows and size == 2)
+    parts = _parts(width // n, turns) if few else 1
+    programs, turns = width // n * max(1, rows // m), turns // parts
+    moved = 2 * size * rows * width
+    if kernel is _backward:
+        block = 64 if size == 2 else 32
+        programs, turns, item = width // block * (rows // m), width // n, n * block
+    if kernel is _write_out:
+        rows, programs, turns, moved = 0, width // n * units, 1, size * width * width
+    work = Work(
+        what=f"{rows or 'no'} row{'s' * (rows != 1)}, {width} x {width}",
+        item="weight",
+        items=item,
+        turns=turns,
+        programs=programs * parts,
+        fetched=item // 2 + item // kind["GROUP"] * per_group,
+        bytes=width * width // 2 + width * width // kind["GROUP"] * per_group + moved,
+        flops=2 * rows * width * width,
+    )
+    return work, parts
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

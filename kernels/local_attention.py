@@ -79,6 +79,7 @@ from effnb.kernels._masked import (
 )
 from effnb.kernels.bench import BenchCase, Runner
 from effnb.kernels.compile import CompileCase
+from effnb.kernels.report import Work
 
 LOG2_E = 1.4426950408889634  # e^x = 2^(x log2 e), and powers of 2 are what GPUs compute
 LOCAL, GLOBAL, PADDING = 0, 1, 2  # the kinds of tokens
@@ -518,18 +519,34 @@ def _keys_backward_kernel(
 # ---------------------------------------------------------------- the kernels, launched
 
 
-def _settings(dim: int, dtype: torch.dtype, causal: bool) -> dict:
-    """Constants of the three kernels: as many rows a tile as shared memory and registers hold."""
+TILES = {"rows": {128: (64, 64), 256: (64, 32)}, "columns": {64: (64, 64), 128: (32, 64)}}
+"""Queries and keys of a tile in 16 bits, up to a width of head: of the kernels that hold queries,
+and of the one that holds keys and, with two sums, finds room for fewer of what comes by."""
+
+
+def _settings(holds: str, dim: int, dtype: torch.dtype, causal: bool) -> dict:
+    """Constants of the kernels that hold "rows" or "columns" of the scores.
+
+    As many a tile as shared memory and registers hold. In 16 bits four warps share 64 rows, for a
+    tensor core of an H100 takes 64 at once: a second group of four would only halve the columns,
+    and both would compute the masks. In float32 nothing uses those, and more warps have more
+    registers.
+    """
     block_d = max(16, next_power_of_2(dim))  # 16 is the least that a tensor core takes
-    rows = min(64, max(16, 16384 // (block_d * dtype.itemsize)))
+    if dtype == torch.float32:
+        rows = min(64, max(16, 4096 // block_d))
+        tile, warps = (rows, rows), 8 if block_d >= 128 else 4
+    else:
+        fits = [tile for width, tile in TILES[holds].items() if block_d <= width]
+        tile, warps = fits[0] if fits else (32, 32), 4
     return dict(
         DIM=dim,
         BLOCK_D=block_d,
-        BLOCK_Q=rows,
-        BLOCK_K=rows,
+        BLOCK_Q=tile[0],
+        BLOCK_K=tile[1],
         CAUSAL=causal,
         PRECISION=precision(dtype),
-        num_warps=8 if block_d >= 128 else 4,
+        num_warps=warps,
         num_stages=2,
     )
 
@@ -595,6 +612,9 @@ class _LocalAttention(torch.autograd.Function):
             *(_batch_stride(counts), *ctx.strides),
             **ctx.settings,
         )
+        settings = _settings("columns", q.shape[3], q.dtype, ctx.settings["CAUSAL"])
+        blocks = settings["BLOCK_Q"], settings["BLOCK_K"]
+        schedule = tile_schedule(kinds, *ctx.window[:2], settings["CAUSAL"], *blocks)
         counts, visits = _list_visits(schedule.mT)  # for each tile of keys, who comes by
         launch_again(
             _keys_backward_kernel,
@@ -602,7 +622,7 @@ class _LocalAttention(torch.autograd.Function):
             *(q, k, v, kinds, counts, visits, log_sum, d_out, delta, dk, dv),
             *(key_heads, group, tokens, visits.shape[2], ctx.scale, *ctx.window),
             *(_batch_stride(counts), *ctx.strides),
-            **ctx.settings,
+            **settings,
         )
         return dq, dk, dv, None, None, None, None, None
 
@@ -687,7 +707,7 @@ def local_attention(
             q, k, v, global_tokens=global_tokens, padding=padding, **options
         )
     scale = dim**-0.5 if scale is None else scale
-    settings = _settings(dim, q.dtype, causal)
+    settings = _settings("rows", dim, q.dtype, causal)
     kinds = _kinds(tokens, q.device, *masks)
     return _LocalAttention.apply(q, k, v, kinds, left, right, scale, settings)
 
@@ -711,21 +731,46 @@ def compile_cases() -> list[CompileCase]:
         numbers = "heads key_heads group tokens key_tiles query_tiles left right"
         types |= dict.fromkeys(numbers.split(), "i32")
         types |= {"kinds_batch": "i32", "counts_batch": "i32"}
-        settings = _settings(dim, kinds[kind], causal)
-        warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
         for name, kernel in (
             ("forward", _forward_kernel),
             ("queries backward", _queries_backward_kernel),
             ("keys backward", _keys_backward_kernel),
         ):
+            holds = "columns" if kernel is _keys_backward_kernel else "rows"
+            settings = _settings(holds, dim, kinds[kind], causal)
+            warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
+            tile, size = (settings["BLOCK_Q"], settings["BLOCK_K"]), kinds[kind].itemsize
             for again in (False, True) if dim == 64 else (False,):
                 case = CompileCase(
                     f"local_attention: {name} {kind} {dim}" + again * " again", kernel, types,
                     strides | settings | {"AGAIN": again},
                     mma=kind != "fp32", warps=warps, stages=stages,
+                    work=_work(name, dim, causal, tile, size),
                 )  # fmt: skip
                 found.append(case)
     return found
+
+
+def _work(name: str, dim: int, causal: bool, tile: tuple[int, int], size: int) -> Work:
+    """A text of 16,384 tokens, 32 heads of queries and 8 of keys, a window of 1,024."""
+    tokens, heads, key_heads, window = 16384, 32, 8, 1024
+    seen = window * (1 if causal else 2)
+    # Products of a tile: two forward; for the queries' gradient three, for the others' four.
+    products = {"forward": 2, "queries backward": 3, "keys backward": 4}[name]
+    by_keys = name == "keys backward"
+    held, passing = reversed(tile) if by_keys else tile
+    moved = {"forward": 2, "queries backward": 3, "keys backward": 2}[name] * heads
+    moved += {"forward": 2, "queries backward": 2, "keys backward": 4}[name] * key_heads
+    return Work(
+        what=f"{tokens} tokens, {heads} heads of {dim}, window {window}",
+        item="tile",
+        items=1,
+        turns=(seen // passing + 1) * (heads // key_heads if by_keys else 1),
+        programs=tokens // held * (key_heads if by_keys else heads),
+        fetched=2 * passing * dim * size,
+        bytes=moved * tokens * dim * size,
+        flops=2 * products * heads * tokens * seen * dim,
+    )
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

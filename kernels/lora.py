@@ -45,6 +45,7 @@ from effnb.kernels._launch import (
 )
 from effnb.kernels.bench import OTHER, BenchCase, absent
 from effnb.kernels.compile import CompileCase
+from effnb.kernels.report import Work
 
 MAX_RANK = 128
 """Above it a program's part of $x A^T$ no longer fits into registers; the reference takes over."""
@@ -280,7 +281,20 @@ def compile_cases() -> list[CompileCase]:
         constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "BIAS": not backward}
         name = f"lora: {dtype} {m}x{n}, A and B {ab}, r {rank}" + backward * " backward"
         mma = dtype != "fp32"
-        found.append(CompileCase(name, _layer, types, constants, mma, warps, stages=3))
+        size, width = (4 if dtype == "fp32" else 2), 4096
+        tokens = m if m == 16 else 2048
+        work = Work(
+            what=f"{tokens} rows, {width} x {width}, rank {rank}",
+            item="tile",
+            items=1,
+            turns=width // k,
+            programs=width // n * (tokens // m),
+            fetched=(m + n) * k * size,
+            bytes=size * (width * width + 2 * rank * width + 2 * tokens * width),
+            flops=2 * tokens * width * (width + 2 * rank),
+        )
+        case = CompileCase(name, _layer, types, constants, mma, warps, stages=3, work=work)
+        found.append(case)
     return found
 
 

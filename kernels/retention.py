@@ -89,6 +89,7 @@ from effnb.kernels._masked import (
 )
 from effnb.kernels.bench import OTHER, BenchCase, Runner, absent
 from effnb.kernels.compile import CompileCase
+from effnb.kernels.report import Work
 
 CHUNK_SIZES = (16, 32, 64, 128)
 WIDEST = 2**16  # keys of a step, which a program holds at once
@@ -604,6 +605,7 @@ def compile_cases() -> list[CompileCase]:
                     f"retention: {name} {about}" + again * " again", kernel, types,
                     strides | settings | {"AGAIN": again},
                     mma=kind != "fp32", warps=warps, stages=stages,
+                    work=_work(name, settings, KINDS[kind].itemsize),
                 )  # fmt: skip
                 found.append(case)
     for kind in ("fp32", "bf16"):
@@ -613,8 +615,51 @@ def compile_cases() -> list[CompileCase]:
         warps = settings.pop("num_warps")
         types |= {"heads": "i32", "scale": "fp32"}
         name = f"retention: step {kind} 128x128"
-        found.append(CompileCase(name, _step_kernel, types, strides | settings, warps=warps))
+        batch, heads, state = 64, 16, 128 * 128 * 4
+        work = Work(
+            what=f"{batch} sequences, {heads} heads of 128 x 128",
+            item="number of the state",
+            items=128 * settings["BLOCK_V"],
+            turns=1,
+            programs=batch * heads * (128 // settings["BLOCK_V"]),
+            fetched=512 * settings["BLOCK_V"],
+            bytes=batch * heads * 2 * state,
+            flops=batch * heads * 5 * 128 * 128,
+        )
+        constants = strides | settings
+        found.append(CompileCase(name, _step_kernel, types, constants, warps=warps, work=work))
     return found
+
+
+def _work(name: str, settings: dict[str, int], size: int) -> Work:
+    """A text of 16,384 tokens, 16 heads."""
+    tokens, heads, chunk = 16384, 16, settings["CHUNK"]
+    dim_k, dim_v, k, v = (settings[x] for x in ("DIM_K", "DIM_V", "BLOCK_K", "BLOCK_V"))
+    chunks = tokens // chunk
+    states = chunks * dim_k * dim_v * 4
+    what = f"{tokens} tokens, {heads} heads of {dim_k} x {dim_v}"
+    moved, programs = tokens * (dim_k + dim_v) * size, heads * (dim_v // v)
+    if name == "states":
+        return Work(
+            what=what,
+            item="tile",
+            items=1,
+            turns=chunks,
+            programs=programs * (dim_k // k),
+            fetched=chunk * (k + v) * size,
+            bytes=heads * (moved + states),
+            flops=2 * heads * tokens * dim_k * dim_v,
+        )
+    return Work(
+        what=what,
+        item="tile",
+        items=1,
+        turns=dim_k // k,
+        programs=programs * chunks,
+        fetched=2 * chunk * k * size + 4 * k * v,
+        bytes=heads * (2 * moved + states),
+        flops=2 * heads * tokens * (dim_k * dim_v + chunk * (dim_k + dim_v)),
+    )
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

@@ -50,6 +50,7 @@ from effnb.kernels._launch import (
 )
 from effnb.kernels.bench import BenchCase, Runner, absent
 from effnb.kernels.compile import CompileCase
+from effnb.kernels.report import Work
 
 WIDEST = 2**16
 """The widest heads that the kernel takes: one program holds all pairs of a head."""
@@ -287,7 +288,18 @@ def compile_cases() -> list[CompileCase]:
         layout = "interleaved" if interleaved else "half-split"
         name = f"rope: {layout} {'backward' if inverse else 'forward'} {kind}"
         constants = sizes | strides | units | options
-        found.append(CompileCase(name, _rope_kernel, types, constants, warps=warps))
+        size, tokens = (4 if kind == "fp32" else 2), 16384
+        work = Work(
+            what=f"{tokens} tokens, 32 and 8 heads of 128",
+            item="number",
+            items=(32 + 8) * 128,
+            turns=1,
+            programs=tokens,
+            fetched=(32 + 8) * 128 * size,
+            bytes=2 * tokens * (32 + 8) * 128 * size,
+            flops=3 * tokens * (32 + 8) * 128,
+        )
+        found.append(CompileCase(name, _rope_kernel, types, constants, warps=warps, work=work))
     return found
 
 

@@ -152,6 +152,7 @@ def learn_subspace(
     task_loss: TaskLoss | None = None,
     task_weight: float = 1.0,
     hidden: int | None = None,
+    start: PromptSubspace | None = None,
     steps: int = 1000,
     learning_rate: float = 1e-2,
     seed: int = 0,
@@ -164,6 +165,7 @@ def learn_subspace(
         task_loss: From a task's index and a prompt to the task's own loss; None leaves it out.
         task_weight: Its factor.
         hidden: Width of the hidden layer of encoder and decoder; None makes both linear.
+        start: A subspace of this size to begin at, such as the principal one; it is not changed.
         steps: Steps of Adam.
         learning_rate: Its rate, which falls to 0 along a cosine.
         seed: Seed of the start values.
@@ -184,6 +186,17 @@ def learn_subspace(
     subspace = PromptSubspace(
         prompts.shape[1], prompts.shape[2], dimension, hidden=hidden, seed=seed
     )
+    if start is not None:
+        wanted, given = (
+            {name: tuple(tensor.shape) for name, tensor in one.state_dict().items()}
+            for one in (subspace, start)
+        )
+        if wanted != given:
+            raise ValueError(
+                f"start is a subspace of {start.dimension} numbers for prompts of "
+                f"{tuple(start.mean.shape)}; it must have the shapes that are asked for here."
+            )
+        subspace.load_state_dict(start.state_dict())
     subspace = _centred(subspace, prompts)
     optimizer = torch.optim.Adam(subspace.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

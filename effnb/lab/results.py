@@ -217,6 +217,25 @@ def _sha256(what: str) -> str | None:
         return "nothing of that name"
 
 
+def _written(value: Any, depth: int = 0) -> str:
+    """JSON with a line for each row of a table, so that a row that changed is a line that did."""
+    if depth < 3 and isinstance(value, dict | list | tuple) and value:
+        inner = " " * (depth + 1)
+        if isinstance(value, dict):
+            if odd := [key for key in value if not isinstance(key, str)]:
+                raise TypeError(f"keys must be strings, not {odd[0]!r}")
+            parts = [
+                f"{json.dumps(key, ensure_ascii=False)}: {_written(one, depth + 1)}"
+                for key, one in value.items()
+            ]
+            opened, closed = "{}"
+        else:
+            parts, (opened, closed) = [_written(one, depth + 1) for one in value], "[]"
+        lines = f",\n{inner}".join(parts)
+        return f"{opened}\n{inner}{lines}\n{' ' * depth}{closed}"
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
+
 def store(
     name: str,
     data: Any,
@@ -259,12 +278,7 @@ def store(
         complete=complete,
     )
     try:
-        text = json.dumps(
-            {"provenance": asdict(about), "data": data},
-            indent=1,
-            allow_nan=False,
-            ensure_ascii=False,
-        )
+        text = _written({"provenance": asdict(about), "data": data})
     except (TypeError, ValueError) as problem:
         raise ValueError(f"the result {name} cannot be stored as JSON: {problem}.") from None
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -273,6 +273,12 @@ drawings.subspaces(intrinsic)
 print(tables.intrinsic_said(intrinsic))
 
 # %% [markdown]
+# Do tasks *share* such a subspace? **Intrinsic prompt tuning** (Qin et al., 2021) trains a soft prompt for each of many tasks, learns the few directions in which these prompts differ, and then tunes, for a task that it has not seen, only its place along them. Here the tasks are small: one topic, language or book against another. `mini-1m` reads the prompts, and a random subspace of equal size stands beside the learned one.
+
+# %% tags=["nbval-check-output"]
+tables.shared_table(tables.stored("shared").data["table"])
+
+# %% [markdown]
 # ## What it costs and saves
 #
 # **On disk** a delta costs what the table of counts says. **In memory** the saving needs an argument. Adam keeps, for each number that is trained, the number itself, its gradient and two running means (its *moments*): 16 bytes in 32-bit arithmetic. A frozen number costs 4. With $N$ parameters of which $M$ are trained, training holds

@@ -280,9 +280,16 @@ print(tables.noise_said(noise))
 
 # %% tags=["nbval-check-output"]
 z, v, y = torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([0, 1])
+small, large, longer = (
+    distillation.run_recorded(model, input_ids=ids[:, :length], use_cache=False)[1][-1]
+    for model, length in ((student, 8), (teacher, 8), (teacher, 9))
+)
 for attempt in (
     lambda: distillation.hinton_loss(z, v, y, temperature=0.0),
     lambda: distillation.hinton_loss(z, v),
+    lambda: distillation.hinton_loss(z, torch.ones(4, 3), weight=1.0),
+    lambda: distillation.minilm_loss(small, large),
+    lambda: distillation.minilm_loss(large, longer),
     lambda: distillation.hinton(teacher.train()),
     lambda: distillation.layer_map(4, 6),
     lambda: distillation.generalized_jsd(z, v, beta=1.5),

@@ -197,9 +197,8 @@ from effnb.chapters.hardware.codesign import live
 print(live.int4_walk())
 
 # %% [markdown]
-# Read it from top to bottom. `rows` and `inside` say which outputs this program makes, and which of them exist. The loop takes a span of inputs: it
-# fetches bytes (`packed`), the step of their group (`scale`), and the inputs that belong to the low and to the high half of each byte. A code never becomes a weight in memory: `_values` turns
-# `packed & 15` into a floating-point number and subtracts the zero point, in a **register**, the storage next to the arithmetic. That is the whole gain: half a byte fetched for a weight in place of two.
+# Read it from top to bottom. `rows` says which outputs this program makes. The loop takes four units of 128 inputs: it fetches words of eight codes each (`packed`) and the step of their group (`scale`). Then, for each byte of the words, it fetches the inputs that its two codes belong to (`low` and `high`). A code never becomes a weight in memory: `_times` turns it into a floating-point number
+# where it stands in its word and subtracts the zero point, in a **register**, the storage next to the arithmetic. That is the whole gain: half a byte fetched for a weight in place of two.
 #
 # The two accelerators' choices are short functions:
 
@@ -328,6 +327,19 @@ tables.chip_table(rows, roofline.Shape.of(bench.model.config))
 roofs.kernels_table(gpu)
 
 # %% [markdown]
+# Much can be known without a GPU. The compiler runs anywhere, and its machine code says how many **instructions** a kernel spends on each weight, and how many **bytes are in flight**: asked for, and not there yet. Memory answers late, so it is busy only while enough requests are on their way:
+
+# %% tags=["nbval-check-output"]
+from effnb.lab import results
+
+compiled = results.read("kernel_report").data["table"]
+print(roofs.flight_said(compiled))
+roofs.bounds_table(compiled)
+
+# %% [markdown]
+# Block sizes follow from this. A program of `int4_matmul` takes four units of inputs at once, because their words are what it has in flight. It takes 32 outputs, because a thread that converts an input then uses it for four weights; with more outputs, its registers would leave room for fewer programs on a multiprocessor, and with fewer, the conversions would cost as much as the weights.
+
+# %% [markdown]
 # ## On a real model
 #
 # MiniLM is a sentence encoder of 22 million full-precision weights. First, which words survive? Each of its layers works on fewer tokens:
@@ -347,8 +359,6 @@ tables.minilm_table(minilm)
 # One setting live, on other descriptions:
 
 # %% tags=["real-model"]
-from effnb.lab import results
-
 if results.live():
     print(live.search(keep=0.5))
 else:

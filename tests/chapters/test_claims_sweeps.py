@@ -25,6 +25,9 @@ MODULES = {
     "low_rank": "2_low_rank_claims",
     "quantization": "3_quantization_claims",
     "distillation": "5_distillation_claims",
+    "retrievers": "6_retrieval_distillation_claims",
+    "adaptive": "7_adaptive_computation_claims",
+    "matryoshka": "8_matryoshka_claims",
     "codesign": "2_codesign_claims",
     "retention": "5_retention_claims",
     "context": "6_context_claims",
@@ -133,6 +136,96 @@ def test_low_rank(small):
         for a in ({"method": "original"}, {"method": "SVD", "kept": 0.6})
     )
     assert less / whole == pytest.approx(0.6, abs=0.03)
+
+
+def test_adaptive_computation(small, monkeypatch):
+    adaptive = small.adaptive
+    from transformers import BertConfig, BertModel
+
+    class Sections(adaptive.Sections):
+        def __init__(self):
+            sizes = dict(vocab_size=9, hidden_size=12, intermediate_size=8)
+            config = BertConfig(num_hidden_layers=3, num_attention_heads=2, **sizes)
+            self.loaded = SimpleNamespace(model=BertModel(config))
+            self.task = SimpleNamespace(labels="abcdef")
+
+        def of(self, split):
+            draw = torch.Generator().manual_seed(len(split))
+            labels = torch.arange(60) % 6
+            hot = torch.nn.functional.one_hot(labels, 12)
+            return 0.3 * torch.randn(3, 60, 12, generator=draw) + hot, labels
+
+    fit = adaptive.fit
+    for name, value in {
+        "Sections": Sections,
+        "GRID": (0.9, 0.2),
+        "READ_GRID": (0.9, 0.2),
+        "PROMPTS": 4,
+        "CALIBRATED": 2,
+        "NEW_TOKENS": 3,
+        "ROUNDS": 2,
+        "load": lambda name, device: load("mini-300k", device=device),
+        "prompts": lambda tokenizer: [(ids(n, 1, 5), [7, 8, 9]) for n in range(6)],
+        "fit": lambda *given, **more: fit(*given, **more, steps=8),
+        "results": SimpleNamespace(read=lambda name: None),
+    }.items():
+        monkeypatch.setattr(adaptive, name, value)
+    rows = measured(small, "adaptive", list(adaptive.PARTS))
+    lacking = wanting(rows, "05_inference/7_adaptive_computation")
+    lacking.pop(("S-I4", "patience"), None)  # may find no patience that is quick enough
+    assert lacking == {}
+    whole = chosen(rows, {"model": "minilm-l6", "setting": "sections", "method": "all layers"})
+    assert set(whole[0]["layers"]) == {1.0}
+    texts = [row for row in rows if row.get("setting") == "texts"]
+    assert [row["threshold"] for row in texts] == [0.9, 0.2]
+    assert all(0 <= x <= 1 for row in texts for key in ("distance", "risk") for x in row[key])
+
+
+def test_matryoshka(small, monkeypatch):
+    script = small.matryoshka
+    draws = torch.Generator().manual_seed(0)
+
+    def unit(count):
+        return torch.nn.functional.normalize(torch.randn(count, 384, generator=draws), dim=1)
+
+    packages = [
+        SimpleNamespace(split=split, section=f"section {n // 3 % 3}")
+        for n, split in enumerate(["train", "validation", "test"] * 80)
+    ]
+    here = SimpleNamespace(
+        documents=packages,
+        pairs=[],
+        asked={"test": (2, 5, 8, 11), "validation": (1, 4, 7)},
+    )
+    documents = unit(len(packages))
+    vectors = SimpleNamespace(
+        documents=documents,
+        queries={
+            s: documents[list(rows)] + 0.02 * unit(len(rows)) for s, rows in here.asked.items()
+        },
+        pair_queries=unit(9),
+        pair_documents=torch.zeros(0, 384),
+    )
+    fake = SimpleNamespace(collection=lambda: here, vectors=lambda: vectors)
+    monkeypatch.setattr(script, "collection", fake)
+    monkeypatch.setattr(script, "EFS", (10, 40))
+    monkeypatch.setattr(script, "LOOKS", ((16, 100), (32, 50)))
+    monkeypatch.setattr(
+        script.methods,
+        "trained_map",
+        lambda v, dims, seed: script.matryoshka.orthogonal(dims[-1], 384, seed),
+    )
+    train = script.methods.train_classifier
+    monkeypatch.setattr(
+        script.methods, "train_classifier", lambda *given, **more: train(*given, steps=3, **more)
+    )
+    rows = measured(small, "matryoshka", ["search", "classes"])
+    assert wanting(rows, "05_inference/8_matryoshka") == {}
+    whole, less = (
+        chosen(rows, {"model": "minilm-l6", "method": name})[0]["multiplications"]
+        for name in ("all numbers", "two looks")
+    )
+    assert (whole, less) == (240 * 384, 240 * 16 + 200 * 384)
 
 
 def test_retention(small, monkeypatch):
@@ -322,3 +415,45 @@ def test_distillation(small, monkeypatch):
     assert wanting(rows, "05_inference/5_distillation") == {}
     (longer,) = chosen(rows, {"setting": "text", "method": "labels for longer"})
     assert longer["steps"] > 2
+
+
+def test_retrievers(small, monkeypatch):
+    script = small.retrievers
+    few = {"documents": [0, 1], "train_documents": [1, 1], "drop_documents": [1, 0], "mrr": 0.5}
+    searched, ranked = [], []
+
+    def learn(course, **given):
+        searched.append(given)
+
+    def dual(task, seed, method="labels", answers=None, **given):
+        ranked.append((method, answers, given))
+
+    for name, value in {
+        "course": lambda: SimpleNamespace(),
+        "teacher_ranks": lambda course: [1, 2],
+        "layers_of_teacher": lambda course, depth: 16,
+        "learn": learn,
+        "ranks_of": lambda *_: [1, 20],
+    }.items():
+        monkeypatch.setattr(script.students, name, value)
+    for name, value in {
+        "task": lambda: SimpleNamespace(),
+        "steps_of": lambda task: 40,
+        "steps_for_answers": lambda task: 15,
+        "cross_encoder": lambda task, seed, dual_pooled=True: ranked.append(("cross", None, {})),
+        "answers_of": lambda *_: "answers",
+        "dual_encoder": dual,
+        "ranked": lambda *_: dict(few),
+    }.items():
+        monkeypatch.setattr(script.rankers, name, value)
+    rows = measured(small, "retrievers", list(script.PARTS))
+    assert wanting(rows, "05_inference/6_retrieval_distillation") == {}
+    for setting, steps in (("search", small.retrievers.students.STEPS + 16), ("ranking", 55)):
+        (longer,) = chosen(rows, {"setting": setting, "method": "labels for longer"})
+        assert longer["steps"] == steps
+    # Each run is of the method that its row names, and only students of a teacher get its answers.
+    assert {one["loss"] for one in searched} == {"labels", "scores", "embeddings", "both"}
+    assert all(given["depth"] == script.DEPTH for given in searched)
+    assert all(
+        (answers is None) == (method in ("labels", "cross")) for method, answers, _ in ranked
+    )

@@ -1,5 +1,7 @@
 """Every chapter's verdicts can come out in each of the five ways."""
 
+import sys
+
 import pytest
 from planted_rows import planted_groups, planted_rows, stored
 
@@ -7,10 +9,13 @@ from effnb.chapters.design.attention import verdicts as attention
 from effnb.chapters.design.context import verdicts as context
 from effnb.chapters.design.retention import verdicts as retention
 from effnb.chapters.hardware.codesign import verdicts as codesign
+from effnb.chapters.inference.adaptive_computation import verdicts as adaptive
 from effnb.chapters.inference.distillation import verdicts as distillation
 from effnb.chapters.inference.low_rank import verdicts as low_rank
+from effnb.chapters.inference.matryoshka import verdicts as matryoshka
 from effnb.chapters.inference.pruning import verdicts as pruning
 from effnb.chapters.inference.quantization import verdicts as quantization
+from effnb.chapters.inference.retrieval_distillation import verdicts as retrievers
 from effnb.lab.claims import FAILS, HOLDS, IN_PART, OPEN, UNTESTED, ledger
 from effnb.lab.results import NotMeasured
 
@@ -33,6 +38,12 @@ JUDGES = {
     "G-1": distillation.g_1,
     "G-2": distillation.g_2,
     "G-5": distillation.g_5,
+    "G-3": retrievers.g_3,
+    "G-4": retrievers.g_4,
+    "S-I4": adaptive.s_i4,
+    "G-6": adaptive.g_6,
+    "G-7": adaptive.g_7,
+    "G-8": matryoshka.g_8,
 }
 
 
@@ -170,13 +181,25 @@ def test_a_missing_run_by_the_clock_is_named_as_the_reason(clock):
 
 
 @pytest.mark.parametrize(
-    "companion", [pruning, low_rank, quantization, codesign, retention, distillation]
+    "companion",
+    [
+        pruning,
+        low_rank,
+        quantization,
+        codesign,
+        retention,
+        distillation,
+        retrievers,
+        adaptive,
+        matryoshka,
+    ],
 )
 def test_what_is_stored_can_be_judged(companion):
     """Whatever has been measured by now; parts that were not say so."""
     found = companion.stored()
     assert {one.name for one in found} <= set(companion.TABLES)
-    every = [*pruning.stored(), *quantization.stored(), *low_rank.stored(), *codesign.stored()]
-    every += [*retention.stored(), *distillation.stored()]
-    for name, judged in {**JUDGES, "C-7": pruning.c_7}.items():
-        assert judged(*every).claim.id == name
+    for name, judged in JUDGES.items():
+        own = sys.modules[judged.__module__].stored()
+        assert judged(*own).claim.id == name
+    joint = pruning.c_7(*pruning.stored(), *quantization.stored())
+    assert joint.claim.id == "C-7"

@@ -51,6 +51,18 @@ def test_the_linear_auto_encoder_is_principal_components():
     assert errors[0] <= errors[1] < 1.05 * errors[0]
 
 
+def test_learning_can_begin_at_the_principal_subspace():
+    """Its error is the least already: one step of a small rate hardly moves it."""
+    prompts, _ = planted()
+    exact = principal_subspace(prompts, 3)
+    before = exact.decoder[0].weight.clone()
+    learned = learn_subspace(prompts, 3, start=exact, steps=1, learning_rate=1e-6)
+    torch.testing.assert_close(learned.decoder[0].weight, before, atol=1e-5, rtol=0)
+    assert torch.equal(exact.decoder[0].weight, before)
+    with pytest.raises(ValueError, match="start is a subspace of 3 numbers"):
+        learn_subspace(prompts, 2, start=exact)
+
+
 def test_principal_components_by_the_eigenvalues():
     """The error that is left is the sum of the eigenvalues that were left out."""
     prompts, _ = planted(noise=0.5)

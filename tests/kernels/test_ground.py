@@ -15,6 +15,7 @@ import torch
 from effnb.kernels import _launch, bench
 from effnb.kernels import compile as compiler
 from effnb.kernels._launch import choose, jit, launch, tl
+from effnb.lab import results
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = compiler.modules()
@@ -198,21 +199,58 @@ def test_an_empty_grid_starts_nothing_and_a_huge_one_is_refused(proof):
 # --- the compiler ---------------------------------------------------------------------------------
 
 
+COMPILED = """
+import json
+from effnb.kernels import compile, report
+built, _ = compile.build()
+failed = [(c.name, arch, str(one)) for c, arch, one in built if isinstance(one, Exception)]
+rows = [
+    report.row(one, c.work, warps=c.warps, stages=c.stages)
+    for c, _, one in built if not isinstance(one, Exception)
+]
+print(json.dumps({"failed": failed, "rows": rows}))
+"""
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """What the compiler says of every kernel, in a process that does not interpret."""
-    done = run("-m", "effnb.kernels.compile")
-    return done, [line for line in done.stdout.splitlines() if ": " in line]
+    done = run("-c", COMPILED)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.unsanitized
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [80, 90])
 def test_every_kernel_compiles(compiled, name, arch):
-    done, lines = compiled
-    mine = [line for line in lines if line.startswith(f"{name}: ") and arch in line]
-    assert mine, done.stderr
-    assert [line for line in mine if "FAILED" in line] == []
+    assert [one for one in compiled["failed"] if one[0].startswith(f"{name}: ")] == []
+    mine = [r for r in compiled["rows"] if r["kernel"].startswith(f"{name}: ")]
+    assert [r for r in mine if r["arch"] == arch]
+
+
+@pytest.mark.unsanitized
+@pytest.mark.parametrize("name", NAMES)
+def test_no_kernel_got_slower_than_its_stored_report(compiled, name):
+    """Another compiler may need a little more; a change of the kernel has to be stored."""
+    stored = results.read("kernel_report")
+    before = {(r["kernel"], r["arch"]): r for r in stored.data["table"]}
+    now = {(r["kernel"], r["arch"]): r for r in compiled["rows"]}
+    assert set(before) == set(now), "run python -m effnb.kernels.compile --report --store"
+    slower = []
+    for key, row in now.items():
+        if key[0].startswith(f"{name}: "):
+            old = before[key]
+            for what, slack in (
+                ("instructions_per_item", 0),
+                ("spilled_bytes", 16),
+                ("bound_us", 0),
+            ):
+                if row[what] > 1.1 * old[what] + slack:
+                    slower.append((key, what, old[what], row[what]))
+            if row["bytes_in_flight"] < 0.9 * old["bytes_in_flight"]:
+                slower.append((key, "bytes_in_flight", old["bytes_in_flight"]))
+    assert slower == []
 
 
 BROKEN = """

@@ -179,8 +179,8 @@ def test_leading_axes(proof):
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
 def test_parts_of_one_row_add_up_and_repeat_bit_for_bit(proof, dtype, parts):
-    weight, numbers = weight_of(19, 352, 32, "affine", proof.device)  # 11 spans: none divides
-    x = proof.tensor(1, 352, dtype=dtype)
+    weight, numbers = weight_of(19, 2112, 32, "affine", proof.device)  # 17 units: none divides
+    x = proof.tensor(1, 2112, dtype=dtype)
     blocks = Blocks(1, 16, parts)
     first, *_ = proof.compare(
         lambda x: int4_matmul(x, weight, backend=proof.kernel, blocks=blocks),
@@ -209,14 +209,14 @@ def test_a_group_with_a_step_of_zero_gives_zeros(proof):
 
 
 def test_the_layout_holds_every_code_once():
-    """Byte j of a span: code j in its low half, code j + span / 2 in its high half."""
-    codes = (torch.arange(2 * 128) * 7 % 16).to(torch.uint8).view(2, 128)
-    weight = pack_int4(codes, torch.ones(2, 1, dtype=torch.float16), group_size=128, zero=0)
-    half = weight.span // 2
-    first = weight.codes[0, 3]
-    assert int(first) & 15 == codes[0, 3] and int(first) >> 4 == codes[0, 3 + half]
+    """Word j of a unit: code j in its lowest bits, then the codes j + 16, j + 32 and so on."""
+    codes = (torch.arange(2 * 256) * 7 % 16).to(torch.uint8).view(2, 256)
+    weight = pack_int4(codes, torch.ones(2, 2, dtype=torch.float16), group_size=128, zero=0)
+    assert weight.codes.shape == (2, 32)
+    word = int(weight.codes[1, 16 + 3]) & 0xFFFFFFFF
+    assert [word >> (4 * i) & 15 for i in range(8)] == codes[1, 128 + 3 :: 16].tolist()
     assert torch.equal(weight.dequantize(), codes.float())
-    assert weight.bytes == 2 * 128 // 2 + 2 * 2  # half a byte a code, two bytes a step
+    assert weight.bytes == 2 * 256 // 2 + 2 * 2 * 2  # half a byte a code, two bytes a step
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "affine", "table"])
@@ -290,3 +290,27 @@ def test_inputs_that_cannot_be(proof):
         int4_matmul(x.double(), weight, backend="triton")
     with pytest.raises(ValueError, match="meta"):
         int4_matmul(x.to("meta"), weight)
+
+
+@pytest.mark.parametrize("kind", ["affine", "table"])
+def test_many_rows_are_the_librarys(proof, kind):
+    """The weight is written out and rounded once; float32 and what float16 cannot hold are not."""
+    weight, numbers = weight_of(40, 192, 64, kind, proof.device)
+    written = kernel.written_out(weight, torch.float32)
+    torch.testing.assert_close(written.double(), numbers, rtol=1e-6, atol=1e-6)
+    rows = kernel.LIBRARY_ROWS
+    x = proof.tensor(rows, 192, dtype=torch.float16)
+    expected = torch.nn.functional.linear(x, kernel.written_out(weight, torch.float16))
+    assert torch.equal(int4_matmul(x, weight, backend=proof.kernel), expected)
+    assert not weight.fits(torch.float32)
+    wide = dataclasses.replace(weight, scales=torch.full_like(weight.scales, 60000.0))
+    assert wide.fits(torch.bfloat16) and (kind == "table" or not wide.fits(torch.float16))
+
+
+def test_a_learned_table_is_read_as_it_is_now():
+    weight, _ = weight_of(4, 64, 64, "table")
+    before = weight.pairs.clone()
+    weight.table.mul_(2)
+    first = weight.pairs.int().view(torch.float32)
+    assert torch.equal(first.view(16, 16)[0], weight.table)
+    assert not torch.equal(weight.pairs, before)

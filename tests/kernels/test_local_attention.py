@@ -388,14 +388,17 @@ def test_kernel_reads_heads_where_a_projection_wrote_them(proof):
 
 def test_blocks_shrink_for_wide_heads():
     """Tiles are what fits: 64 rows at most, 16 at least, and heads of 256 at most."""
-    sizes = [
-        (
-            module._settings(dim, dtype, True)["BLOCK_Q"],
-            module._settings(dim, dtype, True)["BLOCK_D"],
-        )
-        for dim, dtype in ((5, torch.float16), (128, torch.float16), (256, torch.float32))
-    ]
-    assert sizes == [(64, 16), (64, 128), (16, 256)]
+
+    def of(holds, dim, dtype):
+        found = module._settings(holds, dim, dtype, True)
+        return found["BLOCK_Q"], found["BLOCK_K"], found["BLOCK_D"], found["num_warps"]
+
+    assert of("rows", 5, torch.float16) == (64, 64, 16, 4)
+    assert of("rows", 128, torch.float16) == (64, 64, 128, 4)
+    assert of("rows", 256, torch.bfloat16) == (64, 32, 256, 4)
+    assert of("columns", 128, torch.float16) == (32, 64, 128, 4)
+    assert of("columns", 256, torch.float16) == (32, 32, 256, 4)
+    assert of("columns", 256, torch.float32) == (16, 16, 256, 8)
 
 
 def test_wide_heads_take_the_reference(proof):

@@ -296,7 +296,15 @@ def test_stored_scores_of_the_models_are_whole():
     scores = results.read("models").data
     manifest = json.loads((ROOT / "data" / "models" / "MANIFEST.json").read_text())
     # Twins of another architecture are compared on their chapter's own texts.
+    real = scores.pop("smollm2-135m")
     assert set(scores) == {name for name in manifest if name.startswith("mini-")}
+    accuracy = [scores[f"mini-{n}"]["ranked_choice"]["accuracy"] for n in ("300k", "1m", "5m")]
+    apart = [large - small for small, large in itertools.pairwise(accuracy)]
+    assert min(apart) >= 0.05, f"neighbors lie at least five points apart: {accuracy}"
+    # SmolLM2 never learned this archive: between the sizes that did, and far above guessing.
+    answered = real["ranked_choice"]
+    assert answered["questions"] >= 200
+    assert answered["accuracy"] - 2 * answered["standard_error"] > 0.25 + 0.05
     for name, about in scores.items():
         assert about["weights_sha256"] == manifest[name]["model.safetensors"]["sha256"], (
             f"{name} was trained again since; run python data/check_models.py"

@@ -9,6 +9,7 @@ from effnb.lab._files import DamagedFile, data_folder, forget_use
 
 PACKAGES = corpora.sha256("packages")
 WITHOUT_MODELS = {
+    "kernel_report",
     "kernels",
     *(f"02_design/1_attention_claims/{part}" for part in ("costs", "reading")),
     *(f"02_design/5_retention_claims/{part}" for part in ("decoding", "latency", "training")),

@@ -24,12 +24,14 @@ def test_each_line_is_shown_with_what_it_made():
     torch.testing.assert_close(found.result, int4_matmul.reference(x, weight), atol=1e-4, rtol=0)
     made = {name: step for step in found.steps for name in step.made}
     assert made["rows"].code == "rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)"
-    assert made["rows"].made["rows"].startswith("16 int32: 0, 1")
-    assert made["HALF"].made == {"HALF": "16"}
-    scale = ", ".join(f"{s:.3g}" for s in weight.scales[:2, 0].tolist())
-    assert made["scale"].made["scale"] == f"16 float16: {scale} …"
+    assert made["rows"].made["rows"].startswith("32 int32: 0, 1")
+    assert made["ALL"].made == {"ALL": "1"}
+    scale = f"32 x 4 float32: {float(weight.scales[0, 0]):.3g}, 0 …"
+    assert made["scale"].made["scale"] == scale, "the second of four units lies past the end"
     # a statement of several lines is one line, and helpers that the kernel calls are not entered
-    assert made["packed"].code.startswith("packed = tl.load(codes + line[:, None] * COLUMNS")
+    assert made["packed"].code.startswith(
+        "packed = tl.load(codes + line[:, None, None] * (ALL * 16)"
+    )
     assert not any("bitcast" in step.code for step in found.steps)
     codes = [step.code for step in found.steps]
     assert len(set(codes)) == len(codes)

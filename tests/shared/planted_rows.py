@@ -93,6 +93,8 @@ def _measured(part, level, base, rng):
         return (level + noise - noise.mean()).tolist()
     if part.value == "documents" or part.value.endswith("_documents"):
         return (level + base + noise - noise.mean()).tolist()
+    if part.expect == "equal" and not part.ratio:  # shares: their noise does not grow with a level
+        return (level + noise - noise.mean()).tolist()
     if part.seeds and part.value == "seconds":
         return float(level * np.exp(0.01 * rng.normal()))
     return (level * np.exp(5 * (noise - noise.mean()))).tolist()

@@ -12,6 +12,8 @@ memory      bytes that a step holds, counted, at batches of 1 and 32 (1 minute)
 smollm2     the same for SmolLM2-135M, on one text (1 minute)
 intrinsic   `minilm-l6`: random subspaces of growing dimension, five seeds (6 minutes)
 scale       the same on `mini-300k`, `mini-1m` and `mini-5m` (8 minutes)
+shared      `mini-1m`: a subspace of the prompts of 20 small tasks, tested on 14 others, five seeds
+            (30 minutes)
 few         16 examples of each label in place of 2,048 examples: five methods (10 minutes)
 
 Minutes are those of one idle core. The grid serves D-2, D-3 and D-5 here, and D-9 and D-11 in the
@@ -30,7 +32,7 @@ from typing import Any
 
 import torch
 
-from effnb.chapters.finetuning.delta_tuning import memory, methods
+from effnb.chapters.finetuning.delta_tuning import memory, methods, shared_prompts
 from effnb.chapters.finetuning.delta_tuning.methods import METHODS, Subject, tune
 from effnb.core.training import causal_lm_loss
 from effnb.finetuning import diff_pruning
@@ -46,7 +48,7 @@ from effnb.lab.task_inputs import (
     target_likelihoods,
     write,
 )
-from effnb.lab.tasks import Example, task
+from effnb.lab.tasks import Example, Task, task
 
 SEEDS = (0, 1, 2, 3, 4)
 ENCODER_TASKS = ("section", "language", "match", "origin")
@@ -337,6 +339,38 @@ def scale() -> None:
                 table.add({"model": subject.name, "dimension": dimension, "seed": seed}, measure)
 
 
+def shared() -> None:
+    """Prompts for tasks that a subspace has not seen, in it and in all their numbers."""
+    reader = shared_prompts.Reader()
+    known, unseen = shared_prompts.split()
+    table = Table(
+        "shared", known=[t.name for t in known], unseen=[t.name for t in unseen],
+        dimension=shared_prompts.DIMENSION, steps=shared_prompts.STEPS,
+    )  # fmt: skip
+    for seed in SEEDS:
+        found: dict[str, Any] = {}
+
+        def made(name: str, seed: int = seed, found: dict = found) -> Callable[[Task], Any]:
+            """How a task gets its prompt; the subspaces are learned once for a seed."""
+            if name == "no prompt":
+                return lambda one: None
+            if name == "prompt":
+                return lambda one: reader.prompt(one, seed)
+            if not found:
+                found.update(shared_prompts.subspaces(reader, known, seed))
+            if name == "average prompt":
+                return lambda one: found["random subspace"].mean
+            return lambda one: reader.inside(found[name], one, seed)
+
+        for name in shared_prompts.COMPARED:
+            table.add(
+                {"model": reader.name, "method": name, "seed": seed},
+                lambda name=name, made=made: {
+                    "accuracies": shared_prompts.accuracies(reader, unseen, made(name))
+                },
+            )
+
+
 PARTS: dict[str, Callable[[], dict | None]] = {
     "rates": rates,
     "grid": grid,
@@ -344,6 +378,7 @@ PARTS: dict[str, Callable[[], dict | None]] = {
     "smollm2": smollm2,
     "intrinsic": intrinsic,
     "scale": scale,
+    "shared": shared,
     "few": few,
 }
 

@@ -142,7 +142,7 @@ def learning(table: Table) -> None:
                 model, batches, settings, goal, score_learning_rate=3e-2
             ),
             "movement, soft": lambda batches=batches: pruning.soft_movement(
-                model, batches, settings, threshold, penalty=300.0, score_learning_rate=0.2
+                model, batches, settings, threshold, penalty=500.0, score_learning_rate=0.2
             ),
         }
         for method, make in methods.items():

@@ -141,7 +141,7 @@ def training() -> None:
                 ("movement, hard", moves),
             ):
                 table.add({"method": method, "sparsity": sparsity, "seed": seed}, measure)
-        for penalty in (10.0, 100.0, 300.0):
+        for penalty in (10.0, 100.0, 500.0):
 
             def soft(penalty: float = penalty, batches: Callable = batches) -> dict[str, Any]:
                 threshold = pruning.CubicSchedule(0.1, begin=8, end=60)

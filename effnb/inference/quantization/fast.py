@@ -37,7 +37,7 @@ from effnb.inference.quantization.packed import PANEL, PackedTensor, machine, wh
 from effnb.inference.quantization.rtn import rtn
 from effnb.inference.quantization.stored import Stored, check_bits, check_tensor
 from effnb.inference.quantization.tables import TableTensor, code_bits
-from effnb.kernels.int4_matmul import SPANS, Int4Weight, int4_matmul, pack_int4
+from effnb.kernels.int4_matmul import SMALLEST, UNIT, Int4Weight, int4_matmul, pack_int4
 
 CHUNK = 1 << 20
 """Weights that are read back at a time, so that they are still in the cache when multiplied."""
@@ -154,7 +154,8 @@ class Int4Tensor(Stored):
     """A weight of 4-bit codes laid out for the GPU's kernels; any machine can read it back.
 
     The tensors and numbers are those of `effnb.kernels.int4_matmul.Int4Weight`, which says what
-    they are. Second-level scales (double quantization) are written out: the kernels have none.
+    they are, groups before rows. Second-level scales (double quantization) are written out: the
+    kernels have none.
 
     Attributes:
         order: The matrix's column that each stored column is; None if they are in order.
@@ -163,15 +164,14 @@ class Int4Tensor(Stored):
     format = "int4"
     differentiable = True  # the kernel goes back by the codes: no weight is written out
 
-    codes: UInt8[Tensor, "rows half"]
-    scales: Float[Tensor, "rows groups"]
-    zeros: UInt8[Tensor, "rows groups"] | None
+    codes: Int[Tensor, "rows words"]
+    scales: Float[Tensor, "groups rows"]
+    zeros: UInt8[Tensor, "groups rows"] | None
     table: Float[Tensor, " codes"] | None
     order: Int[Tensor, " columns"] | None
     zero: int
     shape: tuple[int, int]
     group_size: int
-    span: int
 
     @classmethod
     def from_stored(cls, weight: Stored) -> Int4Tensor:
@@ -200,14 +200,14 @@ class Int4Tensor(Stored):
             codes, scales = weight.integers(), weight.block_scales().float().view(rows, -1)
             how = {"table": nn.functional.pad(entries, (0, 16 - len(entries)))}
         w = pack_int4(codes.to(torch.uint8), scales, group_size=group, **how)
-        parts = (w.codes, w.scales, w.zeros, w.table, order)
-        return cls(*parts, w.zero, weight.shape, w.group_size, w.span)
+        return cls(*w.parts, order, w.zero, weight.shape, w.group_size)
 
     @cached_property
     def kernel_weight(self) -> Int4Weight:
         """The same tensors as the kernel takes them."""
-        parts = (self.codes, self.scales, self.zeros, self.table)
-        return Int4Weight(*parts, self.zero, self.shape, self.group_size, self.span)
+        zeros = None if self.zeros is None else self.zeros.t()
+        parts = (self.codes, self.scales.t(), zeros, self.table)
+        return Int4Weight(*parts, self.zero, self.shape, self.group_size)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows columns"]:
         """The numbers that are stored, columns where the matrix has them."""
@@ -217,13 +217,11 @@ class Int4Tensor(Stored):
     def check(self) -> None:
         """Refuse tensors that do not fit each other."""
         rows, columns = self.shape
-        if self.group_size < 1 or columns % self.group_size or self.span not in SPANS:
-            raise ValueError(
-                f"groups of {self.group_size} in spans of {self.span} do not fit {columns} columns."
-            )
-        groups = (rows, columns // self.group_size)
-        stored = -(-columns // self.span) * self.span // 2
-        check_tensor("codes", self.codes, torch.uint8, (rows, stored))
+        if self.group_size < 1 or columns % self.group_size:
+            raise ValueError(f"groups of {self.group_size} do not divide {columns} columns.")
+        groups = (columns // self.group_size, rows)
+        stored = -(-columns // UNIT) * UNIT // 8
+        check_tensor("codes", self.codes, torch.int32, (rows, stored))
         of_table = self.table is not None
         check_tensor("scales", self.scales, (torch.float16, torch.float32)[of_table], groups)
         if of_table:
@@ -249,9 +247,9 @@ def no_int4(weight: Stored) -> str:
             return f"blocks of {size} reach over rows of {columns}, which has no kernel."
     else:
         return f"the format {weight.format!r} has no kernel on a GPU."
-    if size < columns and (size % SPANS[-1] or columns % size):
+    if size < columns and (size % SMALLEST or columns % size):
         return (
-            f"groups of {size} in {columns} columns have no kernel; multiples of {SPANS[-1]} that "
+            f"groups of {size} in {columns} columns have no kernel; multiples of {SMALLEST} that "
             "divide the columns have."
         )
     return ""

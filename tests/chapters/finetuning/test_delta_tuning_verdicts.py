@@ -96,14 +96,32 @@ def subspace(accuracy, models=("minilm-l6",), part="intrinsic"):
     return StoredResult(f"04_finetuning/1_delta_tuning/{part}", {"table": rows}, about)
 
 
+def prompts(intrinsic):
+    """Accuracies on 14 unseen tasks, a whole prompt at 0.9 and a random subspace at 0.6."""
+    rng, rows = np.random.default_rng(0), []
+    for seed in range(5):
+        for method, mean in (
+            ("prompt", 0.9), ("random subspace", 0.6), ("intrinsic prompt", intrinsic)
+        ):  # fmt: skip
+            found = (mean + 0.01 * rng.normal(size=14)).tolist()
+            rows.append({"model": "mini-1m", "method": method, "seed": seed, "accuracies": found})
+    about = Provenance("python data/sweep.py", "2030-01-31", "cpu", {})
+    return StoredResult("04_finetuning/1_delta_tuning/shared", {"table": rows}, about)
+
+
 def test_dimensions():
     low = subspace({"minilm-l6": {0: 0.9, 64: 0.5, 1024: 0.88}})
     sizes = ("mini-300k", "mini-5m")
     larger = subspace(
         {"mini-300k": {0: 0.8, 64: 0.4}, "mini-5m": {0: 0.9, 64: 0.85}}, sizes, "scale"
     )
-    found = {p.part.name: p.outcome for p in verdicts.d_7(low, larger).parts}
-    assert found == {"low": "shown", "lower": "contradicted", "larger": "shown"}
+    found = {p.part.name: p.outcome for p in verdicts.d_7(low, larger, prompts(0.85)).parts}
+    assert found == {
+        "low": "shown", "lower": "contradicted", "larger": "shown", "prompts": "shown",
+        "shared": "shown",
+    }  # fmt: skip
+    poor = {p.part.name: p.outcome for p in verdicts.d_7(low, prompts(0.55)).parts}
+    assert poor["prompts"] == "contradicted"
     alone = {p.part.name: p.outcome for p in verdicts.d_7(low).parts}
     assert alone["larger"] == "not tested"
 

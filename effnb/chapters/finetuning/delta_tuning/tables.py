@@ -11,7 +11,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from effnb.chapters.finetuning.delta_tuning import methods
+from effnb.chapters.finetuning.delta_tuning import methods, shared_prompts
 from effnb.chapters.finetuning.delta_tuning.memory import state_bytes
 from effnb.chapters.finetuning.delta_tuning.verdicts import TASKS, digits
 from effnb.lab import results
@@ -243,6 +243,30 @@ def intrinsic_said(rows: Sequence[Row], share: float = 0.9) -> str:
         else f"None keeps {share:.0%} of that."
     )
     return f"Full tuning is right in {fmean(full):.1%}; {said}. {end}"
+
+
+@if_measured
+def shared_table(rows: Sequence[Row]) -> Table:
+    """What prompts reach on tasks that the subspace was not learned from, over all seeds."""
+    numbers = {
+        "no prompt": 0,
+        "average prompt": 0,
+        "intrinsic prompt": shared_prompts.DIMENSION,
+        "random subspace": shared_prompts.DIMENSION,
+    }
+    return table(
+        [
+            (
+                name,
+                numbers.get(name, "all"),
+                f"{fmean(fmean(r['accuracies']) for r in pick(rows, method=name)):.1%}",
+            )
+            for name in shared_prompts.COMPARED
+            if pick(rows, method=name)
+        ],
+        ["method", "numbers trained", "right on unseen tasks"],
+        caption="Mean over tasks and seeds; guessing is right in half of the cases.",
+    )
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from effnb.hardware.codesign import kernel_results, roofline
 from effnb.hardware.codesign.roofline import Roof, Work
 from effnb.lab import results
+from effnb.lab.changes import if_measured
 from effnb.lab.tables import Table, table
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -147,6 +149,60 @@ def kernels_table(gpu: Gpu) -> Table:
     return table(
         rows,
         caption=f"The book's GPU kernels at sizes of real models, under {gpu.roof.name}. {how}",
+    )
+
+
+SHOWN = (
+    "int4_matmul: affine bf16 one_row 1x32",
+    "int4_matmul: nf4 fp16 one_row 1x32",
+    "int4_matmul: affine fp16 many_rows 16x64",
+    "int4_matmul: affine bf16 many_rows 64x128",
+    "local_attention: forward bf16 128",
+    "retention: states bf16 128x128 chunk 64",
+    "lora: bf16 128x128, A and B bf16, r 16",
+    "rope: half-split forward bf16",
+)
+"""The compiled kernels that the chapter shows; the stored report has all."""
+SET_BY = {
+    "memory": "bandwidth",
+    "arithmetic": "arithmetic",
+    "issue": "instructions",
+    "flight": "latency",
+}
+
+
+@if_measured
+def bounds_table(rows: Sequence[Mapping[str, Any]], arch: int = 90) -> Table:
+    """What compiled kernels can reach at best: their instructions, and the bytes they wait for."""
+    found = {row["kernel"]: row for row in rows if row["arch"] == arch}
+    shown = []
+    for name in SHOWN:
+        row = found[name]
+        kernel, _, how = name.partition(": ")
+        shown.append(
+            {
+                "GPU kernel": f"{kernel}, {how}",
+                "work": row["work"],
+                "instructions": f"{row['instructions_per_item']:,.1f} a {row['item']}",
+                "KiB in flight": f"{row['bytes_in_flight'] / 1024:.1f}",
+                "at least": f"{row['bound_us']:,.1f} µs",
+                "set by": SET_BY[row["bound_by"]],
+                "of the roof at best": f"{row['roofline_share']:.0%}",
+            }
+        )
+    return table(
+        shown,
+        caption="Compiled for an H100 and read, not run. In flight: what one multiprocessor waits "
+        "for at a time. A tile's instructions are those of a warp, a weight's those of a thread.",
+    )
+
+
+def flight_said(rows: Sequence[Mapping[str, Any]], arch: int = 90) -> str:
+    """How many bytes have to be in flight on the stored device, in a sentence."""
+    (needed,) = {row["needed_in_flight"] for row in rows if row["arch"] == arch}
+    return (
+        f"To keep an H100's memory busy through half a microsecond of latency, each of its "
+        f"multiprocessors has to wait for {needed / 1024:.1f} KiB at a time."
     )
 
 

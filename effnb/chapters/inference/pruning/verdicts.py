@@ -49,8 +49,10 @@ def c_1(*stored: StoredResult) -> Verdict:
         "C-1",
         *stored,
         note=f"{SETTING} Both methods see equally much calibration text, and the structure that is "
-        "timed has the shape of the one whose quality is measured. LoRAPrune is filed under "
-        "unstructured pruning by the article, and prunes structures by its own paper.",
+        "timed has the shape of the one whose quality is measured. SparseGPT is free to remove any "
+        "weight; whole rows and columns go where training left a neuron almost without weight. "
+        "LoRAPrune is filed under unstructured pruning by the article, and prunes structures by "
+        "its own paper.",
     )
 
 
