@@ -168,9 +168,7 @@ def test_codewords_take_fewer_bits(small):
 
 def test_errors_by_role(small):
     teacher = methods.fine_tuned(small.loaded, 0, steps=2)
-    errors = methods.sdq.module_errors(
-        teacher, methods.rounded(teacher, 3), [given(small.batch)]
-    )
+    errors = methods.sdq.module_errors(teacher, methods.rounded(teacher, 3), [given(small.batch)])
     found = methods.role_errors(errors)
     assert set(tables.ROLES) | {"first block", "last block"} <= set(found)
     assert all(value > 0 for value in found["query"]["alone"])
