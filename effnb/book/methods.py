@@ -162,6 +162,12 @@ NAMES = {
     "effnb.inference.retrieval_distillation.softmax_kl.softmax_kl": (
         "Softmax divergence over documents"
     ),
+    "effnb.inference.self_distilled_quantization.ipq.iterative_product_quantization": (
+        "Iterative product quantization (iPQ)"
+    ),
+    "effnb.inference.self_distilled_quantization.product.product_quantize": "Product quantization",
+    "effnb.inference.self_distilled_quantization.quant_noise.prepare_quant_noise": "Quant-Noise",
+    "effnb.inference.self_distilled_quantization.sdq.sdq": "Self-distilled quantization (SDQ)",
 }
 """What functions are searched for by, where the docstring does not begin with it or the function
 does not take a whole model."""

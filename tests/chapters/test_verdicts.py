@@ -16,6 +16,7 @@ from effnb.chapters.inference.matryoshka import verdicts as matryoshka
 from effnb.chapters.inference.pruning import verdicts as pruning
 from effnb.chapters.inference.quantization import verdicts as quantization
 from effnb.chapters.inference.retrieval_distillation import verdicts as retrievers
+from effnb.chapters.inference.self_distilled_quantization import verdicts as self_distilled
 from effnb.lab.claims import FAILS, HOLDS, IN_PART, OPEN, UNTESTED, ledger
 from effnb.lab.results import NotMeasured
 
@@ -44,6 +45,7 @@ JUDGES = {
     "G-6": adaptive.g_6,
     "G-7": adaptive.g_7,
     "G-8": matryoshka.g_8,
+    **{f"Q-{number}": judge for number, judge in enumerate(self_distilled.ALL, 1)},
 }
 
 
@@ -192,6 +194,7 @@ def test_a_missing_run_by_the_clock_is_named_as_the_reason(clock):
         retrievers,
         adaptive,
         matryoshka,
+        self_distilled,
     ],
 )
 def test_what_is_stored_can_be_judged(companion):

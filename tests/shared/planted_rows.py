@@ -39,6 +39,9 @@ def planted_rows(claim, outcomes=None, otherwise="shown"):
     base = rng.normal(0, 0.3, DOCUMENTS)
     for part in sorted(ledger()[claim].parts.values(), key=lambda one: not one.tested):
         if part.groups:
+            if part.baseline is None:  # a loss for every group is stored, and nothing beside it
+                outcome = (outcomes or {}).get(part.name, otherwise)
+                rows |= _differing(part, outcome, rng)
             continue
         ratio = part.ratio
         wanted = wanted_change(part, (outcomes or {}).get(part.name, otherwise))
@@ -61,6 +64,25 @@ def planted_rows(claim, outcomes=None, otherwise="shown"):
                 if part.over:
                     row[part.over] = 1.0
     return list(rows.values())
+
+
+def _differing(part, outcome, rng):
+    """Rows whose first group lies far from the others, at their place, or at the margin."""
+    apart = {"shown": 0.2, "contradicted": 0.0, "undecided": part.bound + part.margin}[outcome]
+    found = {}
+    for seed in range(SEEDS):
+        value = {
+            group: (apart * (number == 0) + 0.002 * _centered(rng)).tolist()
+            for number, group in enumerate(part.groups)
+        }
+        row = {**_conditions(), "model": part.model, **part.method, part.value: value}
+        found[key(part.model, part.method), seed] = row | {"seed": seed}
+    return found
+
+
+def _centered(rng):
+    noise = rng.normal(size=DOCUMENTS)
+    return noise - noise.mean()
 
 
 def _drawn(about):
@@ -91,7 +113,7 @@ def _measured(part, level, base, rng):
     noise = 0.002 * rng.normal(size=DOCUMENTS)
     if part.value == "rise_documents":  # a difference already: documents' own levels are gone
         return (level + noise - noise.mean()).tolist()
-    if part.value == "documents" or part.value.endswith("_documents"):
+    if part.value in ("documents", "unseen") or part.value.endswith("_documents"):
         return (level + base + noise - noise.mean()).tolist()
     if part.expect == "equal" and not part.ratio:  # shares: their noise does not grow with a level
         return (level + noise - noise.mean()).tolist()
