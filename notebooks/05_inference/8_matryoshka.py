@@ -158,10 +158,17 @@ searched
 queries, documents = searched.queries, searched.documents
 own = documents[searched.own]
 nested = matryoshka.matryoshka_loss(queries, own, (128,))
-print("the full width alone is the ordinary loss:", nested.item() == matryoshka.in_batch_softmax(
-    matryoshka.prefix(queries, 128), matryoshka.prefix(own, 128)).item())
+print(
+    "the full width alone is the ordinary loss:",
+    nested.item()
+    == matryoshka.in_batch_softmax(
+        matryoshka.prefix(queries, 128), matryoshka.prefix(own, 128)
+    ).item(),
+)
 every = matryoshka.adaptive_retrieval(queries[:20], documents, dims=16, shortlist=len(documents))
-print("a shortlist of everything is exact search:", torch.equal(every.rows, searched.exact.rows[:20]))
+print(
+    "a shortlist of everything is exact search:", torch.equal(every.rows, searched.exact.rows[:20])
+)
 
 # %% [markdown]
 # ## Turn the knob
