@@ -351,7 +351,7 @@ thread 16 of each of its rows. Fewer would ask memory for too little at a time; 
 than the 128 registers with which four programs find room on a multiprocessor."""
 LIBRARY_ROWS = 256
 """From so many rows on the weight is written out once and the library's product is called: reading
-it costs little beside so many operations, and nobody multiplies faster."""
+it costs little beside so many operations, and no kernel of ours is faster."""
 
 
 @dataclass(frozen=True)
