@@ -17,6 +17,7 @@ from effnb.chapters.inference.self_distilled_quantization import (
     verdicts,
 )
 from effnb.lab import results
+from effnb.lab.claims import UNTESTED
 from effnb.lab.models import ENCODERS, ModelUnavailable
 from effnb.lab.tasks import TOPICS, Example
 
@@ -343,5 +344,5 @@ def test_panels_pass_over_their_knobs(monkeypatch):
 
 def test_verdicts_say_what_is_not_tested():
     for judge in verdicts.ALL:
-        assert judge().outcome == "not tested"
+        assert judge().outcome == UNTESTED
         assert judge().note
