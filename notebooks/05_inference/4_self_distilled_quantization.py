@@ -239,7 +239,7 @@ print(tables.cost_said(tables.stored("claims/cost").data["table"]))
 # %% [markdown]
 # ## On a real model
 #
-# MiniLM, live: its value matrices in 4 bits with noise, and one number that says how much of the error a little of Quant-Noise's randomness removes from a step.
+# MiniLM, live: its value matrices in 4 bits, once as a step of Quant-Noise sees them and once rounded as a whole:
 
 # %% tags=["real-model"]
 from effnb.lab import results
