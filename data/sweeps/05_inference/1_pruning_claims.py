@@ -47,17 +47,22 @@ def random_structures(model: nn.Module, share: float, seed: int) -> nn.Module:
     return pruning.prune_structures(model, scores, {"heads": share, "neurons": share}).model
 
 
-def whole_share(pruned: nn.Module) -> float:
-    """Which part of the removed weights lies in rows or columns that are gone as a whole."""
-    masks = pruning.masks_of(pruned).values()
-    whole = sum(int((~(m.any(1, keepdim=True) & m.any(0))).sum()) for m in masks)
-    return round(whole / sum(int((~m).sum()) for m in masks), 5)
+SINGLE = ("Wanda", "SparseGPT")
+"""Methods that are free to remove any single weight."""
+
+
+def whole_shares(pruned: nn.Module) -> list[float]:
+    """Of each matrix, which part of what was removed lies in rows or columns that are all gone."""
+    found = []
+    for mask in pruning.masks_of(pruned).values():
+        whole = ~(mask.any(1, keepdim=True) & mask.any(0))
+        found.append(round(int(whole.sum()) / max(1, int((~mask).sum())), 5))
+    return found
 
 
 def one_shot(table: Table, bench: Bench) -> None:
     """Half removed by each method and at random, five seeds each."""
     model = bench.model
-    whole = {"model": bench.name, "method": "SparseGPT", "amount": HALF, "table": "whole"}
     table.add({"model": bench.name, "method": "original"}, lambda: bench.judged(model))
     for seed in SEEDS:
         given = bench.calibration(seed)
@@ -74,10 +79,9 @@ def one_shot(table: Table, bench: Bench) -> None:
                 make: Callable[[], nn.Module] = make, seen: Any = seen, method: str = method
             ) -> dict:
                 pruned = make()
-                if method == "SparseGPT":
-                    table.add(whole, lambda: {"whole_share": whole_share(pruned)})
                 gone = 1 - block_weights(pruned) / block_weights(model)
-                return bench.judged(pruned, seen) | {"removed": round(gone, 4) or HALF}
+                row = bench.judged(pruned, seen) | {"removed": round(gone, 4) or HALF}
+                return row | ({"whole_shares": whole_shares(pruned)} if method in SINGLE else {})
 
             about = {"model": bench.name, "method": method, "amount": HALF, "seed": seed}
             table.add(about, measure)

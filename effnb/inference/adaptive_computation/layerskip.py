@@ -16,7 +16,6 @@ dropout's rise over the layers is one choice with the end points that the method
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 
 import torch
@@ -27,11 +26,10 @@ from effnb.core.modules import Model, share
 from effnb.inference.adaptive_computation.exits import check_decoder
 from effnb.inference.adaptive_computation.layers import LayerStack, check_length, prompt_ids
 from effnb.inference.adaptive_computation.speculative import (
+    Sampling,
     SpeculativeText,
     check_drafts,
-    check_sampling,
-    probabilities,
-    verify,
+    in_turns,
 )
 
 # ---------------------------------------------------------------------------------- training
@@ -164,7 +162,7 @@ def self_speculative(
     start = ids.shape[1]
     check_length(stack.model, start, max_new_tokens)
     check_drafts(draft_tokens)
-    check_sampling(temperature, top_p)
+    sampling = Sampling(temperature, top_p, generator)
     if not 1 <= exit_layer < stack.count:
         raise ValueError(
             f"exit_layer is {exit_layer}; of {stack.count} layers it may be 1 to {stack.count - 1}."
@@ -174,11 +172,8 @@ def self_speculative(
     if start > 1:
         state = stack.embed(ids[:, :-1])
         stack.run(state, cache, 0, stack.count, stack.rotary(state, 0))
-    greedy = temperature == 0
-    accepted, drafted = [], []
-    began = time.perf_counter()
-    while len(text) < start + max_new_tokens:
-        gamma = min(draft_tokens, start + max_new_tokens - len(text) - 1)
+
+    def turn(gamma: int) -> tuple[list[int], int, int]:
         guesses: list[int] = []
         states, qs = [], []
         for i in range(gamma + 1):  # the last draft only passes the first layers
@@ -186,35 +181,13 @@ def self_speculative(
             state = stack.embed(token)
             rotary = stack.rotary(state, len(text) - 1 + i)
             states.append(stack.run(state, cache, 0, exit_layer, rotary))
-            if i == gamma:
-                break
-            logits = stack.head(states[-1])[0, -1]
-            if greedy:
-                guesses.append(int(logits.argmax()))
-            else:
-                qs.append(probabilities(logits, temperature, top_p))
-                guesses.append(int(torch.multinomial(qs[-1], 1, generator=generator)))
+            if i < gamma:
+                guess, q = sampling.draw(stack.head(states[-1])[0, -1])
+                guesses.append(guess)
+                qs.append(q)
         state = torch.cat(states, 1)
         rotary = stack.rotary(state, len(text) - 1)
         logits = stack.head(stack.run(state, cache, exit_layer, stack.count, rotary))[0]
-        if greedy:
-            best = logits.argmax(-1).tolist()
-            count = next((i for i, x in enumerate(guesses) if x != best[i]), gamma)
-            following = best[count]
-        else:
-            p = probabilities(logits, temperature, top_p)
-            q = torch.stack(qs) if qs else p[:0]
-            count, following = verify(
-                p, q, torch.tensor(guesses, dtype=torch.long, device=p.device), generator
-            )
-        new = [*guesses[:count], following]
-        accepted.append(count)
-        drafted.append(gamma)
-        if end in new:
-            text += new[: new.index(end) + 1]
-            break
-        text += new
-        if (extra := cache.get_seq_length() - (len(text) - 1)) > 0:
-            cache.crop(-extra)
-    seconds = time.perf_counter() - began
-    return SpeculativeText(tuple(text[start:]), tuple(accepted), tuple(drafted), seconds)
+        return guesses, *sampling.settle(logits, guesses, qs)
+
+    return in_turns(text, [cache], turn, max_new_tokens, draft_tokens, end)

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from effnb.inference.adaptive_computation.layers import check_length, prompt_ids
 
@@ -141,6 +141,87 @@ class SpeculativeText:
         return len(self.accepted)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn and drafts are settled, alike for draft and target.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: Nucleus.
+        generator: Where chance comes from.
+
+    Raises:
+        ValueError: When a number is out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_p)
+
+    def draw(self, logits: Float[Tensor, " vocabulary"]) -> tuple[int, Tensor | None]:
+        """A token, and the distribution that it was drawn from; greedy tokens need none."""
+        if self.temperature == 0:
+            return int(logits.argmax()), None
+        q = probabilities(logits, self.temperature, self.top_p)
+        return int(torch.multinomial(q, 1, generator=self.generator)), q
+
+    def settle(
+        self,
+        logits: Float[Tensor, "drafts_and_one vocabulary"],
+        guesses: Sequence[int],
+        qs: Sequence[Tensor | None],
+    ) -> tuple[int, int]:
+        """How many drafts the target accepts, by its logits, and the token that follows them."""
+        if self.temperature == 0:
+            best = logits.argmax(-1).tolist()
+            count = next((i for i, x in enumerate(guesses) if x != best[i]), len(guesses))
+            return count, best[count]
+        p = probabilities(logits, self.temperature, self.top_p)
+        q = torch.stack(qs) if qs else p[:0]
+        drafted = torch.tensor(guesses, dtype=torch.long, device=p.device)
+        return verify(p, q, drafted, self.generator)
+
+
+def in_turns(
+    text: list[int],
+    caches: Sequence[Cache],
+    turn: Callable[[int], tuple[list[int], int, int]],
+    max_new_tokens: int,
+    draft_tokens: int,
+    end: int | None,
+) -> SpeculativeText:
+    """Draft and check until the text is long enough; the caches forget what was not accepted.
+
+    Args:
+        text: The prompt's tokens, to which new ones are added.
+        caches: They hold everything but the last token of the text when a turn begins.
+        turn: From a number of drafts to drafts, how many are accepted, and the token after them.
+        max_new_tokens: Tokens to write.
+        draft_tokens: Most drafts of a turn.
+        end: A token that ends the text.
+    """
+    start, accepted, drafted = len(text), [], []
+    began = time.perf_counter()
+    while len(text) < start + max_new_tokens:
+        gamma = min(draft_tokens, start + max_new_tokens - len(text) - 1)
+        guesses, count, following = turn(gamma)
+        new = [*guesses[:count], following]
+        accepted.append(count)
+        drafted.append(gamma)
+        if end in new:
+            text += new[: new.index(end) + 1]
+            break
+        text += new
+        for cache in caches:
+            if (extra := cache.get_seq_length() - (len(text) - 1)) > 0:
+                cache.crop(-extra)
+    seconds = time.perf_counter() - began
+    return SpeculativeText(tuple(text[start:]), tuple(accepted), tuple(drafted), seconds)
+
+
 def check_pair(target: nn.Module, draft: nn.Module) -> None:
     """Refuse a draft model with another vocabulary.
 
@@ -199,7 +280,7 @@ def generate(
     """
     check_pair(target, draft)
     check_drafts(draft_tokens)
-    check_sampling(temperature, top_p)
+    sampling = Sampling(temperature, top_p, generator)
     ids = prompt_ids(prompt, target)
     start = ids.shape[1]
     for model in (target, draft):
@@ -217,45 +298,20 @@ def generate(
     if start > 1:  # the last token of the prompt is left for the first pass
         logits_of(0, text[:-1], 1)
         logits_of(1, text[:-1], 1)
-    greedy = temperature == 0
-    accepted, drafted = [], []
-    began = time.perf_counter()
-    while len(text) < start + max_new_tokens:
-        gamma = min(draft_tokens, start + max_new_tokens - len(text) - 1)
+
+    def turn(gamma: int) -> tuple[list[int], int, int]:
         guesses: list[int] = []
         qs = []
         for _ in range(gamma):
             held = caches[1].get_seq_length()
-            logits = logits_of(1, (text + guesses)[held:], 1)[-1]
-            if greedy:
-                guesses.append(int(logits.argmax()))
-                continue
-            qs.append(probabilities(logits, temperature, top_p))
-            guesses.append(int(torch.multinomial(qs[-1], 1, generator=generator)))
+            token, q = sampling.draw(logits_of(1, (text + guesses)[held:], 1)[-1])
+            guesses.append(token)
+            qs.append(q)
         # p_1 ... p_{gamma+1}: after the last token of the text, and after each draft
         logits = logits_of(0, [text[-1], *guesses], gamma + 1)
-        if greedy:
-            best = logits.argmax(-1).tolist()
-            count = next((i for i, x in enumerate(guesses) if x != best[i]), gamma)
-            following = best[count]
-        else:
-            p = probabilities(logits, temperature, top_p)
-            q = torch.stack(qs) if qs else p[:0]
-            count, following = verify(
-                p, q, torch.tensor(guesses, dtype=torch.long, device=p.device), generator
-            )
-        new = [*guesses[:count], following]
-        accepted.append(count)
-        drafted.append(gamma)
-        if end in new:
-            text += new[: new.index(end) + 1]
-            break
-        text += new
-        for cache in caches:  # forget what follows the accepted drafts
-            if (extra := cache.get_seq_length() - (len(text) - 1)) > 0:
-                cache.crop(-extra)
-    seconds = time.perf_counter() - began
-    return SpeculativeText(tuple(text[start:]), tuple(accepted), tuple(drafted), seconds)
+        return guesses, *sampling.settle(logits, guesses, qs)
+
+    return in_turns(text, caches, turn, max_new_tokens, draft_tokens, end)
 
 
 # -------------------------------------------------------------------------------- prediction

@@ -120,7 +120,7 @@ def walks(rows: Sequence[Row]) -> CaptionedFigure:
         axes.plot(*zip(*lists), "s:", color=GREY, label=f"IVF, {tables.FULL} numbers", markersize=4)
         axes.axvline(full, color=BLACK, linestyle=":", linewidth=1)
         axes.text(full * 0.95, 42, "exact", rotation=90, ha="right", fontsize=9)
-        axes.set_xscale("log")
+        _ticks(axes, (20_000, 100_000, 500_000, 2_500_000))
         axes.set_xlabel("multiplications a query")
         axes.set_ylabel("of the ten nearest, %")
         axes.set_ylim(40, 101)

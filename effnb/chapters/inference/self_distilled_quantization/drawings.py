@@ -17,7 +17,7 @@ SHORT = {
     "query": "query",
     "key": "key",
     "value": "value",
-    "self-attention": "SELF-ATTENTION",
+    "self-attention": "self-attention",
     "attention output": "attention output",
     "norm after attention": "norm",
     "feed-forward, first": "feed-forward 1",
