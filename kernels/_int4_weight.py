@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,24 +69,37 @@ class Int4Weight:
         """
         if dtype != torch.float16:
             return dtype == torch.bfloat16
-        known = self.__dict__.get("_fits")
-        if known is None:
+
+        def fit() -> bool:
             largest = 15.0 if self.table is None else float(self.table.detach().abs().max())
             step = float(self.scales.detach().float().abs().max())
-            known = self.__dict__["_fits"] = largest * step <= torch.finfo(dtype).max
-        return known
+            return largest * step <= torch.finfo(torch.float16).max
+
+        return self._known("fits", fit)
 
     @property
     def pairs(self) -> Tensor | None:
         """What the two codes of each byte stand for: two float32 in the halves of 64 bits."""
         if self.table is None:
             return None
-        known = self.__dict__.get("_pairs")
-        if known is None or known[0] != self.table._version:  # a table that is learned changes
+
+        def pair() -> Tensor:
             bits = self.table.detach().contiguous().view(torch.int32).long()
             low, high = bits & 0xFFFFFFFF, bits << 32
-            known = self.table._version, (high[:, None] | low[None, :]).flatten().contiguous()
-            self.__dict__["_pairs"] = known
+            return (high[:, None] | low[None, :]).flatten().contiguous()
+
+        return self._known("pairs", pair)
+
+    def _known(self, name: str, make: Callable[[], Any]) -> Any:
+        """What follows from scales and table, found once; again when they were changed, learned.
+
+        Tensors of inference mode count no changes, and nothing may learn them.
+        """
+        of = [t for t in (self.scales, self.table) if t is not None and not t.is_inference()]
+        state = [t._version for t in of]
+        known = self.__dict__.get(f"_{name}")
+        if known is None or known[0] != state:
+            known = self.__dict__[f"_{name}"] = state, make()
         return known[1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

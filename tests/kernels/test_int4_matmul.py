@@ -314,3 +314,20 @@ def test_a_learned_table_is_read_as_it_is_now():
     first = weight.pairs.int().view(torch.float32)
     assert torch.equal(first.view(16, 16)[0], weight.table)
     assert not torch.equal(weight.pairs, before)
+
+
+@pytest.mark.parametrize("kind", ["affine", "table"])
+def test_a_weight_that_was_packed_in_inference_mode(proof, kind):
+    with torch.inference_mode():
+        weight, numbers = weight_of(8, 64, 64, kind, proof.device)
+        x = proof.tensor(1, 64)
+        result = int4_matmul(x, weight, backend=proof.kernel)
+    torch.testing.assert_close(result.double(), x.double() @ numbers.T, rtol=1e-5, atol=1e-5)
+    assert weight.fits(torch.float16)
+
+
+def test_whether_scales_fit_is_found_again_when_they_change():
+    weight, _ = weight_of(4, 64, 64, "affine")
+    assert weight.fits(torch.float16)
+    weight.scales.mul_(10000)
+    assert not weight.fits(torch.float16)
