@@ -163,7 +163,8 @@ def test_a_number_is_guessed_and_nothing_typed_is_lost(notebook):
     assert "a guess is one number" in panel.alert()
     shot(panel.root, "4-number")
     assert field.input_value() == "much"
-    field.fill("50 %")
+    field.fill("")
+    field.press_sequentially("50 %")  # no letter is left behind by the click that follows at once
     panel.root.get_by_role("button", name="Commit").press("Enter")
     panel.wait_for("Kept: 60 %")
     assert panel.readout("bits") == "6"

@@ -100,7 +100,11 @@ def _said(words: str) -> str:
 
 
 def _field(guess: Guess) -> widgets.Widget:
-    """Where the guess is entered."""
+    """Where the guess is entered.
+
+    Words are sent once, when the field is left: a field that sends each letter holds the later ones
+    back while the kernel is busy, and a click, which is never held back, would overtake them.
+    """
     if guess.choices:
         return widgets.RadioButtons(
             options=list(guess.choices),
@@ -112,5 +116,6 @@ def _field(guess: Guess) -> widgets.Widget:
         placeholder="your guess",
         description="Your guess",
         tooltip="Your guess: a number",
+        continuous_update=False,
         style={"description_width": "auto"},
     )
