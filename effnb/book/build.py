@@ -55,6 +55,7 @@ from effnb.lab.chapters import (
     run_time_sentence,
     update_readme,
 )
+from effnb.lab.claims import changed_registrations, unregistered, verdicts_in
 from effnb.lab.devices import cores
 
 TAGS = {
@@ -403,6 +404,10 @@ def check(folder: Path = NOTEBOOKS) -> list[str]:
             found.append(f"{name_of(path, folder)}: the .ipynb has no .py beside it.")
     for path, _ in _with_old_maps(folder):
         found.append(f"{name_of(path, folder)}: its map of the chapters is old; build any chapter.")
+    found += [
+        f"data/claims.json: the parts of {name} are not those that were registered."
+        for name in changed_registrations()
+    ]
     return found
 
 
@@ -435,6 +440,7 @@ def problems(path: Path) -> list[str]:
     found += _disagreements(source, built)
     found += _output_problems(built)
     found += _unproven_numbers(built)
+    found += [f"{one}." for verdict in verdicts_in(built) for one in unregistered(verdict)]
     return found
 
 

@@ -17,7 +17,7 @@ _HOMES = {
     "claims": ("claims_table", "judge"),
     "devices": ("device", "machine"),
     "axes": ("name_lines",),
-    "differences": ("paired",),
+    "differences": ("paired", "paired_answers"),
     "figures": ("PALETTE", "figure", "style"),
     "listing": ("show",),
     "models": ("load",),

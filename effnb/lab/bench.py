@@ -298,31 +298,6 @@ def share(correct: Sequence[bool]) -> Measured:
     return Measured(a, (middle - reach) / (1 + z * z / n), (middle + reach) / (1 + z * z / n))
 
 
-def answers_gained(before: Sequence[bool], after: Sequence[bool]) -> Measured:
-    r"""Difference of two accuracies on the same questions, with a 95 % interval.
-
-    Question by question: with $b$ answers gained and $c$ lost of $n$, the difference is
-    $(b - c) / n$ and its standard error $\sqrt{b + c - (b - c)^2 / n} / n$, which is smaller than
-    that of two separate draws. Half an answer is added to each of $b$ and $c$ in the standard
-    error, so that no change at all does not look certain (after Agresti and Min, 2005).
-
-    Raises:
-        ValueError: When the two are not of the same questions, or there are none.
-    """
-    if len(before) != len(after) or not before:
-        raise ValueError(
-            f"{len(before)} answers before and {len(after)} after; a paired comparison needs the "
-            "same questions, at least one."
-        )
-    n = len(before)
-    gained = sum(b and not a for a, b in zip(before, after, strict=True))
-    lost = sum(a and not b for a, b in zip(before, after, strict=True))
-    difference = (gained - lost) / n
-    changed = gained + lost + 1
-    reach = 1.959964 * math.sqrt(changed - (gained - lost) ** 2 / n) / n
-    return Measured(difference, max(-1.0, difference - reach), min(1.0, difference + reach))
-
-
 def student(freedom: int) -> float:
     r"""The two-sided 95 % point of Student's t, by the expansion of Fisher and Cornish (1960).
 

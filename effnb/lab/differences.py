@@ -101,3 +101,34 @@ def paired(
     mean = fmean(differences)
     half = student_quantile((1 + confidence) / 2, count - 1) * stdev(differences) / math.sqrt(count)
     return Paired(mean, mean - half, mean + half, count, confidence)
+
+
+def paired_answers(new: Sequence[bool], old: Sequence[bool], confidence: float = 0.95) -> Paired:
+    r"""The difference of two accuracies on the same questions, with an interval.
+
+    With $b$ answers gained and $c$ lost of $n$, the difference is $(b - c) / n$ and its standard
+    error $\sqrt{b + c - (b - c)^2 / n} / n$. Half an answer is added to each of $b$ and $c$ in the
+    standard error, so that no change at all does not look certain (after Agresti and Min, 2005).
+
+    Args:
+        new: Whether the new model answered each question right.
+        old: The old model's, in the same order.
+        confidence: Part of such intervals that hold the true difference.
+
+    Raises:
+        ValueError: When the two are not of the same questions, or there are fewer than two.
+    """
+    if len(new) != len(old):
+        raise ValueError(
+            f"{len(old)} answers before and {len(new)} after; a paired comparison needs the same "
+            "questions."
+        )
+    count = len(new)
+    if count < 2:
+        raise ValueError("an interval needs at least two questions.")
+    gained = sum(a and not b for a, b in zip(new, old, strict=True))
+    lost = sum(b and not a for a, b in zip(new, old, strict=True))
+    change = (gained - lost) / count
+    error = math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / count) / count
+    half = student_quantile((1 + confidence) / 2, count - 1) * error
+    return Paired(change, max(-1.0, change - half), min(1.0, change + half), count, confidence)

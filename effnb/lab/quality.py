@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from matplotlib.figure import Figure
 
 from effnb.lab.axes import haloed, legible, name_lines
-from effnb.lab.differences import Paired, paired
+from effnb.lab.differences import Paired, paired, paired_answers
 from effnb.lab.figures import GREY, PALETTE
 from effnb.lab.panels import Guess, Knob, Panel, panel
 from effnb.lab.panels.knobs import Values
@@ -143,7 +143,7 @@ def quality_panel(
             now,
             was,
             paired(now.losses, was.losses, subject.documents),
-            paired(now.correct, was.correct),
+            paired_answers(now.correct, was.correct),
         )
 
     def ignored(values: Values) -> dict[str, str]:

@@ -13,6 +13,7 @@ import nbformat
 import pytest
 
 from effnb.book import build
+from effnb.lab.claims import MIME as VERDICTS
 
 HEADER = """\
 # ---
@@ -390,6 +391,7 @@ def too_large(notebook):
     notebook.metadata.ballast = "x" * build.SIZE_LIMIT
 
 
+PART = {"name": "found later", "expect": "below", "bound": 0.5, "margin": 0.0}
 PICTURE = {"image/png": "iVBORw0KGgo="}
 
 
@@ -412,6 +414,10 @@ PICTURE = {"image/png": "iVBORw0KGgo="}
         (wrong_solution, "should answer 'Correct' and says 'Not yet: …"),
         (right_stub, "should answer 'Not yet' and says 'Correct: …"),
         (too_large, f"{build.SIZE_LIMIT:,} is the limit"),
+        (
+            output("display_data", data={VERDICTS: {"verdicts": [{"id": "C-4", "parts": [PART]}]}}),
+            "C-4 judges 'found later', which is not registered.",
+        ),
     ],
 )
 def test_what_nbval_would_pass_is_found(built, damage, sentence):

@@ -11,7 +11,7 @@ from effnb.evaluation import stored_bytes
 from effnb.inference import quantization
 from effnb.lab import bench as benches
 from effnb.lab import corpora, texts
-from effnb.lab.bench import Bench, answers_gained, file_bytes, share, student
+from effnb.lab.bench import Bench, file_bytes, share, student
 
 
 @pytest.fixture(scope="module")
@@ -124,19 +124,6 @@ def test_shares_have_wilsons_interval():
     none = share([])
     assert math.isnan(none.value) and (none.low, none.high) == (0, 1)
     assert 0 < share([True] * 5).low < share([True] * 5).high <= 1
-
-
-def test_two_models_are_compared_question_by_question():
-    before = [True] * 50 + [False] * 50
-    same = answers_gained(before, before)
-    assert same.value == 0 and -0.03 < same.low < 0 < same.high < 0.03
-    after = [True] * 60 + [False] * 40
-    gained = answers_gained(before, after)
-    assert gained.value == pytest.approx(0.1) and gained.low > 0
-    shuffled = answers_gained(before, after[::-1])  # the same accuracy, other questions
-    assert shuffled.value == pytest.approx(0.1) and shuffled.low < 0
-    with pytest.raises(ValueError, match="same questions"):
-        answers_gained(before, after[:-1])
 
 
 # -------------------------------------------------------------------------------- one look

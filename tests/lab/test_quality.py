@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from effnb.lab import Curves, Quality, Subject, knob, paired, quality_panel
+from effnb.lab import Curves, Quality, Subject, knob, paired, paired_answers, quality_panel
 from effnb.lab.differences import student_quantile
 
 GIB = 2**20
@@ -118,6 +118,21 @@ def test_pairs_vary_less_than_what_is_paired():
     assert paired(old, new).outcome() == "better"
     assert found.outcome(lower_is_better=False) == "better"
     assert paired(old, old).outcome() == "indistinguishable"
+
+
+def test_two_models_are_compared_question_by_question():
+    before = [True] * 50 + [False] * 50
+    same = paired_answers(before, before)
+    assert same.difference == 0 and -0.03 < same.low < 0 < same.high < 0.03  # not certain
+    after = [True] * 60 + [False] * 40
+    gained = paired_answers(after, before)
+    assert gained.difference == pytest.approx(0.1) and gained.low > 0
+    shuffled = paired_answers(after[::-1], before)  # the same accuracy, other questions
+    assert shuffled.difference == pytest.approx(0.1) and shuffled.low < 0
+    with pytest.raises(ValueError, match="same questions"):
+        paired_answers(after[:-1], before)
+    with pytest.raises(ValueError, match="at least two questions"):
+        paired_answers(after[:1], before[:1])
 
 
 def test_windows_of_one_document_count_once():

@@ -216,8 +216,13 @@ def ledger() -> dict[str, Claim]:
     return claims_from(read_manifest(data_folder() / "claims.json", REMEDY))
 
 
-def changed_registrations(content: Mapping[str, Any]) -> list[str]:
-    """Claims whose parts are not those that their registration's date and digest tell of."""
+def changed_registrations(content: Mapping[str, Any] | None = None) -> list[str]:
+    """Claims whose parts are not those that their registration's date and digest tell of.
+
+    Args:
+        content: The content of `data/claims.json`, which is read when None.
+    """
+    content = content or read_manifest(data_folder() / "claims.json", REMEDY)
     return [
         name
         for name, row in content["claims"].items()

@@ -19,7 +19,7 @@ from effnb.hardware.codesign.pruned_attention import PruningRecord
 from effnb.kernels import int4_matmul, retention
 from effnb.lab import corpora, load
 from effnb.lab.bench import PANEL_QUESTIONS, PANEL_WINDOWS, Bench
-from effnb.lab.differences import Paired, paired
+from effnb.lab.differences import Paired, paired, paired_answers
 from effnb.lab.walk import walk
 
 TOKENS = 256
@@ -104,7 +104,7 @@ class Attention:
         knob = {"alpha": alpha} if method == "Energon" else {"keep": keep}
         now, was = self.look(PRUNERS[method](self.bench.model, **knob)), self.original
         loss = paired(now.losses, was.losses, self.bench.documents[:PANEL_WINDOWS])
-        return Pruned(method, now, was, loss, paired(now.correct, was.correct))
+        return Pruned(method, now, was, loss, paired_answers(now.correct, was.correct))
 
     def unchanged(self, tokens: int = 128) -> dict[str, bool]:
         """Whether keeping everything leaves the model's logits as they were, method by method."""
@@ -192,7 +192,7 @@ def search(keep: float = 0.5, queries: int = 100) -> str:
 
     both = [p.synopsis for p in chosen], [p.text[:600] for p in chosen]
     whole, part = (retrieval(*map(encode, both)) for encode in (encoder.encode, vectors))
-    change = paired([r == 1 for r in part.ranks], [r == 1 for r in whole.ranks])
+    change = paired_answers([r == 1 for r in part.ranks], [r == 1 for r in whole.ranks])
     return (
         f"The original finds {whole.recall_at_1:.0%} of {len(chosen)} descriptions first, with "
         f"{keep:.0%} of the tokens left it finds {part.recall_at_1:.0%}: "
