@@ -11,7 +11,8 @@ times       a training step of `minilm-l6`: full tuning, LoRA and an adapter (1 
 tuned       `mini-1m` tuned on topics in four ways: answers, what it forgets, and how its weights
             and its function change, five seeds (2 minutes)
 templates   `mini-1m` on topics by a template and by the bare text, with 0, 16 and 2,048 examples,
-            by LoRA and by a prompt and an adapter at once, five seeds (3 minutes)
+            by LoRA, and by a prompt and an adapter, at once and in sequence, five seeds (4
+            minutes)
 black_box   `mini-1m` on topics: a prompt found by 200 losses and no gradient, five seeds (2
             minutes)
 transfer    `mini-1m`: a LoRA of each of six tasks, judged on all six, five seeds (3 minutes)
@@ -22,7 +23,7 @@ together    `minilm-l6` on topics, 16 examples of each: eight sets of three meth
 sequence    the same three methods one after the other, all six orders, five seeds (8 minutes)
 scale       three sizes of decoder on topics, six methods, five seeds (8 minutes)
 
-Minutes are those of one idle core, 41 in all. The chapter also reads the grid of the chapter before
+Minutes are those of one idle core, 42 in all. The chapter also reads the grid of the chapter before
 it, which is measured there. Seeds are the outer loop, so that a part that was interrupted has whole
 seeds. Answers are stored as strings of 0 and 1, one for each document; every test text is of a
 document of its own.
@@ -69,6 +70,7 @@ JUDGED = 40
 """Test documents of each of these."""
 COMBINED = ("prompt", "adapter")
 """What is trained at once where templates are judged; a decoder has no biases."""
+AT_ONCE, IN_LINE = said(COMBINED), ", then ".join(COMBINED)
 USERS = (1, 2, 4, 8, 16)
 TURNS = 24
 LOGS = 32
@@ -206,15 +208,21 @@ def templates() -> None:
     asked = {"template": Decoder(), "bare text": Decoder(bare=True)}
     test = one_per_document(asked["template"].task.test, DOCUMENTS)
 
-    def measure(decoder: Decoder, shots: int, seed: int, combined: bool = False) -> dict[str, Any]:
+    def measure(decoder: Decoder, shots: int, seed: int, combined: str = "") -> dict[str, Any]:
         if not shots:
             return {"answers": bits(decoder.right(decoder.model, test))}
         every = decoder.task.train
         train = every if shots == len(every) else decoder.task.few_shot(shots, seed)[0]
-        if combined:
+        if combined == AT_ONCE:
             model = methods.together(
                 decoder.model, COMBINED, decoder.batch, train, steps=STEPS, seed=seed
             )
+        elif combined:
+            model = decoder.model
+            for place, name in enumerate(COMBINED):  # each for half of the steps
+                model = methods.next_in_line(
+                    model, name, decoder.batch, train, steps=STEPS // 2, seed=seed + 10 * place
+                )
         else:
             model = decoder.tuned("LoRA", train, steps=STEPS, seed=seed).model
         old = decoder.right(model, list(train)[:DOCUMENTS])
@@ -230,11 +238,11 @@ def templates() -> None:
             for way, decoder in asked.items():
                 about = {"model": decoder.name, "method": way, "shots": shots, "seed": seed}
                 table.add(about, lambda d=decoder, n=shots, s=seed: measure(d, n, s))
-        for way, decoder in asked.items():
-            about = {"model": decoder.name, "method": f"{way}, {said(COMBINED)}", "shots": SHOTS}
+        for combined, (way, decoder) in itertools.product((AT_ONCE, IN_LINE), asked.items()):
+            about = {"model": decoder.name, "method": f"{way}, {combined}", "shots": SHOTS}
             table.add(
                 about | {"seed": seed},
-                lambda d=decoder, s=seed: measure(d, SHOTS, s, combined=True),
+                lambda d=decoder, s=seed, how=combined: measure(d, SHOTS, s, how),
             )
 
 
