@@ -27,9 +27,9 @@ except ImportError:  # macOS, Windows, and Linux with a torch without CUDA
     triton = tl = None
 
 __all__ = [
-    "BACKENDS", "INTERPRETED", "LIMITS", "cdiv", "check_floats", "check_number", "check_shape",
-    "check_whole", "choose", "empty", "exact", "jit", "launch", "next_power_of_2", "precision",
-    "rows_of", "short", "tl", "triton", "wide_precision",
+    "BACKENDS", "INTERPRETED", "LIMITS", "arch_of", "cdiv", "check_floats", "check_number",
+    "check_shape", "check_whole", "choose", "empty", "exact", "jit", "launch", "next_power_of_2",
+    "precision", "rows_of", "short", "tl", "triton", "wide_precision",
 ]  # fmt: skip
 
 BACKENDS = (None, "triton", "torch")
@@ -46,6 +46,14 @@ GRID = (2**31 - 1, 65535, 65535)
 
 LIMITS = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may have, by compute capability."""
+
+
+def arch_of(device: torch.device) -> int:
+    """The one of `LIMITS` whose settings are for this device; the oldest where no GPU is."""
+    if device.type != "cuda" or torch.version.hip:
+        return min(LIMITS)
+    major, minor = torch.cuda.get_device_capability(device)
+    return max([min(LIMITS), *(arch for arch in LIMITS if arch <= 10 * major + minor)])
 
 
 def jit(function: Callable) -> Any:

@@ -68,18 +68,43 @@ class Assembly:
 
         Everything, where there is no loop: a program then runs every instruction once.
         """
-        loops = []
-        for one in self.instructions:
-            if one.target is not None and one.target < one.place:
-                loops.append(
-                    tuple(i for i in self.instructions if one.target <= i.place <= one.place)
-                )
-        useful = [(self._weight(loop), -len(loop), loop) for loop in loops]
-        useful = [found for found in useful if found[0] > (0, 0)]
-        if not useful:
-            return self.instructions
+        useful = self._useful_loops()
         # Of loops within each other the inner one has fewer instructions, and as many products.
-        return max(useful, key=lambda found: found[:2])[2]
+        return max(useful, key=self._order) if useful else self.instructions
+
+    def other_loop(self) -> tuple[Instruction, ...]:
+        """The next such loop beside the main one; nothing, where there is none."""
+        main = self.main_loop()
+        beside = [
+            loop
+            for loop in self._useful_loops()
+            if loop[-1].place < main[0].place or loop[0].place > main[-1].place
+        ]
+        return max(beside, key=self._order) if beside else ()
+
+    def _useful_loops(self) -> list[tuple[Instruction, ...]]:
+        """Loops that multiply, those around such loops left out; or, where none does, that load."""
+        loops = [
+            tuple(i for i in self.instructions if one.target <= i.place <= one.place)
+            for one in self.instructions
+            if one.target is not None and one.target < one.place
+        ]
+        multiply = [loop for loop in loops if self._weight(loop)[0]]
+        if not multiply:
+            return [loop for loop in loops if self._weight(loop)[1]]
+        return [
+            loop
+            for loop in multiply
+            if not any(
+                len(other) < len(loop)
+                and loop[0].place <= other[0].place <= other[-1].place <= loop[-1].place
+                for other in multiply
+            )
+        ]
+
+    @classmethod
+    def _order(cls, loop: tuple[Instruction, ...]) -> tuple[tuple[int, int], int]:
+        return cls._weight(loop), -len(loop)
 
     @staticmethod
     def _weight(loop: tuple[Instruction, ...]) -> tuple[int, int]:

@@ -51,6 +51,7 @@ class CompileCase:
         warps: Warps per program.
         stages: Stages of the pipeline.
         work: What a launch of it does at sizes that people use, for the report.
+        archs: Compute capabilities whose settings these are.
     """
 
     name: str
@@ -61,6 +62,7 @@ class CompileCase:
     warps: int = 4
     stages: int = 2
     work: Work | None = None
+    archs: tuple[int, ...] = tuple(LIMITS)
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def build(names: Sequence[str] = (), archs: Sequence[int] = tuple(LIMITS)) -> tu
     """
     found: Built = []
     for case in cases(*names):
-        for arch in archs:
+        for arch in (one for one in archs if one in case.archs):
             try:
                 found.append((case, arch, compile_case(case, arch)))
             except Exception as problem:  # noqa: BLE001 - whatever the compiler says, for any case

@@ -15,7 +15,9 @@ $o_i = \sum_j p_{ij} v_j$ with $p_{ij} \propto e^{s\, q_i \cdot k_j}$ over the v
 So queries and keys are cut into tiles, a *schedule* lists for each tile of queries the tiles of
 keys with which it shares a visible pair, and the kernels visit no others. The schedule itself has
 one entry per pair of tiles, 4,096 times fewer than pairs of tokens. Global tokens that lie together
-share tiles: put them side by side.
+share tiles: put them side by side. Tiles of which every pair is visible, most of those of a wide
+window, come last and in a loop of their own, which masks nothing. A schedule is kept for the other
+layers of a model, which ask for the same.
 
 **One pass.** The softmax is taken as the keys come by (Milakov and Gimelshein, 2018, arXiv
 1805.02867; Dao et al., 2022, arXiv 2205.14135). With $m$ the largest score so far, $l$ the sum of
@@ -50,11 +52,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float, Int8, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from effnb.kernels._launch import (
+    LIMITS,
+    arch_of,
     check_floats,
     check_number,
     check_shape,
@@ -77,130 +81,21 @@ from effnb.kernels._masked import (
     visible_products,
     visible_sum,
 )
+from effnb.kernels._window import (
+    Masks,
+    count_pairs,
+    kinds_of,
+    reach_of,
+    tile_schedule,
+    visible_kinds,
+    visible_pairs,
+    visits_of,
+)
 from effnb.kernels.bench import BenchCase, Runner
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.report import Work
 
 LOG2_E = 1.4426950408889634  # e^x = 2^(x log2 e), and powers of 2 are what GPUs compute
-LOCAL, GLOBAL, PADDING = 0, 1, 2  # the kinds of tokens
-
-# ---------------------------------------------------------------- who sees whom
-
-
-def _reach(window: int, causal: bool, tokens: int) -> tuple[int, int]:
-    """How many of the tokens to the left and to the right of its own a token sees.
-
-    Raises:
-        ValueError: A window that is not positive, or not even where it has two sides.
-        TypeError: A window that is no whole number.
-    """
-    window = check_whole("window", window)
-    if window < 1 or (not causal and window % 2):
-        raise ValueError(
-            f"window is {window}; it must be positive and, where it has two sides, even."
-        )
-    left, right = (window - 1, 0) if causal else (window // 2, window // 2)
-    return min(left, tokens), min(right, tokens)  # further away there is nothing to see
-
-
-def _kinds(
-    tokens: int,
-    device: torch.device | str,
-    global_tokens: Tensor | None,
-    padding: Tensor | None,
-) -> Int8[Tensor, "sequences time"]:
-    """The kind of each token: one row per sequence, or one for all where all are alike."""
-    kinds = torch.full((1, check_whole("tokens", tokens)), LOCAL, dtype=torch.int8, device=device)
-    if global_tokens is not None:
-        kinds = torch.where(torch.atleast_2d(global_tokens), GLOBAL, kinds)
-    if padding is not None:
-        kinds = torch.where(torch.atleast_2d(padding), PADDING, kinds)
-    return kinds.to(torch.int8).contiguous()
-
-
-def _visible(i, j, kind_i, kind_j, left, right, causal):
-    """Which pairs are visible, for indices and kinds that broadcast against each other."""
-    near = (i - j <= left) & (j - i <= right)
-    far = (kind_i == GLOBAL) | (kind_j == GLOBAL)
-    if causal:
-        far = far & (j <= i)
-    return (near | far) & (kind_i != PADDING) & (kind_j != PADDING)
-
-
-def visible_pairs(
-    tokens: int,
-    *,
-    window: int,
-    causal: bool = False,
-    global_tokens: Tensor | None = None,
-    padding: Tensor | None = None,
-    device: torch.device | str = "cpu",
-) -> Bool[Tensor, "sequences time time"]:
-    """The whole table of visible pairs, for one sequence or a batch: for short texts, and pictures.
-
-    Arguments are those of `local_attention`.
-    """
-    kinds = _kinds(tokens, device, global_tokens, padding)
-    i = torch.arange(tokens, device=device)
-    reach = _reach(window, causal, tokens)
-    return _visible(i[:, None], i, kinds[:, :, None], kinds[:, None, :], *reach, causal)
-
-
-def count_pairs(
-    tokens: int,
-    *,
-    window: int,
-    causal: bool = False,
-    global_tokens: Tensor | None = None,
-    padding: Tensor | None = None,
-    device: torch.device | str = "cpu",
-) -> Int64[Tensor, " sequences"]:
-    """How many entries of that table are true, without the table.
-
-    This is the work: a pair costs a head `4 * dim` operations forward.
-    """
-    kinds = _kinds(tokens, device, global_tokens, padding)
-    left, right = _reach(window, causal, tokens)
-    i = torch.arange(tokens, device=device)
-    first, last = (i - left).clamp(min=0), (i + right).clamp(max=tokens - 1)
-    end = i if causal else torch.full_like(i, tokens - 1)
-
-    def tokens_before(chosen):  # entry n counts the chosen ones among the first n tokens
-        return torch.nn.functional.pad(chosen.cumsum(1), (1, 0))
-
-    real, far = tokens_before(kinds != PADDING), tokens_before(kinds == GLOBAL)
-    near = real[:, last + 1] - real[:, first]
-    beyond = far[:, end + 1] - (far[:, last + 1] - far[:, first])
-    seen = torch.where(kinds == GLOBAL, real[:, end + 1], near + beyond)
-    return (seen * (kinds != PADDING)).sum(1)
-
-
-def tile_schedule(
-    kinds: Tensor, left: int, right: int, causal: bool, block_q: int, block_k: int
-) -> Tensor:
-    """Which tiles of queries and keys share a visible pair: (batch or 1, query tiles, key tiles).
-
-    Without padding the answer is exact. Tiles of nothing but padding are left out; where padding
-    only thins a tile out, the tile stays.
-    """
-    tokens = kinds.shape[1]
-
-    def tiles(block):
-        start = torch.arange(0, tokens, block, device=kinds.device)
-        pad = len(start) * block - tokens
-        of_tile = torch.nn.functional.pad(kinds, (0, pad), value=PADDING).unflatten(1, (-1, block))
-        end = (start + block).clamp(max=tokens) - 1
-        return start, end, (of_tile == GLOBAL).any(-1), (of_tile != PADDING).any(-1)
-
-    q_start, q_end, q_global, q_real = tiles(block_q)
-    k_start, k_end, k_global, k_real = tiles(block_k)
-    near = (k_end >= q_start[:, None] - left) & (k_start <= q_end[:, None] + right)
-    far = q_global[:, :, None] | k_global[:, None, :]
-    if causal:
-        far = far & (k_start <= q_end[:, None])
-    return (near | far) & q_real[:, :, None] & k_real[:, None, :]
-
-
 # ---------------------------------------------------------------- plain PyTorch
 
 
@@ -236,10 +131,10 @@ def local_attention_tiled(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     block, tokens = check_whole("block", block), q.shape[2]
     masks = dict(global_tokens=global_tokens, padding=padding)
-    reach = _reach(window, causal, tokens)
+    reach = reach_of(window, causal, tokens)
     if not tokens:
         return local_attention_reference(q, k, v, window=window, causal=causal, **masks)
-    kinds = _kinds(tokens, q.device, **masks)
+    kinds = kinds_of(tokens, q.device, **masks)
     schedule = tile_schedule(kinds, *reach, causal, block, block).any(0).cpu()
     index = torch.arange(tokens, device=q.device)
     query_tiles = q.unflatten(1, (k.shape[1], -1)).split(block, dim=3)
@@ -247,7 +142,7 @@ def local_attention_tiled(
     for tile, (rows, queries) in enumerate(zip(index.split(block), query_tiles)):
         columns = torch.cat([index[:0], *(index.split(block)[n] for n in schedule[tile].nonzero())])
         i, j = rows[:, None], columns[None, :]
-        visible = _visible(i, j, kinds[:, i], kinds[:, j], *reach, causal)
+        visible = visible_kinds(i, j, kinds[:, i], kinds[:, j], *reach, causal)
         out = _attend(queries, k[:, :, columns], v[:, :, columns], visible[:, None, None], scale)
         outputs.append(out.flatten(1, 2))
     return torch.cat(outputs, dim=2)
@@ -275,11 +170,31 @@ def _load_tile(start, token, token_stride, dim, kind, DIM: tl.constexpr):
 
 
 @jit
+def _load_full(start, token, token_stride, dim, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The same for a tile without padding that does not reach beyond the end."""
+    at = token.to(tl.int64)[:, None] * token_stride + dim[None, :]
+    if DIM == BLOCK_D:
+        return tl.load(start + at)
+    return tl.load(start + at, mask=(dim < DIM)[None, :], other=0.0)
+
+
+@jit
+def _softmax_step(scores, largest, total):
+    """Weights of a tile of scores to the base 2, and what becomes of what was summed before."""
+    new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+    # A row that has seen nothing has -inf here, and -inf - -inf is not a number.
+    offset = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    shrink = tl.exp2(largest - offset)
+    p = tl.exp2(scores - offset[:, None])
+    return p, shrink, new_largest, total * shrink + tl.sum(p, axis=1)
+
+
+@jit
 def _forward_kernel(
     flags,  # which programs are to run again
     query, key, value, kinds,
-    counts,  # (batch or 1, query tiles): how many tiles of keys each of them visits
-    visits,  # (batch or 1, query tiles, key tiles): which ones, the first `counts` of a row
+    counts,  # (batch or 1, query tiles, 2): tiles of keys that are masked, and that are visited
+    visits,  # (batch or 1, query tiles, key tiles): which ones, masked ones first
     out,  # (batch, heads, tokens, DIM)
     log_sum,  # (batch, heads, tokens) float32, to the base 2
     heads,
@@ -316,7 +231,9 @@ def _forward_kernel(
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     weighted = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for visit in range(tl.load(counts + listed)):
+    every = tl.load(counts + 2 * listed + 1)
+    masked = every if AGAIN else tl.load(counts + 2 * listed)
+    for visit in range(masked):
         j = tl.load(visits + listed * key_tiles + visit) * BLOCK_K + tl.arange(0, BLOCK_K)
         kind_j = tl.load(kinds + j, mask=j < tokens, other=2)
         k = _load_tile(key, j, key_token, dim, kind_j, DIM)
@@ -326,18 +243,20 @@ def _forward_kernel(
         )
         scores = scale * tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = tl.where(seen, scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        # A row that has seen nothing has -inf here, and -inf - -inf is not a number.
-        offset = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        shrink = tl.exp2(largest - offset)
-        p = tl.exp2(scores - offset[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
+        p, shrink, largest, total = _softmax_step(scores, largest, total)
         weighted = weighted * shrink[:, None]
         if AGAIN:
             weighted = sum_seen(weighted, p, seen, value, j, tokens, value_token, dim, DIM, BLOCK_K)
         else:
             weighted += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        largest = new_largest
+    for visit in range(masked, every):  # everything is visible: no masks
+        j = tl.load(visits + listed * key_tiles + visit) * BLOCK_K + tl.arange(0, BLOCK_K)
+        k = _load_full(key, j, key_token, dim, DIM, BLOCK_D)
+        v = _load_full(value, j, value_token, dim, DIM, BLOCK_D)
+        scores = scale * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p, shrink, largest, total = _softmax_step(scores, largest, total)
+        weighted = weighted * shrink[:, None]
+        weighted += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
 
     if not AGAIN:
         tell(flags, has_nan(weighted))
@@ -354,13 +273,11 @@ def _forward_kernel(
 
 
 @jit
-def _score_gradients(q, k, v, g, seen, log, delta, scale, PRECISION: tl.constexpr):
-    """A tile of dS, without the scale; 0 for what is not seen."""
+def _score_gradients(q, k, v, g, log, delta, scale, PRECISION: tl.constexpr):
+    """Scores of a tile to the base 2 less the logarithm of their sum, and what multiplies P."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    scores *= scale * 1.4426950408889634  # log2(e)
-    p = tl.exp2(tl.where(seen, scores - log[:, None], float("-inf")))
-    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-    return tl.where(seen, p * (dp - delta[:, None]), 0.0)
+    scores = scores * (scale * 1.4426950408889634) - log[:, None]  # log2(e)
+    return scores, tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
 
 
 @jit
@@ -414,7 +331,9 @@ def _queries_backward_kernel(
     tl.store(delta + row * tokens + i, d, mask=i < tokens)
 
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for visit in range(tl.load(counts + listed)):
+    every = tl.load(counts + 2 * listed + 1)
+    masked = every if AGAIN else tl.load(counts + 2 * listed)
+    for visit in range(masked):
         j = tl.load(visits + listed * key_tiles + visit) * BLOCK_K + tl.arange(0, BLOCK_K)
         kind_j = tl.load(kinds + j, mask=j < tokens, other=2)
         k = _load_tile(key, j, key_token, dim, kind_j, DIM)
@@ -422,11 +341,19 @@ def _queries_backward_kernel(
         seen = _visible_tile(
             i[:, None], j[None, :], kind_i[:, None], kind_j[None, :], left, right, CAUSAL
         )
-        ds = _score_gradients(q, k, v, g, seen, log, d, scale, PRECISION)
+        scores, rest = _score_gradients(q, k, v, g, log, d, scale, PRECISION)
+        p = tl.exp2(tl.where(seen, scores, float("-inf")))
+        ds = tl.where(seen, p * rest, 0.0)
         if AGAIN:
             dq = sum_seen(dq, ds, seen, key, j, tokens, key_token, dim, DIM, BLOCK_K)
         else:
             dq += _dot_gradients(ds, k, PRECISION)
+    for visit in range(masked, every):
+        j = tl.load(visits + listed * key_tiles + visit) * BLOCK_K + tl.arange(0, BLOCK_K)
+        k = _load_full(key, j, key_token, dim, DIM, BLOCK_D)
+        v = _load_full(value, j, value_token, dim, DIM, BLOCK_D)
+        scores, rest = _score_gradients(q, k, v, g, log, d, scale, PRECISION)
+        dq += _dot_gradients(tl.exp2(scores) * rest, k, PRECISION)
 
     if not AGAIN:
         tell(flags, has_nan(dq))
@@ -438,13 +365,11 @@ def _queries_backward_kernel(
 
 
 @jit
-def _seen_by(q, k, v, g, seen, log, delta, scale, PRECISION: tl.constexpr):
-    """P and dS of a tile, transposed: keys along the rows."""
+def _seen_by(q, k, v, g, log, delta, scale, PRECISION: tl.constexpr):
+    """The same of a transposed tile: keys along the rows."""
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    scores *= scale * 1.4426950408889634  # log2(e)
-    p = tl.exp2(tl.where(seen, scores - log[None, :], float("-inf")))
-    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-    return p, tl.where(seen, p * (dp - delta[None, :]), 0.0)
+    scores = scores * (scale * 1.4426950408889634) - log[None, :]  # log2(e)
+    return scores, tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :]
 
 
 @jit
@@ -486,11 +411,13 @@ def _keys_backward_kernel(
 
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    count = tl.load(counts + listed)
-    for step in range(count * group):  # every head of the group, through the same tiles
-        q_head = head * group + step // count
-        q_row = row * group + step // count
-        i = tl.load(visits + listed * query_tiles + step % count) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    every = tl.load(counts + 2 * listed + 1)
+    masked = every if AGAIN else tl.load(counts + 2 * listed)
+    visits += listed * query_tiles
+    for step in range(masked * group):  # every head of the group, through the same tiles
+        q_head = head * group + step // masked
+        q_row = row * group + step // masked
+        i = tl.load(visits + step % masked) * BLOCK_Q + tl.arange(0, BLOCK_Q)
         kind_i = tl.load(kinds + i, mask=i < tokens, other=2)
         queries, gradients = query + q_head * query_head, d_out + q_row * tokens * DIM
         q = _load_tile(queries, i, query_token, dim, kind_i, DIM)
@@ -500,13 +427,28 @@ def _keys_backward_kernel(
         seen = _visible_tile(
             i[None, :], j[:, None], kind_i[None, :], kind_j[:, None], left, right, CAUSAL
         )
-        p, ds = _seen_by(q, k, v, g, seen, log, d, scale, PRECISION)
+        scores, rest = _seen_by(q, k, v, g, log, d, scale, PRECISION)
+        p = tl.exp2(tl.where(seen, scores, float("-inf")))
+        ds = tl.where(seen, p * rest, 0.0)
         if AGAIN:
             dv = sum_seen(dv, p, seen, gradients, i, tokens, DIM, dim, DIM, BLOCK_Q)
             dk = sum_seen(dk, ds, seen, queries, i, tokens, query_token, dim, DIM, BLOCK_Q)
         else:
             dv += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
             dk += _dot_gradients(ds, q, PRECISION)
+    full = every - masked
+    for step in range(full * group):
+        q_head = head * group + step // full
+        q_row = row * group + step // full
+        i = tl.load(visits + masked + step % full) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        q = _load_full(query + q_head * query_head, i, query_token, dim, DIM, BLOCK_D)
+        g = _load_full(d_out + q_row * tokens * DIM, i, DIM, dim, DIM, BLOCK_D)
+        log = tl.load(log_sum + q_row * tokens + i)
+        d = tl.load(delta + q_row * tokens + i)
+        scores, rest = _seen_by(q, k, v, g, log, d, scale, PRECISION)
+        p = tl.exp2(scores)
+        dv += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
+        dk += _dot_gradients(p * rest, q, PRECISION)
 
     if not AGAIN:
         tell(flags, tl.maximum(has_nan(dk), has_nan(dv)))
@@ -519,12 +461,19 @@ def _keys_backward_kernel(
 # ---------------------------------------------------------------- the kernels, launched
 
 
-TILES = {"rows": {128: (64, 64), 256: (64, 32)}, "columns": {64: (64, 64), 128: (32, 64)}}
-"""Queries and keys of a tile in 16 bits, up to a width of head: of the kernels that hold queries,
-and of the one that holds keys and, with two sums, finds room for fewer of what comes by."""
+TILES = {
+    "rows": {128: (64, 64, 4), 256: (64, 32, 4)},
+    "columns": {64: (64, 64, 4), 128: (32, 64, 4), 256: (32, 32, 4)},
+}
+"""Queries and keys of a tile in 16 bits, and its warps, up to a width of head: of the kernels that
+hold queries, and of the one that holds keys and, with two sums, finds room for fewer of what comes
+by."""
+TILES_90 = TILES | {"columns": TILES["columns"] | {256: (32, 64, 8)}}
+"""The same where four warps multiply together (wgmma): two groups of them halve the two sums of
+heads of 256, which without it would not pay."""
 
 
-def _settings(holds: str, dim: int, dtype: torch.dtype, causal: bool) -> dict:
+def _settings(holds: str, dim: int, dtype: torch.dtype, causal: bool, arch: int) -> dict:
     """Constants of the kernels that hold "rows" or "columns" of the scores.
 
     As many a tile as shared memory and registers hold. In 16 bits four warps share 64 rows, for a
@@ -537,8 +486,8 @@ def _settings(holds: str, dim: int, dtype: torch.dtype, causal: bool) -> dict:
         rows = min(64, max(16, 4096 // block_d))
         tile, warps = (rows, rows), 8 if block_d >= 128 else 4
     else:
-        fits = [tile for width, tile in TILES[holds].items() if block_d <= width]
-        tile, warps = fits[0] if fits else (32, 32), 4
+        tiles = (TILES_90 if arch >= 90 else TILES)[holds]
+        *tile, warps = next(one for width, one in tiles.items() if block_d <= width)
     return dict(
         DIM=dim,
         BLOCK_D=block_d,
@@ -556,28 +505,15 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _list_visits(schedule: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of the schedule, how many tiles to visit, and those first in order."""
-    counts = schedule.sum(-1, dtype=torch.int32).contiguous()
-    visits = schedule.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return counts, visits.to(torch.int32).contiguous()
-
-
-def _batch_stride(counts: Tensor) -> int:
-    """How far apart the lists of two sequences lie: 0 where all of them share one."""
-    return 0 if len(counts) == 1 else counts.shape[1]
-
-
 class _LocalAttention(torch.autograd.Function):
     """The three kernels."""
 
     @staticmethod
-    def forward(ctx, q, k, v, kinds, left, right, scale, settings):
+    def forward(ctx, q, k, v, kinds, masks, left, right, scale, settings):
         q, k, v = _rows(q), _rows(k), _rows(v)
         batch, heads, tokens, _ = q.shape
         blocks = settings["BLOCK_Q"], settings["BLOCK_K"]
-        schedule = tile_schedule(kinds, left, right, settings["CAUSAL"], *blocks)
-        counts, visits = _list_visits(schedule)
+        visits = visits_of(kinds, masks, left, right, settings["CAUSAL"], blocks)
         out = empty(q.shape, q.dtype, q.device)
         log_sum = empty((batch, heads, tokens), torch.float32, q.device)
         ctx.scale, ctx.settings = scale, settings
@@ -585,46 +521,49 @@ class _LocalAttention(torch.autograd.Function):
         ctx.strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
         launch_again(
             _forward_kernel,
-            (counts.shape[1] * batch * heads,),
-            *(q, k, v, kinds, counts, visits, out, log_sum),
-            *(heads, heads // k.shape[1], tokens, visits.shape[2], scale * LOG2_E, *ctx.window),
-            *(_batch_stride(counts), *ctx.strides),
+            (visits.held * batch * heads,),
+            *(q, k, v, kinds, visits.counts, visits.tiles, out, log_sum),
+            *(heads, heads // k.shape[1], tokens, visits.passing, scale * LOG2_E, *ctx.window),
+            *(visits.batch_stride, *ctx.strides),
             **settings,
         )
-        ctx.save_for_backward(q, k, v, kinds, schedule, out, log_sum)
+        ctx.save_for_backward(q, k, v, kinds, out, log_sum)
+        ctx.visits, ctx.masks = visits, masks
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        q, k, v, kinds, schedule, out, log_sum = ctx.saved_tensors
+        q, k, v, kinds, out, log_sum = ctx.saved_tensors
         batch, heads, tokens, _ = q.shape
         key_heads, group = k.shape[1], heads // k.shape[1]
         d_out = d_out.contiguous()
         dq, dk, dv = (empty(x.shape, x.dtype, x.device) for x in (q, k, v))
         delta = empty(log_sum.shape, torch.float32, q.device)
-        counts, visits = _list_visits(schedule)
+        visits = ctx.visits
         launch_again(
             _queries_backward_kernel,
-            (counts.shape[1] * batch * heads,),
-            *(q, k, v, kinds, counts, visits, out, log_sum, d_out, dq, delta),
-            *(heads, group, tokens, visits.shape[2], ctx.scale, *ctx.window),
-            *(_batch_stride(counts), *ctx.strides),
+            (visits.held * batch * heads,),
+            *(q, k, v, kinds, visits.counts, visits.tiles, out, log_sum, d_out, dq, delta),
+            *(heads, group, tokens, visits.passing, ctx.scale, *ctx.window),
+            *(visits.batch_stride, *ctx.strides),
             **ctx.settings,
         )
-        settings = _settings("columns", q.shape[3], q.dtype, ctx.settings["CAUSAL"])
+        settings = _settings(
+            "columns", q.shape[3], q.dtype, ctx.settings["CAUSAL"], arch_of(q.device)
+        )
         blocks = settings["BLOCK_Q"], settings["BLOCK_K"]
-        schedule = tile_schedule(kinds, *ctx.window[:2], settings["CAUSAL"], *blocks)
-        counts, visits = _list_visits(schedule.mT)  # for each tile of keys, who comes by
+        window = *ctx.window[:2], settings["CAUSAL"]
+        visits = visits_of(kinds, ctx.masks, *window, blocks, by_keys=True)
         launch_again(
             _keys_backward_kernel,
-            (counts.shape[1] * batch * key_heads,),
-            *(q, k, v, kinds, counts, visits, log_sum, d_out, delta, dk, dv),
-            *(key_heads, group, tokens, visits.shape[2], ctx.scale, *ctx.window),
-            *(_batch_stride(counts), *ctx.strides),
+            (visits.held * batch * key_heads,),
+            *(q, k, v, kinds, visits.counts, visits.tiles, log_sum, d_out, delta, dk, dv),
+            *(key_heads, group, tokens, visits.passing, ctx.scale, *ctx.window),
+            *(visits.batch_stride, *ctx.strides),
             **settings,
         )
-        return dq, dk, dv, None, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None, None
 
 
 # ---------------------------------------------------------------- the one to call
@@ -696,7 +635,7 @@ def local_attention(
     check_shape("v", v, tuple(k.shape), f"k of shape {tuple(k.shape)}")
     if not key_heads or heads % key_heads:
         raise ValueError(f"{heads} query heads cannot share {key_heads} key-value heads evenly.")
-    left, right = _reach(window, causal, tokens)
+    left, right = reach_of(window, causal, tokens)
     _check_mask("global_tokens", global_tokens, q, shown)
     _check_mask("padding", padding, q, shown)
     obstacle = f"heads of {dim} are too wide for its tiles; 256 is the most." if dim > 256 else ""
@@ -707,9 +646,9 @@ def local_attention(
             q, k, v, global_tokens=global_tokens, padding=padding, **options
         )
     scale = dim**-0.5 if scale is None else scale
-    settings = _settings("rows", dim, q.dtype, causal)
-    kinds = _kinds(tokens, q.device, *masks)
-    return _LocalAttention.apply(q, k, v, kinds, left, right, scale, settings)
+    settings = _settings("rows", dim, q.dtype, causal, arch_of(q.device))
+    kinds = kinds_of(tokens, q.device, *masks)
+    return _LocalAttention.apply(q, k, v, kinds, Masks(*masks), left, right, scale, settings)
 
 
 # ---------------------------------------------------------------- for the compiler and the clock
@@ -737,17 +676,22 @@ def compile_cases() -> list[CompileCase]:
             ("keys backward", _keys_backward_kernel),
         ):
             holds = "columns" if kernel is _keys_backward_kernel else "rows"
-            settings = _settings(holds, dim, kinds[kind], causal)
-            warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
-            tile, size = (settings["BLOCK_Q"], settings["BLOCK_K"]), kinds[kind].itemsize
-            for again in (False, True) if dim == 64 else (False,):
-                case = CompileCase(
-                    f"local_attention: {name} {kind} {dim}" + again * " again", kernel, types,
-                    strides | settings | {"AGAIN": again},
-                    mma=kind != "fp32", warps=warps, stages=stages,
-                    work=_work(name, dim, causal, tile, size),
-                )  # fmt: skip
-                found.append(case)
+            of_archs: dict[tuple, list[int]] = {}  # equal settings are one case
+            for arch in LIMITS:
+                of_arch = _settings(holds, dim, kinds[kind], causal, arch)
+                of_archs.setdefault(tuple(of_arch.items()), []).append(arch)
+            for items, archs in of_archs.items():
+                settings = dict(items)
+                warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
+                tile, size = (settings["BLOCK_Q"], settings["BLOCK_K"]), kinds[kind].itemsize
+                for again in (False, True) if dim == 64 else (False,):
+                    case = CompileCase(
+                        f"local_attention: {name} {kind} {dim}" + again * " again", kernel, types,
+                        strides | settings | {"AGAIN": again},
+                        mma=kind != "fp32", warps=warps, stages=stages,
+                        work=_work(name, dim, causal, tile, size), archs=tuple(archs),
+                    )  # fmt: skip
+                    found.append(case)
     return found
 
 
@@ -761,11 +705,17 @@ def _work(name: str, dim: int, causal: bool, tile: tuple[int, int], size: int) -
     held, passing = reversed(tile) if by_keys else tile
     moved = {"forward": 2, "queries backward": 3, "keys backward": 2}[name] * heads
     moved += {"forward": 2, "queries backward": 2, "keys backward": 4}[name] * key_heads
+    # Away from the ends: a held tile meets `seen + held` neighbors, in tiles that begin anywhere;
+    # all see the same `seen - held` of them.
+    group = heads // key_heads if by_keys else 1
+    full = max(0, (seen - held) // passing)
+    masked = (seen + held) // passing - full
     return Work(
         what=f"{tokens} tokens, {heads} heads of {dim}, window {window}",
         item="tile",
         items=1,
-        turns=(seen // passing + 1) * (heads // key_heads if by_keys else 1),
+        turns=full * group,
+        other_turns=masked * group,
         programs=tokens // held * (key_heads if by_keys else heads),
         fetched=2 * passing * dim * size,
         bytes=moved * tokens * dim * size,
@@ -804,7 +754,7 @@ def _bench_case(
         q, k, v, d_out = (x.bfloat16() for x in (q, k, v, d_out))
         inputs = [x.requires_grad_(backward) for x in (q, k, v)]
         chosen = is_global(device) if global_count else None
-        left, right = _reach(window, causal, tokens)
+        left, right = reach_of(window, causal, tokens)
 
         def mask(_batch, _head, i, j):
             near = (j >= i - left) & (j <= i + right)

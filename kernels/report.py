@@ -86,6 +86,7 @@ class Work:
         fetched: Bytes that a program asks memory for in one turn and no other program shares.
         bytes: Bytes that the launch moves at the least.
         flops: Operations of the launch.
+        other_turns: Turns of a second loop beside the main one, which does the same with masks.
     """
 
     what: str
@@ -96,6 +97,7 @@ class Work:
     fetched: int
     bytes: int
     flops: int
+    other_turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,18 @@ def in_flight(device: Device, work: Work, programs: int, *, asynchronous: bool, 
     return work.fetched * (max(1, stages - 1) if asynchronous else 1) * here
 
 
-def bound(device: Device, work: Work, flight: int, *, instructions: int, warps: int, mma: bool):
-    """The bounds of one launch."""
-    issued = work.programs * warps * instructions * work.turns
+def bound(
+    device: Device,
+    work: Work,
+    flight: int,
+    *,
+    instructions: int,
+    warps: int,
+    mma: bool,
+    other: int = 0,
+) -> Bound:
+    """The bounds of one launch, by the instructions of its main loop and of the other one."""
+    issued = work.programs * warps * (instructions * work.turns + other * work.other_turns)
     rate = device.products if mma else device.plain
     return Bound(
         memory=work.bytes / device.bandwidth,
@@ -186,7 +197,13 @@ def row(compiled: Any, work: Work, *, warps: int, stages: int) -> dict[str, Any]
     copies, lanes = assembly.asynchronous, 1 if work.item == "tile" else 32
     flight = in_flight(device, work, programs, asynchronous=copies > 0, stages=stages)
     found = bound(
-        device, work, flight, instructions=len(loop), warps=warps, mma=assembly.products > 0
+        device,
+        work,
+        flight,
+        instructions=len(loop),
+        other=len(assembly.other_loop()) if work.other_turns else 0,
+        warps=warps,
+        mma=assembly.products > 0,
     )
     return {
         "kernel": compiled.name,

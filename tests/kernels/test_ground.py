@@ -142,6 +142,16 @@ def test_which_gpus_it_is_chosen_for(monkeypatch, capability, hip, picked):
         choose("triton", torch.ones(2))
 
 
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((7, 5), 80), ((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 90)]
+)
+def test_settings_are_those_of_the_newest_target_that_a_gpu_reaches(monkeypatch, capability, arch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _launch.arch_of(torch.device("cuda")) == arch
+    assert _launch.arch_of(torch.device("cpu")) == 80
+
+
 @jit
 def _writes(source, out, n, BLOCK: tl.constexpr, TOO_FAR: tl.constexpr):  # pragma: no cover
     place = tl.arange(0, BLOCK)

@@ -8,7 +8,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import LongformerConfig
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
+from effnb.kernels import _window
 from effnb.kernels import local_attention as module
+from effnb.kernels._window import PADDING, Masks, full_tiles, list_visits, reach_of, visits_of
 from effnb.kernels.local_attention import (
     count_pairs,
     local_attention,
@@ -159,17 +161,56 @@ def test_schedule_lists_just_the_tiles_with_visible_pairs(
     tokens, half, causal, block_q, block_k, share, seed
 ):
     is_global = marks(2, tokens, share, seed)
-    reach = module._reach(2 * half, causal, tokens)
+    reach = reach_of(2 * half, causal, tokens)
     schedule = tile_schedule(is_global.to(torch.int8), *reach, causal, block_q, block_k)
     visible = visible_pairs(tokens, window=2 * half, causal=causal, global_tokens=is_global)
     padded = torch.nn.functional.pad(visible, (0, -tokens % block_k, 0, -tokens % block_q))
     tiles = padded.unflatten(2, (-1, block_k)).unflatten(1, (-1, block_q)).any(4).any(2)
     assert torch.equal(schedule, tiles)
+    full = full_tiles(is_global.to(torch.int8), *reach, causal, block_q, block_k)
+    tiles = padded.unflatten(2, (-1, block_k)).unflatten(1, (-1, block_q)).all(4).all(2)
+    # A tile that one side's global tokens and the window fill together is called masked.
+    assert not (full & ~tiles).any()
+    if not share:
+        assert torch.equal(full, tiles)
+    visits = list_visits(schedule, full)
+    for row in schedule.nonzero()[:, :2].unique(dim=0).tolist():
+        masked, every = visits.counts[*row].tolist()
+        mine = visits.tiles[*row, :every].tolist()
+        assert sorted(mine) == schedule[*row].nonzero().flatten().tolist()
+        assert sorted(mine[masked:]) == full[*row].nonzero().flatten().tolist()
+
+
+def test_schedules_are_kept_for_the_same_masks_and_made_anew_for_others(monkeypatch):
+    made = []
+    original = _window.tile_schedule
+    monkeypatch.setattr(_window, "tile_schedule", lambda *a: made.append(a) or original(*a))
+    monkeypatch.setattr(_window, "_kept", type(_window._kept)())
+
+    def visits(mask, window=5, by_keys=False):
+        kinds = _window.kinds_of(64, "cpu", mask, None)
+        return visits_of(kinds, Masks(mask, None), window, 0, True, (16, 16), by_keys=by_keys)
+
+    first, again = visits(None), visits(None)
+    assert again is first and len(made) == 1
+    assert visits(None, window=40) is not first and len(made) == 2
+    mask = torch.arange(64) == 3
+    assert visits(mask) is not first and visits(mask) is visits(mask) and len(made) == 3
+    before = visits(mask).counts.clone()
+    mask[60] = True  # written to
+    assert not torch.equal(visits(mask).counts, before) and len(made) == 4
+    with torch.inference_mode():
+        hidden = torch.arange(64) == 3
+        assert visits(hidden).counts.equal(before) and visits(hidden).counts.equal(before)
+    assert len(made) == 6  # nothing tells whether such a tensor was written to
+    for window in range(6, 6 + 2 * _window.KEPT):
+        visits(None, window)
+    assert len(_window._kept) == _window.KEPT
 
 
 def test_schedule_leaves_out_tiles_of_padding_and_nothing_visible():
     kinds = torch.zeros(1, 64, dtype=torch.int8)
-    kinds[0, 32:] = module.PADDING
+    kinds[0, 32:] = PADDING
     schedule = tile_schedule(kinds, 40, 40, False, 16, 16)[0]
     assert schedule[:2, :2].all() and not schedule[2:].any() and not schedule[:, 2:].any()
 
@@ -192,8 +233,8 @@ def test_pairs_are_counted_without_the_table(tokens, half, causal, share, seed):
 def test_a_window_visits_7_of_10_tiles():
     """64 tokens in tiles of 16, causal, a window of 10: 7 of 16 tiles, 10 without the window."""
     kinds = torch.zeros(1, 64, dtype=torch.int8)
-    schedule = tile_schedule(kinds, *module._reach(10, True, 64), True, 16, 16)[0]
-    everything = tile_schedule(kinds, *module._reach(64, True, 64), True, 16, 16)[0]
+    schedule = tile_schedule(kinds, *reach_of(10, True, 64), True, 16, 16)[0]
+    everything = tile_schedule(kinds, *reach_of(64, True, 64), True, 16, 16)[0]
     assert int(schedule.sum()) == 7 and int(everything.sum()) == 10
     assert schedule.nonzero().tolist() == [[0, 0], *([i, i - n] for i in (1, 2, 3) for n in (1, 0))]
 
@@ -300,6 +341,20 @@ def test_kernel_skips_tiles_and_reaches_far_ones(proof):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_kernel_masks_nothing_in_full_tiles(proof, dtype, causal):
+    """Heads narrower than their tile, a ragged end, padding in a tile that is full without it."""
+    q, k, v = tensors(proof, 2, 2, 1, 330, 24, dtype=dtype)
+    padding = torch.zeros(2, 330, dtype=torch.bool, device=proof.device)
+    padding[1, 70] = True
+    kinds = _window.kinds_of(330, proof.device, None, padding)
+    reach = reach_of(300, causal, 330)
+    full = full_tiles(kinds, *reach, causal, 64, 64).sum((1, 2)).tolist()
+    assert full[0] > full[1] > 0
+    options = dict(window=300, causal=causal, padding=padding)
+    compare(proof, *kernel(proof, **options), q, k, v)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_kernel_gives_zeros_where_nothing_is_seen(proof, causal):
     q, k, v = tensors(proof, 3, 2, 1, 80, 8)
     is_padding = marks(3, 80, 0.4).to(proof.device)
@@ -389,8 +444,8 @@ def test_kernel_reads_heads_where_a_projection_wrote_them(proof):
 def test_blocks_shrink_for_wide_heads():
     """Tiles are what fits: 64 rows at most, 16 at least, and heads of 256 at most."""
 
-    def of(holds, dim, dtype):
-        found = module._settings(holds, dim, dtype, True)
+    def of(holds, dim, dtype, arch=80):
+        found = module._settings(holds, dim, dtype, True, arch)
         return found["BLOCK_Q"], found["BLOCK_K"], found["BLOCK_D"], found["num_warps"]
 
     assert of("rows", 5, torch.float16) == (64, 64, 16, 4)
@@ -398,6 +453,7 @@ def test_blocks_shrink_for_wide_heads():
     assert of("rows", 256, torch.bfloat16) == (64, 32, 256, 4)
     assert of("columns", 128, torch.float16) == (32, 64, 128, 4)
     assert of("columns", 256, torch.float16) == (32, 32, 256, 4)
+    assert of("columns", 256, torch.float16, arch=90) == (32, 64, 256, 8)
     assert of("columns", 256, torch.float32) == (16, 16, 256, 8)
 
 

@@ -51,6 +51,27 @@ def test_a_kernel_without_a_loop_is_its_own_turn():
         read("nothing here")
 
 
+def test_a_second_loop_beside_the_first_is_counted_for_itself():
+    second = """
+        /*0072*/                   FADD R0, R1, R2 ;
+.L_x_3:
+        /*0074*/                   LDG.E R0, desc[UR12][R4.64] ;
+        /*0075*/                   FADD R0, R1, R2 ;
+        /*0076*/                   FADD R0, R1, R2 ;
+        /*0077*/                   FADD R0, R1, R2 ;
+        /*0078*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0079*/               @!P0 BRA `(.L_x_3) ;
+"""
+    lines = TEXT.splitlines()
+    found = read("\n".join([*lines[:10], *second.splitlines()[1:], *lines[11:]]))
+    assert [len(found.main_loop()), len(found.other_loop())] == [5, 6]
+    assert read(TEXT).other_loop() == (), "a loop around the main one is not beside it"
+    work = Work("two loops", "tile", 1, 10, 100, 0, 1, 1, other_turns=3)
+    device = DEVICES[90]
+    found = bound(device, work, 1, instructions=5, other=6, warps=4, mma=True)
+    assert found.issue == pytest.approx(100 * 4 * (5 * 10 + 6 * 3) / (4 * 132 * 1.83e9))
+
+
 def test_the_loop_that_loads_is_chosen_where_nothing_multiplies():
     text = TEXT.replace("HMMA.16816.F32", "FFMA")
     assert read(text).main_loop()[0].name == "LDG.E.128", "the outer loop loads more"
