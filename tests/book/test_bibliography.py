@@ -6,7 +6,15 @@ import pytest
 
 from effnb.book.site.address import Home, home, web_address
 from effnb.book.site.bar import ways_out
-from effnb.book.site.bibliography import FILE, Paper, linked, papers, papers_aside, papers_part, read
+from effnb.book.site.bibliography import (
+    FILE,
+    Paper,
+    linked,
+    papers,
+    papers_aside,
+    papers_part,
+    read,
+)
 
 LORA = "2106.09685"
 
@@ -29,7 +37,8 @@ def test_every_entry_can_be_reached_and_has_title_and_year():
         ("@misc{a,\n  author = {A},\n  year = {2020},\n  eprint = {2001.00001}\n}\n", "no title"),
         ("@misc{a,\n  author = {A},\n  title = {T},\n  year = {2020}\n}\n", "no eprint or doi"),
         (
-            "@misc{a,\n  author = {A},\n  title = {T},\n  year = {2020},\n  doi = {10.1/x}\n}\n" * 2,
+            "@misc{a,\n  author = {A},\n  title = {T},\n  year = {2020},\n  doi = {10.1/x}\n}\n"
+            * 2,
             "two entries",
         ),
     ],
@@ -43,8 +52,9 @@ def test_a_broken_entry_is_named(tmp_path, entry, said):
 
 def test_ids_dois_and_names_become_links():
     page = linked(
-        "<p>Hu et al., <em>LoRA</em>, 2021, arXiv 2106.09685. As Hu et al. (2021) say, and Li et al.,"
-        ' 2021. See <a href="https://arxiv.org/abs/2106.09685">this</a>, doi:10.1234/ab.c.</p>'
+        "<p>Hu et al., <em>LoRA</em>, 2021, arXiv 2106.09685. As Hu et al. (2021) say, and"
+        ' Li et al., 2021. See <a href="https://arxiv.org/abs/2106.09685">this</a>,'
+        " doi:10.1234/ab.c.</p>"
     )
     assert page.count('href="https://arxiv.org/abs/2106.09685"') == 3
     assert page.count('title="LoRA: Low-Rank Adaptation of Large Language Models, 2021"') == 3
@@ -64,7 +74,9 @@ def test_links_are_not_put_inside_of_links_or_scripts():
 
 
 def test_an_id_in_a_listing_is_found_across_its_line_break():
-    page = linked('<pre><span class="sd">Hu et al., 2021, arXiv</span>\n<span>2106.09685.</span></pre>')
+    page = linked(
+        '<pre><span class="sd">Hu et al., 2021, arXiv</span>\n<span>2106.09685.</span></pre>'
+    )
     assert '<a class="paper" href="https://arxiv.org/abs/2106.09685"' in page
 
 

@@ -77,9 +77,13 @@ def home(folder: Path, given: str | None = None) -> Home:
         ValueError: When an address is given that is no web address and no remote of git.
     """
     given = os.environ.get(VARIABLE) if given is None else given
-    address = web_address(given if given is not None else _git(folder, "remote", "get-url", "origin"))
+    address = web_address(
+        given if given is not None else _git(folder, "remote", "get-url", "origin")
+    )
     if given and not address:
-        raise ValueError(f"{given!r} is no repository's address: give one such as https://host/owner/name.")
+        raise ValueError(
+            f"{given!r} is no repository's address: give one such as https://host/owner/name."
+        )
     head = _git(folder, "symbolic-ref", "--short", "refs/remotes/origin/HEAD")
     site = os.environ.get(SITE_VARIABLE, "")
     pages = re.fullmatch(r"https://github\.com/([^/]+)/([^/]+)", address)

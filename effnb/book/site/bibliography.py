@@ -52,7 +52,9 @@ class Paper:
     @property
     def address(self) -> str:
         """Where it can be read."""
-        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else f"https://doi.org/{self.doi}"
+        return (
+            f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else f"https://doi.org/{self.doi}"
+        )
 
     @property
     def people(self) -> str:
@@ -60,7 +62,9 @@ class Paper:
         first, *rest = self.authors
         if not rest:
             return first
-        return f"{first} and {rest[0]}" if len(rest) == 1 and rest != ["others"] else f"{first} et al."
+        return (
+            f"{first} and {rest[0]}" if len(rest) == 1 and rest != ["others"] else f"{first} et al."
+        )
 
 
 def read(path: Path = FILE) -> dict[str, Paper]:
@@ -195,7 +199,7 @@ def papers_part(where: dict[str, list[tuple[str, str]]]) -> str:
             f'<li id="{paper.key}"><p>{html.escape(paper.people)}, '
             f'<a class="paper" href="{paper.address}">{html.escape(paper.title)}</a>, '
             f"{paper.year}{f', arXiv {name}' if paper.arxiv else f', doi {name}'}.</p>"
-            f'{f"<p class=cited-in>Cited in {links}.</p>" if links else ""}'
+            f"{f'<p class=cited-in>Cited in {links}.</p>' if links else ''}"
             f"<details><summary>BibTeX</summary><pre>{html.escape(paper.bibtex)}</pre></details></li>"
         )
     return f'<ul class="papers">{"".join(rows)}</ul>'

@@ -339,9 +339,7 @@ def _looks(tags: list[str]) -> dict[str, Any]:
     return {"tags": kept}
 
 
-def _with_bar(
-    cells: list[dict[str, Any]], written: Written, home: Home
-) -> list[dict[str, Any]]:
+def _with_bar(cells: list[dict[str, Any]], written: Written, home: Home) -> list[dict[str, Any]]:
     """The cells with a bar under the title: how long the chapter takes, and how it is run."""
     first, *rest = cells
     title, found, below = first["source"].partition("\n")
