@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from effnb.book.site.address import home
 from effnb.book.site.book import REPOSITORY, SiteError, read_book
 from effnb.book.site.sources import write
 from effnb.lab.chapters import NOTEBOOKS
@@ -19,13 +20,16 @@ MARK = ".nojekyll"
 """Lies in every site, and tells hosts to publish folders that begin with an underscore as well."""
 
 
-def build(out: Path = OUT, notebooks: Path = NOTEBOOKS) -> tuple[int, list[str]]:
+def build(
+    out: Path = OUT, notebooks: Path = NOTEBOOKS, repository: str | None = None
+) -> tuple[int, list[str]]:
     """Make the site: its sources first, then its pages.
 
     Args:
         out: The folder to publish; it is emptied first. A folder beside it, of the same
             name with `-sources` at the end, is not part of the site.
         notebooks: The executed chapters.
+        repository: The repository's address on the web; asked from git when None.
 
     Returns:
         The exit status of Sphinx, 1 when it warned of anything; and what is ill-formed without
@@ -36,9 +40,13 @@ def build(out: Path = OUT, notebooks: Path = NOTEBOOKS) -> tuple[int, list[str]]
     """
     if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
         raise SiteError(f"{out} has something in it that is no site: name another folder.")
+    try:
+        place = home(REPOSITORY, repository)
+    except ValueError as problem:
+        raise SiteError(str(problem)) from None
     work = out.with_name(f"{out.name}-sources")
     shutil.rmtree(out, ignore_errors=True)
-    notes = write(work / "pages", work / "extra", read_book(notebooks))
+    notes = write(work / "pages", work / "extra", read_book(notebooks), home=place)
     command = [
         *(sys.executable, "-m", "sphinx", "--builder", "html", "--quiet", "--fresh-env"),
         *("--fail-on-warning", "--keep-going", "--conf-dir", str(CONFIGURATION)),
@@ -63,10 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m effnb.book.site", description="Make the book's pages from its chapters."
     )
     parser.add_argument("--out", type=Path, default=OUT, help="the folder to publish")
+    parser.add_argument(
+        "--repository", help="its address on the web, such as https://host/owner/name"
+    )
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     try:
-        status, notes = build(options.out.resolve())
+        status, notes = build(options.out.resolve(), repository=options.repository)
     except SiteError as problem:
         print(problem, file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ from docutils import nodes
 from sphinx import addnodes
 from sphinx.util import logging
 
+from effnb.book.site.bibliography import linked
 from effnb.book.site.book import REPOSITORY
 from effnb.book.site.katex import render
 from effnb.book.site.reference import read_reference
@@ -82,7 +83,7 @@ def add_contents(app: Any, _page: str, _template: str, context: dict[str, Any], 
         app.effnb_contents = json.loads(path.read_text(encoding="utf-8"))
     context["book_nav"] = app.effnb_contents
     if "body" in context:
-        context["body"] = accessible(context["body"])
+        context["body"] = linked(accessible(context["body"]))
 
 
 def accessible(body: str) -> str:

@@ -15,6 +15,8 @@ from pygments.lexers import PythonLexer
 
 from effnb.book import architectures
 from effnb.book.methods import page as methods_page
+from effnb.book.site import bibliography
+from effnb.book.site.address import Home
 from effnb.book.site.api import module_page
 from effnb.book.site.book import REPOSITORY, Book, SiteError, link, read_book, up
 from effnb.book.site.docstrings import first_sentence
@@ -39,13 +41,17 @@ PAGES = REPOSITORY / ".make" / "site" / "pages"
 """The prose of the pages beside the chapters; `<!-- … -->` marks where generated parts go."""
 
 LOOK_UP = (
-    *("map", "methods", "architectures", "which", "claims", "notation", "glossary", "datasheet"),
-    "api/index",
+    *("map", "methods", "architectures", "which", "claims", "papers", "notation", "glossary"),
+    *("datasheet", "api/index"),
 )
 
 
 def write(
-    out: Path, extra: Path, book: Book | None = None, reference: Reference | None = None
+    out: Path,
+    extra: Path,
+    book: Book | None = None,
+    reference: Reference | None = None,
+    home: Home | None = None,
 ) -> list[str]:
     """Write the sources of all pages.
 
@@ -54,6 +60,7 @@ def write(
         extra: The folder whose content goes to the top of the site as it is; emptied first.
         book: The chapters; those of the repository when None.
         reference: The public objects of the package; read from the repository when None.
+        home: The repository on the web; pages offer their downloads alone when None.
 
     Returns:
         What is ill-formed without stopping the book, as sentences: docstrings.
@@ -69,7 +76,7 @@ def write(
     for problem in clashes(declared):
         raise SiteError(problem)
     reference = reference or read_reference(REPOSITORY)
-    web = Web(book, reference, out, extra)
+    web = Web(book, reference, out, extra, home)
     for written in book.written:
         text = json.dumps(web.chapter(written), ensure_ascii=False)
         _put(out / f"{written.name}.ipynb", text)
@@ -88,6 +95,7 @@ def write(
         "architectures": {"architectures": raw(architectures.page(architectures.read()))},
         "api/index": {"modules": _modules(reference)},
         "reading": {},
+        "papers": {"papers": raw(bibliography.papers_part(web.cited))},
     }
     for page, parts in generated.items():
         _put(out / f"{page}.md", _filled(page, parts))
@@ -102,7 +110,12 @@ def write(
         web.sources.add(module.path.as_posix())
     for path in sorted(web.sources):
         _put(extra / "source" / f"{path}.html", _source_page(path))
-    return reference.problems
+    shutil.copyfile(bibliography.FILE, extra / bibliography.FILE.name)
+    unknown = sorted(set(web.cited) - set(bibliography.papers()))
+    return reference.problems + [
+        f"{web.cited[one][0][0]} cites arXiv {one}, which is not in .make/site/bibliography.bib."
+        for one in unknown
+    ]
 
 
 def _put(path: Path, text: str) -> None:
@@ -242,6 +255,7 @@ def _source_page(path: str) -> str:
     formatter = HtmlFormatter(nowrap=False, linenos="inline", lineanchors="L", anchorlinenos=True)
     coloured = highlight(code, PythonLexer(), formatter)
     template = (PAGES.parent / "source.html").read_text(encoding="utf-8")
+    coloured = bibliography.linked(coloured)
     place = {"top": up(f"source/{path}"), "path": html.escape(path), "code": coloured}
     return re.sub(r"\{\{ (\w+) \}\}", lambda found: place[found[1]], template)
 

@@ -20,12 +20,15 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from effnb.book.site.address import Home
+from effnb.book.site.bar import bar_html
+from effnb.book.site.bibliography import cited, papers_aside
 from effnb.book.site.book import REPOSITORY, Book, SiteError, Written, resolve, source, up
 from effnb.book.site.map import map_html
 from effnb.book.site.panels import VIEW, NoPanel, panel_html, stored_panel
 from effnb.book.site.reference import Reference
 from effnb.book.site.verdicts import claim_html
-from effnb.lab.chapters import chapter_map, run_time_sentence
+from effnb.lab.chapters import chapter_map
 from effnb.lab.claims import MIME as CLAIMS
 
 _DATA_URI = re.compile(r'src="data:image/(png|jpeg|svg\+xml|gif|webp);base64,([^"]+)"')
@@ -42,7 +45,9 @@ _FOREIGN = re.compile(r"[a-z][a-z0-9+.-]*:|#")
 class Web:
     """Turns chapters into pages, and remembers which files the pages need beside them."""
 
-    def __init__(self, book: Book, reference: Reference, out: Path, extra: Path) -> None:
+    def __init__(
+        self, book: Book, reference: Reference, out: Path, extra: Path, home: Home | None = None
+    ) -> None:
         """Work for a book.
 
         Args:
@@ -50,7 +55,10 @@ class Web:
             reference: The public objects of the package, for links to them.
             out: The folder that Sphinx reads.
             extra: The folder whose content is copied to the top of the site.
+            home: The repository on the web; without one, chapters offer their downloads alone.
         """
+        self.home = home or Home()
+        self.cited: dict[str, list[tuple[str, str]]] = {}
         self.book, self.reference, self.out, self.extra = book, reference, out, extra
         self.sources: set[str] = set()
         self.shown: dict[str, list[tuple[str, str]]] = {}
@@ -187,11 +195,27 @@ class Web:
                 used[full] = None
                 link = f"/{name}.ipynb" + (f"#{section}" if section else "")
                 self.shown.setdefault(full, []).append((written.chapter.title, link))
-        cells = _with_bar(cells, written)
+        cells = _with_bar(cells, written, self.home)
+        ids = cited("\n".join(source(one) for one in written.notebook["cells"]))
+        for one in ids:
+            self.cited.setdefault(one, []).append((written.chapter.title, f"{name}.html"))
+        for ending in ("ipynb", "py"):
+            self._download(f"{name}.{ending}")
+        aside = papers_aside(ids, name)
+        if aside:
+            cells.append(_markdown(aside, []))
         if used:
             cells.append(_markdown(self._package(name, list(used)), []))
         metadata = {k: v for k, v in written.notebook["metadata"].items() if k != "widgets"}
         return {**written.notebook, "cells": cells, "metadata": metadata}
+
+    def _download(self, name: str) -> None:
+        """Put a file of a chapter where its page offers it."""
+        origin, target = self.book.folder / name, self.extra / "download" / name
+        if not origin.is_file():  # the source of a planted chapter
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(origin, target)
 
     def _package(self, page: str, used: list[str]) -> str:
         """The objects of the package that a chapter uses, with links to their descriptions."""
@@ -315,37 +339,11 @@ def _looks(tags: list[str]) -> dict[str, Any]:
     return {"tags": kept}
 
 
-def _with_bar(cells: list[dict[str, Any]], written: Written) -> list[dict[str, Any]]:
+def _with_bar(cells: list[dict[str, Any]], written: Written, home: Home) -> list[dict[str, Any]]:
     """The cells with a bar under the title: how long the chapter takes, and how it is run."""
     first, *rest = cells
     title, found, below = first["source"].partition("\n")
     if first["cell_type"] != "markdown" or not title.startswith("# "):
         raise SiteError(f"{written.name} does not begin with its title, `# …`.")
-    bar = _markdown(bar_html(written), [])
+    bar = _markdown(bar_html(written, home), [])
     return [_markdown(title, []), bar, *([_markdown(below, [])] if found else []), *rest]
-
-
-def bar_html(written: Written) -> str:
-    """How long a chapter takes, and a button that says how to run it."""
-    chapter = written.chapter
-    facts = [f"<span>{chapter.minutes} min to read</span>"]
-    if chapter.measured:
-        facts += [
-            f"<span>{chapter.measured.seconds} s to run</span>",
-            f"<span>{chapter.measured.mebibytes:,} MiB of memory</span>",
-        ]
-    said = run_time_sentence(chapter.minutes, chapter.measured, chapter.live)
-    path = f"my/{chapter.name}.ipynb"  # the learner's copy
-    return (
-        f'<div class="chapter-bar"><p class="chapter-facts" title="{html.escape(said)}">'
-        f"{''.join(facts)}</p>"
-        '<details class="run-it"><summary>Run this chapter</summary><div>'
-        "<p>With Python 3.11, 3.12 or 3.13, in a clone of the repository:</p>"
-        "<pre><code>make lab</code></pre>"
-        "<p>On Windows, or without <code>make</code>:</p>"
-        "<pre><code>py .make/setup.py lab</code></pre>"
-        "<p>The first time this installs everything, in a few minutes; afterwards it starts within "
-        f"seconds and needs no network. In JupyterLab open <code>{html.escape(path)}</code> and "
-        "choose <em>Run → Run All Cells</em>. Then every knob moves to every position.</p>"
-        f"<p>{html.escape(said)}</p></div></details></div>"
-    )
