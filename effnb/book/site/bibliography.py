@@ -35,7 +35,7 @@ class Paper:
         key: Its BibTeX key, which is its anchor on the page of papers.
         authors: Surnames; `others` at the end where there are more.
         title: In full.
-        year: Of its first appearance.
+        year: Of the version that is cited.
         arxiv: Its arXiv id, or nothing.
         doi: Its DOI, or nothing.
         bibtex: The entry as it stands in the file.

@@ -12,9 +12,9 @@ costs least to remove?
   $H^{-1} \leftarrow H^{-1} - \frac{H^{-1} e_q e_q^\top H^{-1}}{[H^{-1}]_{qq}}$.
 
 For one linear layer and the squared error of its output, $H = \frac2N X X^\top$ is the same for
-every row, and OBS can be carried out exactly, one weight after another (Frantar and Alistarh,
-"Optimal Brain Compression", 2022, arXiv 2208.11580). SparseGPT is what remains of it when a large
-model has to be done in hours.
+every row, and OBS can be carried out exactly, one weight after another (Frantar, Singh and
+Alistarh, "Optimal Brain Compression", 2022, arXiv 2208.11580). SparseGPT is what remains of it when
+a large model has to be done in hours.
 """
 
 from __future__ import annotations
