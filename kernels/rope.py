@@ -104,20 +104,26 @@ def _turn_heads(
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Turn all heads of one token by the same angles."""
+    kind = out.dtype.element_ty
     pair = tl.arange(0, BLOCK_HALF)[None, :]
-    # Where the two numbers of a pair lie. Interleaved ones share their sectors of memory, so that
-    # reading every other number twice still moves each sector once: the cache has the second.
-    a, b = (2 * pair, 2 * pair + 1) if INTERLEAVED else (pair, pair + HALF)
+    both = tl.arange(0, 2 * BLOCK_HALF)[None, :]
     for start in range(0, heads, BLOCK_HEADS):
         head = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
-        inside = (head < heads) & (pair < HALF)
-        row = x + head * x_head
-        x_a = tl.load(row + a.to(tl.int64) * x_dim, mask=inside, other=0.0).to(tl.float32)
-        x_b = tl.load(row + b.to(tl.int64) * x_dim, mask=inside, other=0.0).to(tl.float32)
-        row = out + head * out_head
-        kind = out.dtype.element_ty
-        tl.store(row + a, (x_a * cos - x_b * sin).to(kind), mask=inside)
-        tl.store(row + b, (x_b * cos + x_a * sin).to(kind), mask=inside)
+        row, row_out = x + head * x_head, out + head * out_head
+        if INTERLEAVED:  # whole heads are read and written, in vectors, and parted in registers
+            inside = (head < heads) & (both < 2 * HALF)
+            pairs = tl.load(row + both.to(tl.int64) * x_dim, mask=inside, other=0.0)
+            x_a, x_b = tl.split(tl.reshape(pairs.to(tl.float32), (BLOCK_HEADS, BLOCK_HALF, 2)))
+            turned = tl.join(x_a * cos - x_b * sin, x_b * cos + x_a * sin).to(kind)
+            turned = tl.reshape(turned, (BLOCK_HEADS, 2 * BLOCK_HALF))
+            tl.store(row_out + both, turned, mask=inside)
+        else:
+            inside = (head < heads) & (pair < HALF)
+            x_a = tl.load(row + pair.to(tl.int64) * x_dim, mask=inside, other=0.0).to(tl.float32)
+            at_b = (pair + HALF).to(tl.int64) * x_dim
+            x_b = tl.load(row + at_b, mask=inside, other=0.0).to(tl.float32)
+            tl.store(row_out + pair, (x_a * cos - x_b * sin).to(kind), mask=inside)
+            tl.store(row_out + pair + HALF, (x_b * cos + x_a * sin).to(kind), mask=inside)
 
 
 @jit
