@@ -312,7 +312,7 @@ def compile_cases() -> list[CompileCase]:
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:
     """Decoding and prompts through a layer of a model of 8 billion parameters."""
-    shapes = [(4, 64, 64)] if small else [(1, 4096, 4096), (32, 14336, 4096), (4096, 4096, 4096)]
+    shapes = [(4, 64, 64)] if small else [(1, 4096, 4096), (16, 14336, 4096), (4096, 4096, 4096)]
     return [_bench_case(*shape) for shape in shapes]
 
 
