@@ -501,13 +501,22 @@ def compile_cases() -> list[CompileCase]:
             )
         )  # fmt: skip
         if bits == 2:
-            late = dict(constants, BLOCK_T=32 if kind == "fp32" else 64)
+            block, latest, size = (32, 128, 4) if kind == "fp32" else (64, 128, 2)
+            rest = Work(
+                what=f"{latest} latest tokens and {parts} parts, {key_heads} heads of {dim}",
+                item="tile",
+                items=1,
+                turns=latest // block,
+                programs=key_heads,
+                fetched=2 * block * dim * size,
+                bytes=2 * latest * key_heads * dim * size + parts * key_heads * group * dim * 4,
+                flops=4 * latest * key_heads * group * dim,
+            )
+            name = f"quantized_attention: latest {kind}"
+            late = constants | {"BLOCK_T": block}
             found.append(
-                CompileCase(
-                    f"quantized_attention: latest {kind}", _latest_kernel, types, late,
-                    mma=kind != "fp32",
-                )
-            )  # fmt: skip
+                CompileCase(name, _latest_kernel, types, late, mma=kind != "fp32", work=rest)
+            )
     return found
 
 
