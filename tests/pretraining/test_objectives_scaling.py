@@ -110,8 +110,9 @@ def test_the_parabolas_minimum():
     losses = [3 + 0.1 * (math.log(n) - best) ** 2 for n in sizes]
     assert objectives.isoflop_minimum(sizes, losses) == pytest.approx(2e6)
     assert objectives.isoflop_minimum(sizes, [-x for x in losses]) is None  # a maximum
-    outside = objectives.isoflop_minimum([5e6, 1e7, 2e7], [*losses[2:], 4.5])
-    assert outside is None
+    larger = [5e6, 1e7, 2e7]
+    rising = [3 + 0.1 * (math.log(n) - best) ** 2 for n in larger]
+    assert objectives.isoflop_minimum(larger, rising) is None  # below all that were tried
     assert objectives.isoflop_minimum([1e6, 2e6, 4e6], [3.0, 3.0, 3.0]) is None  # flat
 
 
