@@ -193,7 +193,7 @@ def fit_scaling_law(
     )
     best, lowest = None, math.inf
     with torch.enable_grad():
-        for begin in itertools.product((0.0, 5.0, 10.0), (0.0, 5.0, 10.0), (0.5,), (0.3, 0.8)):
+        for begin in itertools.product((0.0, 5.0, 10.0), (0.0, 5.0, 10.0), (0.5,), (0.5,)):
             a, b, e, exponent = begin
             x = torch.tensor([a, b, e, exponent, exponent], dtype=torch.float64, requires_grad=True)
             found = _minimized(x, log_n, log_d, log_l, delta)
