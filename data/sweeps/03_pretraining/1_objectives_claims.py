@@ -11,6 +11,7 @@ Each row is stored when it is done, and a run that was cut off goes on.
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def judged(found: runs.Trained) -> dict[str, Any]:
         "text_targets": work.text_targets,
         "flops": work.flops,
         "share": round(work.share, 5),
+        "training_loss": round(fmean(found.losses[-50:]), 4),
     }
     row |= probe(found.model, found.objective.both_sides)
     documents = documents_of(Reader(), held_out_novel(), DOCUMENTS, LENGTH)
