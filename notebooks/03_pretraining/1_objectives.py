@@ -58,7 +58,7 @@ drawings.result(runs_stored)
 print(tables.text_said(runs_stored))
 
 # %% [markdown]
-# The losses of these runs cannot be compared: they answer different questions. So all networks were judged by one **probe**: a linear classifier that sees nothing but the mean of the network's last layer, and has to name the section of Debian's archive
+# Losses are in **nats**, the negative natural logarithm of the probability that a network gave to the right answer. The losses of these runs cannot be compared: they answer different questions. So all networks were judged by one **probe**: a linear classifier that sees nothing but the mean of the network's last layer, and has to name the section of Debian's archive
 # that a description comes from.
 
 # %% [markdown]
@@ -296,7 +296,8 @@ else:
 # %% [markdown]
 # ## Where it breaks
 #
-# **Losses that are compared.** The table of mask rates has two columns of losses. Only the right one asks all networks the same. The left one would have you mask as little as possible, because a text with few holes is easy.
+# **Losses that are compared.** The table of mask rates has two columns of losses. Only the right one asks all networks the same. The left one mixes what a network has learned with how hard its own question is, and the more is hidden, the harder it is to answer. The same holds, even more so, for MLM beside CLM, and
+# for ELECTRA, whose loss is that of a yes or no.
 #
 # **A mean over everything.** If the loss is averaged over all positions instead of those that are asked, it shrinks with the rate, and the gradient with it. Here is one batch with two rates:
 
@@ -421,8 +422,8 @@ exercises.rule.solution()
 #
 # **Dynamic masking** (RoBERTa; Liu et al., 2019) costs nothing but a draw. Use it always; `static_masking` is in the package to show why.
 #
-# **Replace MLM and all-tokens MLM** (Clark et al., 2020) are ablations of ELECTRA. The first puts the generator's tokens in the place of mask tokens and asks for the originals at those positions; the second asks for them everywhere. On GLUE, BERT reaches 82.2, ELECTRA judged at 15 % of the positions 82.4, replace MLM 82.4, all-tokens MLM 84.3
-# and ELECTRA 85.0: most of the gain comes from asking everywhere.
+# **Replace MLM and all-tokens MLM** (Clark et al., 2020) are ablations of ELECTRA. The first puts the generator's tokens in the place of mask tokens and asks for the originals at those positions; on the GLUE tasks that is hardly better than BERT. The second asks for them everywhere, and comes close to ELECTRA:
+# most of the gain comes from asking everywhere. Use neither; they explain why ELECTRA works.
 #
 # **Which one?** To write text, CLM. To read it, an encoder that is asked everywhere (ELECTRA) or masked at more than 15 %, if you can afford to compare by your own task. One network for both: spans, or a prefix. Spend the budget near 20 tokens for each parameter, and on a smaller network with more text if it will be used much. The evidence of this page comes from
 # networks of 300 thousand parameters: measure on yours.

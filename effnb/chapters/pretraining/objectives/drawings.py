@@ -45,12 +45,13 @@ def result(rows: Sequence[Row]) -> CaptionedFigure:
         if pick(rows, method=name)
     }
     untrained = pick(rows, method="untrained")
-    floor = 100 * fmean(r["probe"] for r in untrained) if untrained else 10.0
+    floor = 100 * fmean(r["probe"] for r in untrained) if untrained else None
 
     def draw(fig: Figure) -> None:
         axes = fig.subplots()
-        axes.axhline(floor, color="0.55", linestyle=":")
-        axes.text(85, floor, "untrained", color="0.35", fontsize=9, va="bottom")
+        if floor is not None:
+            axes.axhline(floor, color="0.55", linestyle=":")
+            axes.text(1000, floor, "untrained", color="0.35", fontsize=9, va="bottom", ha="right")
         for name, (x, y) in points.items():
             axes.plot([x], [y], "o", color=colour(name), markersize=8)
         spread(axes, points)
@@ -68,7 +69,7 @@ def result(rows: Sequence[Row]) -> CaptionedFigure:
         "network makes of its description. Guessing is right once in ten.",
         alt="Accuracy of the probe, by loss-bearing tokens: "
         + "; ".join(f"{name} {x:.0f} thousand, {y:.0f} %" for name, (x, y) in points.items())
-        + f"; the untrained network {floor:.0f} %.",
+        + (f"; the untrained network {floor:.0f} %." if floor is not None else "."),
         figsize=(6.8, 3.2),
     )
 
@@ -113,7 +114,11 @@ def masks(time: int = 10, prefix: int = 4) -> CaptionedFigure:
                 for j in range(n):
                     if seen[i, j]:
                         face = ASKED if asked[i] else "#B9BEC6"
-                        axes.add_patch(Rectangle((j + 0.06, i + 0.06), 0.88, 0.88, color=face))
+                        axes.add_patch(
+                            Rectangle(
+                                (j, i), 1, 1, facecolor=face, edgecolor="white", linewidth=0.5
+                            )
+                        )
             axes.set_xlim(0, n)
             axes.set_ylim(n, 0)
             axes.set_aspect("equal")

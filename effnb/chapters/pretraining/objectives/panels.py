@@ -99,7 +99,7 @@ def questions(generator: nn.Module) -> Panel:
         ),
         figsize=(7.4, 2.9),
         main="rate",
-        frames={"rate": [15, 40, 80], "objective": ["MLM", "span corruption", "ELECTRA"]},
+        frames={"rate": [15, 40], "objective": ["MLM", "span corruption", "ELECTRA"]},
         predict=guess(
             "Span corruption cuts out 15 % of the tokens in spans of 3. Of 100 positions that the "
             "network then computes, how many are asked for a token of the text?",

@@ -59,7 +59,7 @@ def piece(token: int) -> str:
     return runs.tokenizer().decode([token]).strip() or "␣"
 
 
-def sentence(tokens: int = 32) -> Int[Tensor, "1 time"]:
+def sentence(tokens: int = 36) -> Int[Tensor, "1 time"]:
     """The sentence as ids."""
     ids = runs.tokenizer().encode(SENTENCE, add_special_tokens=False)[:tokens]
     return torch.tensor([ids])
