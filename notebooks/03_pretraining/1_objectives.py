@@ -242,7 +242,12 @@ tables.spans_table(runs_stored)
 # **Static or dynamic masking.** BERT stored ten maskings of its text and read each four times. RoBERTa (Liu et al., 2019) draws a new one each time a text is read. That can matter only where text is repeated:
 
 # %% tags=["nbval-check-output"]
-tables.repeats_table(tables.stored("repeats").data)
+repeats = tables.stored("repeats").data
+print(tables.repeats_said(repeats))
+tables.repeats_table(repeats)
+
+# %% [markdown]
+# A network that always sees the same holes learns the answers by heart, and a low loss says nothing any more.
 
 # %% [markdown]
 # **Chinchilla's rule on three sizes.** The records of `mini-300k`, `mini-1m` and `mini-5m`, at the constant learning rate that all of them had for three quarters of their training:

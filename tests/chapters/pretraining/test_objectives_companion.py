@@ -188,6 +188,11 @@ def test_the_sheets_answers_are_the_text():
     assert [a or s for a, s in zip(mlm.answers, mlm.shown, strict=True)] == text
 
 
+def test_half_a_letter_is_called_so():
+    assert sheet.piece(runs.tokenizer().encode("é", add_special_tokens=False)[0]) in ("byte", "é")
+    assert {sheet.piece(t) for t in (runs.MASK, runs.FIRST_SENTINEL - 1, 0)} == {"[M]", "⟨Y⟩", "·"}
+
+
 def test_unknown_objectives_are_refused():
     with pytest.raises(ValueError, match="choose one of CLM"):
         sheet.sheet("BLM")
@@ -288,6 +293,7 @@ def test_tables_say_what_is_missing():
     for one in (
         tables.text_table(MISSING), tables.text_said(MISSING), tables.rates_table(MISSING),
         tables.rates_said(MISSING), tables.spans_table(MISSING), tables.repeats_table(MISSING),
+        tables.repeats_said(MISSING),
         tables.compute_table(MISSING, MISSING), tables.compute_said(MISSING, MISSING),
         tables.real_table(MISSING), tables.real_said(MISSING), drawings.result(MISSING),
     ):  # fmt: skip
@@ -303,6 +309,7 @@ def test_equal_text():
     assert "against all of them: +0.500" in said
     assert "ELECTRA judged everywhere, against 15 %: −0.020" in said
     assert "worse" in said
+    assert "Against the untrained network, better: CLM; CLM, 15 % asked; MLM 15 %" in said
     assert tables.gain(rows, "ELECTRA", "CLM").mean == pytest.approx(0.2)
     first = [r for r in rows if r["method"] == "CLM"]
     assert len(tables.text_table(first).rows) == 1
@@ -338,6 +345,10 @@ def test_equal_compute_and_repeats():
     masked = [dict(some[0], method=name) for name in tables.MASKINGS]
     found = tables.repeats_table({"table": masked, "times": 30, "batches": 20})
     assert "20,480 tokens of text, read 30 times" in found.caption
+    said = tables.repeats_said({"table": masked[:1], "times": 30, "batches": 20})
+    assert said == (
+        "After 30 readings: with one masking, 6.7 nats on the text itself and 6.4 on another."
+    )
     assert len(found.rows) == 3
 
 

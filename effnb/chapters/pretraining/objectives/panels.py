@@ -235,6 +235,11 @@ def budgets() -> Panel:
         return "\n".join(lines)
 
     known = sorted(slices)
+    last = slices[known[-1]]
+    text_of = {
+        name: last.flops / 6 / scaling.curves()[name].parameters / 1e6 for name in last.losses
+    }
+    bought = " or ".join(f"{tokens:.0f} million tokens for {n}" for n, tokens in text_of.items())
     return panel(
         compute,
         draw,
@@ -245,9 +250,8 @@ def budgets() -> Panel:
         figsize=(6.0, 2.4),
         frames=[known[0], known[len(known) // 2], known[-1]],
         predict=guess(
-            f"A budget of {slices[known[-1]].flops:.0e} operations: 13 million tokens for mini-1m, "
-            "or 3 million for mini-5m. Which has the lower loss then?",
-            ["mini-1m", "mini-5m"],
+            f"{last.flops:.0e} operations buy {bought}. Which has the lower loss then?",
+            list(last.losses),
             answer=lambda found: found["slice"].best,
             at={"budget": known[-1]},
         ),

@@ -48,7 +48,10 @@ class Sheet:
 
 
 def piece(token: int) -> str:
-    """A token in letters: words, ⟨X⟩ for a sentinel, [M] for the mask token, · for the end."""
+    """A token in letters: words, ⟨X⟩ for a sentinel, [M] for the mask token, · for the end.
+
+    Half of a letter that takes several bytes is called "byte".
+    """
     if token == runs.MASK:
         return "[M]"
     if token > runs.MASK:
@@ -56,7 +59,8 @@ def piece(token: int) -> str:
         return f"⟨{LETTERS[number] if number < len(LETTERS) else number}⟩"
     if token == runs.END:
         return "·"
-    return runs.tokenizer().decode([token]).strip() or "␣"
+    said = runs.tokenizer().decode([token]).strip() or "␣"
+    return "byte" if "\ufffd" in said else said
 
 
 def sentence(tokens: int = 36) -> Int[Tensor, "1 time"]:

@@ -141,6 +141,14 @@ def text_said(rows: Sequence[Row]) -> str:
         if pick(rows, method=after) and pick(rows, method=before):
             found = gain(rows, after, before)
             lines.append(f"{words}: {found.number()} of the probe's accuracy, {found.word(False)}.")
+    if pick(rows, method="untrained"):
+        learnt: dict[str, list[str]] = {}
+        for name in (n for n in runs.ALL if pick(rows, method=n)):
+            learnt.setdefault(gain(rows, name, "untrained").word(False), []).append(name)
+        lines += [
+            f"Against the untrained network, {word}: {'; '.join(names)}."
+            for word, names in learnt.items()
+        ]
     return "\n".join(lines)
 
 
@@ -238,6 +246,25 @@ def repeats_table(data: Row) -> Table:
         caption=f"{tokens:,} tokens of text, read {data['times']} times at 15 %: nats at the end "
         "of training, and of masked tokens of a held-out novel.",
     )
+
+
+@if_measured
+def repeats_said(data: Row) -> str:
+    """What one masking does to a text that is read many times, in a sentence."""
+    found = {
+        name: [
+            (r["training_loss"], fmean(r["masked_documents"]))
+            for r in pick(data["table"], method=name)
+        ]
+        for name in MASKINGS
+    }
+    said = [
+        f"with {name}, {fmean(own for own, _ in pairs):.1f} nats on the text itself and "
+        f"{fmean(common for _, common in pairs):.1f} on another"
+        for name, pairs in found.items()
+        if pairs
+    ]
+    return f"After {data['times']} readings: {'; '.join(said)}."
 
 
 # -------------------------------------------------------------------------------- equal compute
