@@ -7,11 +7,11 @@ loss:
 $$\mathcal L = -\frac{1}{|T|} \sum_{t \in T} \ln p(x_t \mid \tilde x), \qquad
 \mathbb E |T| = \rho\, n$$
 
-Devlin, Chang, Lee, Toutanova, "BERT", 2018, arXiv 1810.04805, section 3.1. RoBERTa (Liu et al.,
-2019, arXiv 1907.11692, section 4.1) draws new positions each time a text is read (dynamic
-masking); BERT stored a few fixed maskings (static masking), with ten of which each was seen four
-times in 40 epochs. Wettig et al., "Should You Mask 15% in Masked Language Modeling?", 2022, arXiv
-2202.08005, mask 40 %.
+Devlin, Chang, Lee, Toutanova, "BERT", 2018, arXiv 1810.04805, section 3.1. Liu et al., "RoBERTa",
+2019, arXiv 1907.11692, section 4.1, draw new positions each time a text is read (dynamic masking);
+BERT stored a few fixed maskings (static masking), with ten of which each was seen four times in 40
+epochs. Wettig et al., "Should You Mask 15% in Masked Language Modeling?", 2022, arXiv 2202.08005,
+mask 40 %.
 """
 
 from __future__ import annotations
