@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -76,7 +77,8 @@ def example_loss(model: nn.Module, example: Example) -> Float[Tensor, ""]:
         example: What an objective made.
 
     Raises:
-        ValueError: When no position is asked anything.
+        ValueError: When no position is asked anything, or the model has no head or does not look
+            where the mask says.
     """
     asked = example.labels != IGNORED
     if not bool(asked.any()):
@@ -94,10 +96,17 @@ def asked_logits(
     model: nn.Module, example: Example, asked: Bool[Tensor, "batch time"]
 ) -> Float[Tensor, "asked vocabulary"]:
     """Scores of the vocabulary at the chosen positions; see `example_loss`."""
+    check_heeds_mask(model)
     bias = example.bias(next(model.parameters()).dtype)
     if _plain_head(model):
         return model.get_output_embeddings()(hidden_states(model, example)[asked])
-    return model(input_ids=example.inputs, attention_mask=bias).logits[asked]
+    found = model(input_ids=example.inputs, attention_mask=bias)
+    if not hasattr(found, "logits"):
+        raise ValueError(
+            f"{type(model).__name__} has no head that scores the vocabulary; give the model with "
+            "its language-modelling head."
+        )
+    return found.logits[asked]
 
 
 def hidden_states(model: nn.Module, example: Example) -> Float[Tensor, "batch time hidden"]:
@@ -106,7 +115,11 @@ def hidden_states(model: nn.Module, example: Example) -> Float[Tensor, "batch ti
     Args:
         model: A Hugging Face model.
         example: Its inputs and mask are used.
+
+    Raises:
+        ValueError: When the model does not look where the mask says.
     """
+    check_heeds_mask(model)
     base = getattr(model, "base_model", model)
     bias = example.bias(next(model.parameters()).dtype)
     return base(input_ids=example.inputs, attention_mask=bias)[0]
@@ -131,6 +144,73 @@ def _plain_head(model: nn.Module) -> bool:
 
 
 # ------------------------------------------------------------------------------------ what is seen
+
+_HEEDING: WeakSet[nn.Module] = WeakSet()
+"""Models that were found to look where a mask says; each is asked once."""
+
+
+@torch.no_grad()
+def check_heeds_mask(model: nn.Module) -> None:
+    """Refuse a model that does not look where a mask of four dimensions tells it to.
+
+    A recurrent layer sees what came before and nothing else, and some models derive positions from
+    the mask: trained with another mask than their own, both would learn something else than was
+    asked, in silence. So four tokens are read with both masks: with the full one the first
+    position has to notice a change of the last, with the causal one no earlier position may, and
+    one of the two must give what the model gives by itself.
+
+    Raises:
+        ValueError: When one of these does not hold, or the model takes no such mask.
+    """
+    if model in _HEEDING:
+        return
+    name, base = type(model).__name__, getattr(model, "base_model", model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} has an encoder and a decoder, and an example is for one stack; give it the "
+            "inputs and targets of span_corruption, and use its own loss."
+        )
+    training = [module for module in base.modules() if module.training]
+    base.eval()
+    try:
+        heeds = _heeds(base)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        heeds = False
+    finally:
+        for module in training:
+            module.training = True
+    if not heeds:
+        raise ValueError(
+            f"{name} does not look where a mask tells it to; objectives differ in what a position "
+            "may see, so give a Transformer whose attention takes a mask of four dimensions."
+        )
+    _HEEDING.add(model)
+
+
+def _heeds(base: nn.Module) -> bool:
+    """Whether a base model sees what two masks let it see, and is itself with one of them."""
+    weight = base.get_input_embeddings().weight
+    first = min(len(weight) // 2, max(0, len(weight) - 5))
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=weight.device) + first
+    nothing = torch.full_like(ids, IGNORED)
+    masks = (full_visible(4, ids.device), causal_visible(4, ids.device))
+    full, causal = (
+        base(
+            input_ids=ids,
+            attention_mask=Example(ids, nothing, seen.expand(2, -1, -1), 8).bias(weight.dtype),
+        )[0].float()
+        for seen in masks
+    )
+    own = base(input_ids=ids)[0].float()
+    scale = float(own.abs().max())
+    near = scale * (1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2)
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        return bool(((a - b).abs() <= near).all())
+
+    looks_ahead = not torch.equal(full[0, 0], full[1, 0])
+    looks_back_only = same(causal[0, :3], causal[1, :3])
+    return looks_ahead and looks_back_only and (same(own, full) or same(own, causal))
 
 
 def causal_visible(time: int, device: torch.device | None = None) -> Bool[Tensor, "time time"]:
