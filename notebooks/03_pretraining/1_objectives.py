@@ -96,8 +96,10 @@ for side in ("inputs", "targets"):
     print(f"{side:8}", " ".join(names[i] for i in getattr(made, side)[0].tolist()))
 
 # %% [markdown]
+# There is no sentinel after the last span, although the figure in the paper shows one. T5 has an encoder for the inputs and a decoder for the targets. Here one stack of layers reads the inputs as a prefix, which sees itself from both sides, and then the targets; T5's paper tries that as well, and all objectives of this page can then share one network.
+#
 # How are the spans drawn? Of $n$ tokens, $N = \operatorname{round}(\rho n)$ are noise, in $K = \operatorname{round}(N / \mu)$ spans of mean length $\mu = 3$. Both the $N$ tokens and the $n - N$ others are divided into $K$ positive parts, all divisions being equally likely, and the two take turns.
-# So a text always begins with text and ends with a hole. For the usual length of 512 tokens:
+# So every text begins with tokens that stay and ends with a hole. For the usual length of 512 tokens:
 
 # %% tags=["nbval-check-output"]
 text, targets = objectives.raw_length(512, 0.15, 3)
@@ -111,7 +113,7 @@ print(f"{noise} of them are asked, in {spans} spans: {noise / (512 + targets):.1
 #
 # $$\mathcal L = \mathcal L_{\text{MLM}} - \frac{\lambda}{n} \sum_t \bigl(y_t \ln d_t + (1 - y_t) \ln(1 - d_t)\bigr), \qquad \lambda = 50.$$
 #
-# If the generator draws the very token that stood there, its answer is "original". No gradient passes from the discriminator through the draw.
+# If the generator draws the very token that was there, the right answer is "original". No gradient passes from the discriminator through the draw.
 #
 # ### What is a token of text worth?
 #
@@ -262,12 +264,12 @@ print(scaling.judged())
 scaling.slices_table()
 
 # %% [markdown]
-# This agrees with the rule as far as it goes, and it does not go far: three sizes, of which often only two can be compared. The models also differ in the sequences of a step, and a fifth of what they read is key-value recall, not text.
+# As evidence this does not go far: there are three sizes, of which often only two can be compared. The models also differ in the sequences of a step, and a fifth of their sequences are exercises in recall, not text.
 
 # %% [markdown]
 # ## What it costs and saves
 #
-# What was counted above, as time on your machine. A step is shorter than its operations suggest where little is asked: what does not depend on the objective, such as the optimizer, stays.
+# The operations that were counted above, beside time on your machine. The two agree as far as arithmetic is what takes the time. The optimizer costs every objective the same, and ELECTRA runs two networks, one after the other.
 
 # %%
 from effnb.chapters.pretraining.objectives import live

@@ -180,3 +180,41 @@ def test_the_probe_is_scikit_learns(c):
     np.testing.assert_allclose(weight.numpy(), other, atol=2e-4)
     found = probe.scores(torch.tensor(features)).argmax(1)
     assert np.array_equal(found.numpy(), theirs.predict(scaled))
+
+
+def electra_by_the_letter(ids, rate, draws):
+    """The steps of google-research/electra's `pretrain_helpers.mask`, for one text without padding.
+
+    Positions from a categorical draw, as many as round(rate · tokens); each shows the mask token
+    with probability 0.85, and an update of one position happens once.
+    """
+    candidates = np.flatnonzero(~np.isin(ids, (0, 1, 2, MASK)))
+    count = max(1, round(len(ids) * rate))
+    positions = draws.choice(candidates, size=count, replace=True)
+    masked = positions[draws.random(count) < 0.85]
+    inputs = ids.copy()
+    inputs[masked] = MASK
+    return inputs, positions
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.25])
+def test_masking_is_that_of_electras_code(rate):
+    draws = np.random.default_rng(0)
+    ids = torch.randint(4, VOCABULARY, (1500, 128), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[:, -1] = 1, 2
+    theirs = [electra_by_the_letter(row, rate, draws) for row in ids.numpy()]
+    ours = objectives.electra_masking(
+        ids, rate, mask_token=MASK, special=(0, 1, 2, 3), generator=torch.Generator().manual_seed(1)
+    )
+    count = len(theirs[0][1])
+    assert (ours.weights.sum(1) == count).all()
+    distinct = np.array([len(set(positions)) for _, positions in theirs])
+    found = (ours.labels != IGNORED).sum(1).numpy()
+    error = distinct.std() * (2 / 1500) ** 0.5
+    assert found.mean() == pytest.approx(distinct.mean(), abs=4 * error)
+    assert found.std() == pytest.approx(distinct.std(), rel=0.1)
+    masked = np.array([(inputs == MASK).sum() for inputs, _ in theirs])
+    shown = (ours.inputs == MASK).sum(1).numpy()
+    assert shown.mean() == pytest.approx(masked.mean(), abs=4 * masked.std() * (2 / 1500) ** 0.5)
+    most = np.array([np.bincount(positions).max() for _, positions in theirs])
+    assert ours.weights.max(1).values.mean().item() == pytest.approx(most.mean(), abs=0.1)

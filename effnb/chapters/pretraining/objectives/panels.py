@@ -178,7 +178,7 @@ def fillers() -> Panel:
         frames={"rate": [15, 50], "generator": ["random words", "mini-5m"]},
         predict=guess(
             "mini-5m draws a word for each chosen place, from what it finds likely there. How many "
-            "of 100 draws are the very word that stood in the text?",
+            "of 100 draws are the very word that was in the text?",
             answer=lambda found: round(found["right"], 1),
             at={"generator": "mini-5m", "rate": 15},
         ),
