@@ -1,7 +1,7 @@
 r"""Masked language modelling (MLM): hide some tokens, and fill them in from both sides.
 
 A part of the positions is chosen (15 % in BERT). Of these, 80 % show a mask token, 10 % a random
-token and 10 % what stood there, so that no position can be trusted. Only chosen positions give a
+token and 10 % what was there, so that no position can be trusted. Only chosen positions give a
 loss:
 
 $$\mathcal L = -\frac{1}{|T|} \sum_{t \in T} \ln p(x_t \mid \tilde x), \qquad
@@ -49,7 +49,7 @@ def masked_lm(
     random: float = RANDOM,
     generator: torch.Generator | None = None,
 ) -> Example:
-    r"""Choose each position with probability $\rho$, corrupt it, and ask what stood there.
+    r"""Choose each position with probability $\rho$, corrupt it, and ask what was there.
 
     Called again with a generator that went on, it masks the same text in another way: that is
     dynamic masking. `static_masking` fixes a few maskings instead.

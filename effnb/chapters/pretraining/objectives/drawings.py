@@ -74,20 +74,21 @@ def result(rows: Sequence[Row]) -> CaptionedFigure:
     )
 
 
+COLUMNS = ((0, 160), (160, 280), (280, 340), (340, 450), (450, 560), (560, 1e9))
+"""Loss-bearing tokens, in thousands, whose dots lie so near each other that names may collide."""
+
+
 def spread(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
     """Names beside dots, moved apart where they would lie on one another."""
     low, high = (f(y for _, y in points.values()) for f in (min, max))
-    step = max(1.2, 0.075 * (high - low))
-    for left in (True, False):
+    step = max(1.0, 0.07 * (high - low))
+    for left, right in COLUMNS:
+        column = {n: p for n, p in points.items() if left <= p[0] < right}
+        beside = 1.07 * max((x for x, _ in column.values()), default=1.0)
         last = -1e9
-        for name, (x, y) in sorted(points.items(), key=lambda one: one[1][1]):
-            if (x < 200) != left:
-                continue
-            place = max(y, last + step)
-            axes.annotate(
-                name, (x, y), (x * 1.06, place), color=colour(name), fontsize=8, va="center"
-            )
-            last = place
+        for name, (x, y) in sorted(column.items(), key=lambda one: one[1][1]):
+            last = max(y, last + step)
+            axes.annotate(name, (x, y), (beside, last), color=colour(name), fontsize=8, va="center")
 
 
 def masks(time: int = 10, prefix: int = 4) -> CaptionedFigure:

@@ -26,7 +26,7 @@ class Sheet:
     """A sentence as an objective asks about it.
 
     Attributes:
-        shown: What stands at each position that the network reads.
+        shown: What is at each position that the network reads.
         answers: What is asked there; "" where nothing is.
         changed: Whether the position shows something else than the text.
         visible: Which positions each may see.
