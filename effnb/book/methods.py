@@ -168,6 +168,12 @@ NAMES = {
     "effnb.inference.self_distilled_quantization.product.product_quantize": "Product quantization",
     "effnb.inference.self_distilled_quantization.quant_noise.prepare_quant_noise": "Quant-Noise",
     "effnb.inference.self_distilled_quantization.sdq.sdq": "Self-distilled quantization (SDQ)",
+    "effnb.pretraining.objectives.causal.causal_lm": "Causal language modelling (CLM)",
+    "effnb.pretraining.objectives.chinchilla.chinchilla": "Chinchilla's rule",
+    "effnb.pretraining.objectives.electra.Electra": "ELECTRA (replaced-token detection)",
+    "effnb.pretraining.objectives.masked.masked_lm": "Masked language modelling (MLM)",
+    "effnb.pretraining.objectives.prefix_lm.prefix_lm": "Prefix language modelling",
+    "effnb.pretraining.objectives.span_corruption.span_corruption": "Span corruption (T5)",
 }
 """What functions are searched for by, where the docstring does not begin with it or the function
 does not take a whole model."""

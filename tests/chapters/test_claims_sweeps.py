@@ -19,7 +19,8 @@ from effnb.lab.claims import chosen, ledger
 
 SWEEPS = Path(__file__).resolve().parents[2] / "data" / "sweeps"
 FOLDERS = [
-    str(SWEEPS / name) for name in ("02_design", "04_finetuning", "05_inference", "06_hardware")
+    str(SWEEPS / name)
+    for name in ("02_design", "03_pretraining", "04_finetuning", "05_inference", "06_hardware")
 ]
 MODULES = {
     "pruning": "1_pruning_claims",
@@ -35,6 +36,7 @@ MODULES = {
     "context": "6_context_claims",
     "attention": "1_attention_claims",
     "multitask": "3_multitask_claims",
+    "objectives": "1_objectives_claims",
 }
 NAMES = tuple(MODULES)
 
@@ -306,6 +308,26 @@ def test_every_form_of_attention_is_timed_on_the_same_numbers(sweeps):
                                rtol=1e-4)  # fmt: skip
     assert script.pairs_of("ETC", 1024) < script.pairs_of("full, fused", 1024)
     assert script.pairs_of("LSH", 1024) is None
+
+
+def test_objectives(small, monkeypatch):
+    script = small.objectives
+    for name, value in {"STEPS": 2, "SHAPE": (2, 24)}.items():
+        monkeypatch.setattr(script.runs, name, value)
+    monkeypatch.setattr(script.runs.trained, "__kwdefaults__", {
+        **script.runs.trained.__kwdefaults__, "steps": 2
+    })  # fmt: skip
+    monkeypatch.setattr(script.runs, "text_windows", lambda seed, *shape: ids(seed, *shape))
+    monkeypatch.setattr(script, "documents_of", lambda *_: [ids(number, 24) for number in range(3)])
+    monkeypatch.setattr(
+        script.probing, "probed", lambda read, tokenizer: [len(read([ids(0, 9)])) == 1] * 96
+    )
+    rows = measured(small, "objectives", script.PARTS)
+    assert wanting(rows, "03_pretraining/1_objectives") == {}
+    assert {row["method"] for row in rows} == {*script.runs.ALL, "untrained"}
+    trained = [row for row in rows if row["method"] != "untrained"]
+    assert {row["training_tokens"] for row in trained} == {2 * 2 * 24}
+    assert {len(row["probe_groups"]) for row in rows} == {script.probing.GROUPS}
 
 
 def test_codesign(small):

@@ -17,6 +17,7 @@ from effnb.chapters.inference.pruning import verdicts as pruning
 from effnb.chapters.inference.quantization import verdicts as quantization
 from effnb.chapters.inference.retrieval_distillation import verdicts as retrievers
 from effnb.chapters.inference.self_distilled_quantization import verdicts as self_distilled
+from effnb.chapters.pretraining.objectives import verdicts as pretraining
 from effnb.lab.claims import FAILS, HOLDS, IN_PART, OPEN, UNTESTED, ledger
 from effnb.lab.results import NotMeasured
 
@@ -34,6 +35,7 @@ JUDGES = {
     "Y-1": context.y_1,
     "Y-2": context.y_2,
     "Y-3": context.y_3,
+    "S-P1": pretraining.s_p1,
     "S-I2": distillation.s_i2,
     "C-2": distillation.c_2,
     "G-1": distillation.g_1,
