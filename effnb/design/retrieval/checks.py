@@ -30,7 +30,9 @@ def check_positive(name: str, value: float) -> float:
     return float(value)
 
 
-def check_count(name: str, value: int, most: int | None = None, of: str = "", least: int = 1) -> int:
+def check_count(
+    name: str, value: int, most: int | None = None, of: str = "", least: int = 1
+) -> int:
     """A whole number from `least` to `most`.
 
     Raises:

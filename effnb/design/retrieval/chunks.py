@@ -76,7 +76,9 @@ class ChunkStore:
         chunk: Tokens of a chunk, $m$.
     """
 
-    def __init__(self, documents: Sequence[Sequence[int]], embed: Embed, *, chunk: int = 64) -> None:
+    def __init__(
+        self, documents: Sequence[Sequence[int]], embed: Embed, *, chunk: int = 64
+    ) -> None:
         """Cut the documents and embed their chunks.
 
         Args:

@@ -4,7 +4,8 @@ Every token of a text gives an entry: the key $f(c)$ is the model's own represen
 context $c$, the value the token that came next. The model predicts with
 
 $$p(y \mid c) = \lambda\, p_\text{kNN}(y \mid c) + (1 - \lambda)\, p_\text{LM}(y \mid c), \qquad
-p_\text{kNN}(y \mid c) \propto \sum_{(k_i, v_i) \in \mathcal N} 1[v_i = y]\, e^{-d(k_i, f(c)) / \tau}$$
+p_\text{kNN}(y \mid c) \propto
+\sum_{(k_i, v_i) \in \mathcal N} 1[v_i = y]\, e^{-d(k_i, f(c)) / \tau}$$
 
 over the $k$ nearest entries $\mathcal N$. Nothing is trained.
 
@@ -24,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from effnb.core.context import check_context
+from effnb.core.context import check_context, context_limit
 from effnb.core.modules import output_heads
 from effnb.core.sublayers import find_sublayers
 from effnb.design.retrieval.checks import check_count, check_ids, check_positive, check_share
@@ -185,7 +186,7 @@ def build_datastore(
     model: nn.Module,
     documents: Sequence[Sequence[int]],
     *,
-    context: int = 256,
+    context: int | None = None,
     at: str = "feedforward",
     dtype: torch.dtype = torch.float16,
     batch_size: int = 16,
@@ -198,7 +199,7 @@ def build_datastore(
     Args:
         model: The decoder that makes the keys; it is only run.
         documents: Tokens of each.
-        context: Tokens of a window.
+        context: Tokens of a window; 256 when None, or as many as the model has positions for.
         at: Where keys are read.
         dtype: How keys are kept.
         batch_size: Windows that run at once.
@@ -207,6 +208,8 @@ def build_datastore(
     Raises:
         ValueError: When no document has two tokens, or the context does not fit the model.
     """
+    if context is None:
+        context = min(256, context_limit(model) or 256)
     check_count("context", context)
     check_count("batch_size", batch_size)
     check_context(model, context)
@@ -236,10 +239,10 @@ def build_datastore(
 
 @dataclass(frozen=True)
 class Looked:
-    """A text that was looked up once: any λ, smaller k and τ follow without another search.
+    r"""A text that was looked up once: any λ, smaller k and τ follow without another search.
 
     Attributes:
-        log_lm: The model's own $\\ln p$ of each token that came.
+        log_lm: The model's own $\ln p$ of each token that came.
         targets: These tokens.
         neighbours: What the datastore gave for each.
     """
@@ -265,14 +268,14 @@ class Looked:
 
 
 class KnnLm(nn.Module):
-    """A decoder with a datastore; it is called like the decoder, its logits are $\\ln p$.
+    r"""A decoder with a datastore; it is called like the decoder, its logits are $\ln p$.
 
     Attributes:
         model: The decoder.
         store: What it looks things up in.
         lam: Share of the neighbours.
         k: How many count.
-        temperature: $\\tau$.
+        temperature: $\tau$.
         search: How they are found: the datastore itself or an index over it.
     """
 

@@ -42,6 +42,16 @@ class _Retrieved:
         self.streams: dict[int, Tensor] = {}
 
 
+class _Note:
+    """Notes the residual stream that enters a block; an object, so that copies copy it."""
+
+    def __init__(self, retrieved: _Retrieved, number: int) -> None:
+        self.retrieved, self.number = retrieved, number
+
+    def __call__(self, block: nn.Module, given: tuple, named: dict[str, Any]) -> None:
+        self.retrieved.streams[self.number] = given[0] if given else named["hidden_states"]
+
+
 class _WithNeighbours(nn.Module):
     """Attention's projection, with what the row reads from neighbours added to its output."""
 
@@ -129,20 +139,12 @@ class Retro(nn.Module):
         for number, parts in zip(self.layers, found, strict=True):
             base = self.decoder.get_submodule(parts.attention_out)
             new[base] = _WithNeighbours(base, number, self)
-
-            def note(module: nn.Module, given: tuple, named: dict, number: int = number) -> None:
-                stream = given[0] if given else named["hidden_states"]
-                self._retrieved.streams[number] = stream
-
-            self.decoder.get_submodule(parts.block).register_forward_pre_hook(
-                note, with_kwargs=True
-            )
+            note = _Note(self._retrieved, number)
+            block = self.decoder.get_submodule(parts.block)
+            block.register_forward_pre_hook(note, with_kwargs=True)
         exchange(self.decoder, new)
         if self.frozen:
-            for name, parameter in list(self.decoder.named_parameters()):
-                owner, _, leaf = name.rpartition(".")
-                held = nn.Parameter(parameter.detach(), requires_grad=False)
-                setattr(self.decoder.get_submodule(owner), leaf, held)
+            _hold_still(self.decoder)
 
     @property
     def config(self) -> Any:
@@ -225,6 +227,16 @@ def _check_layers(layers: Sequence[int], blocks: int) -> tuple[int, ...]:
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"the layers {list(chosen)} name one twice.")
     return chosen
+
+
+def _hold_still(decoder: nn.Module) -> None:
+    """Parameters of the same memory that are not trained; what was tied stays tied."""
+    held: dict[int, nn.Parameter] = {}
+    for module in decoder.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in held:
+                held[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+            setattr(module, leaf, held[id(parameter)])
 
 
 def _copied(decoder: nn.Module) -> nn.Module:

@@ -1,15 +1,13 @@
 r"""How many parameters a datastore is worth: where the curve of plain models reaches its loss.
 
 Plain models of several sizes give a loss for each number of parameters $N$. A model of $N$
-parameters with a datastore is worth as many as a plain model of equal loss would need. Between two
-sizes the loss is taken to fall evenly with $\ln N$; beyond the largest the law
+parameters with a datastore is worth as many as a plain model of equal loss would need.
 
-$$L(N) = L_\infty + a N^{-b}$$
+Two curves answer that. `SizeCurve` takes the loss to fall evenly with $\ln N$ between two measured
+sizes, and says "at least" beyond the largest. `PowerLaw` is fitted to all of them,
+$L(N) = a N^{-b}$, and goes on beyond; what it says there is a guess.
 
-(Kaplan et al., "Scaling Laws for Neural Language Models", 2020, arXiv 2001.08361; with a floor:
-Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022, arXiv 2203.15556, eq. 2)
-or, where three sizes cannot tell a floor, a line in $\ln N$ would have to be trusted. So a value
-beyond the measured sizes is a lower bound only: "more than the largest".
+Kaplan et al., "Scaling Laws for Neural Language Models", 2020, arXiv 2001.08361, eq. 1.1.
 """
 
 from __future__ import annotations
@@ -162,3 +160,48 @@ def fit_log_line(entries: Sequence[float], losses: Sequence[float]) -> LogLine:
     start = float(y.mean() - slope * x.mean())
     residual = float((y - start - slope * x).square().mean().sqrt())
     return LogLine(start, -slope, residual)
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    r"""$L(N) = a N^{-b}$.
+
+    Attributes:
+        scale: $a$, in nats.
+        exponent: $b$.
+        residual: Root of the mean squared distance of $\ln L$ from the line.
+    """
+
+    scale: float
+    exponent: float
+    residual: float
+
+    def loss(self, parameters: float) -> float:
+        """The loss of a plain model.
+
+        Raises:
+            ValueError: When the number is not above 0.
+        """
+        return self.scale * check_positive("parameters", parameters) ** -self.exponent
+
+    def parameters(self, loss: float) -> float:
+        """Parameters of a plain model with this loss.
+
+        Raises:
+            ValueError: When the loss is not above 0 or the law does not fall.
+        """
+        if self.exponent <= 0:
+            raise ValueError("the loss does not fall with size: no size can be told from a loss.")
+        return (self.scale / check_positive("the loss", loss)) ** (1 / self.exponent)
+
+
+def fit_power_law(parameters: Sequence[float], losses: Sequence[float]) -> PowerLaw:
+    r"""Least squares for $\ln L = \ln a - b \ln N$.
+
+    Raises:
+        ValueError: When there are fewer than two different sizes, or a number is not above 0.
+    """
+    for loss in losses:
+        check_positive("a loss", loss)
+    line = fit_log_line(parameters, [math.log(loss) for loss in losses])
+    return PowerLaw(math.exp(line.start), line.slope, line.residual)

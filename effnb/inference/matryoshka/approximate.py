@@ -13,7 +13,6 @@ Douze et al., "The Faiss library", 2024, arXiv 2401.08281.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
