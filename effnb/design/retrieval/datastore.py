@@ -177,7 +177,7 @@ class Datastore:
         distances = torch.stack(
             [(keys[own] - query).square().sum(1) for query, own in zip(part, rows, strict=True)]
         )
-        distances, order = distances.masked_fill(scores.isinf(), math.inf).sort(1, stable=True)
+        distances, order = distances.masked_fill(scores.isinf(), math.inf).sort(dim=1, stable=True)
         return distances, rows.gather(1, order)
 
 

@@ -17,7 +17,9 @@ def randn(*shape, seed=0):
 
 def store(entries=50, width=6, seed=0, documents=5):
     return Datastore(
-        randn(entries, width, seed=seed), torch.arange(entries) % 7, torch.arange(entries) % documents
+        randn(entries, width, seed=seed),
+        torch.arange(entries) % 7,
+        torch.arange(entries) % documents,
     )
 
 
@@ -142,6 +144,6 @@ EMPTY = (torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0).long())
         (lambda: store().search(randn(2, 6), 3).first(4), "k is 4"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_searched_is_refused(wrong, sentence):
+def test_what_cannot_be_searched_is_refused(unchecked, wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
         wrong()

@@ -204,8 +204,9 @@ def test_it_learns_to_copy_from_neighbours_and_not_from_random_ones(decoder):
 
     def batch(step, helpful=True):
         ids = words(16, 12, seed=step)
-        following = torch.stack([torch.cat([ids[:, u : u + 4], ids[:, u + 4 : u + 8]], 1)
-                                 for u in (0, 4)], 1)[:, :, None]
+        following = torch.stack(
+            [torch.cat([ids[:, u : u + 4], ids[:, u + 4 : u + 8]], 1) for u in (0, 4)], 1
+        )[:, :, None]
         last = words(16, 1, 1, 8, seed=step + 999)
         near = torch.cat([following, last], 1)
         near = near if helpful else words(*near.shape, seed=step + 1)
