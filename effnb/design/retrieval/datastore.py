@@ -148,9 +148,9 @@ class Datastore:
                 f"exclude has shape {tuple(exclude.shape)}; it must name one document for each of "
                 f"the {len(queries)} queries."
             )
-        keys = self.keys.float()
-        middle = keys.mean(0)
-        centred, squares = keys - middle, (keys - middle).square().sum(1)
+        middle = self.keys.mean(0, dtype=torch.float32)
+        centred = self.keys.float() - middle
+        squares = centred.square().sum(1)
         found = []
         size = max(1, AT_ONCE // len(self))
         for start in range(0, len(queries), size):
@@ -161,7 +161,7 @@ class Datastore:
                 own = exclude[start : start + size, None] == self.documents
                 scores.masked_fill_(own, math.inf)
             nearest = scores.topk(k, dim=1, largest=False)
-            found.append(self._exactly(part, keys, nearest.values, nearest.indices))
+            found.append(self._exactly(part, nearest.values, nearest.indices))
         if not found:
             empty = queries.new_empty(0, k)
             return Neighbours(empty.float(), empty.long(), empty.long())
@@ -170,12 +170,14 @@ class Datastore:
             raise ValueError("a query has no entry left: all come from the document it excludes.")
         return Neighbours(distances, self.values[rows], rows)
 
-    @staticmethod
-    def _exactly(part: Tensor, keys: Tensor, scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _exactly(self, part: Tensor, scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Distances of the candidates from differences, and their order by these."""
         # d(q, x) = ‖q − x‖²
         distances = torch.stack(
-            [(keys[own] - query).square().sum(1) for query, own in zip(part, rows, strict=True)]
+            [
+                (self.keys[own].float() - query).square().sum(1)
+                for query, own in zip(part, rows, strict=True)
+            ]
         )
         distances, order = distances.masked_fill(scores.isinf(), math.inf).sort(dim=1, stable=True)
         return distances, rows.gather(1, order)
