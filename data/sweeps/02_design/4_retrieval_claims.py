@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from effnb.chapters.design.retrieval import fitting, memory, texts
 from effnb.lab import claims_bench, load
 from effnb.lab.claims_bench import SEEDS, Table
@@ -129,5 +127,4 @@ def retro(table: Table) -> None:
 PARTS = {"knn": knn, "adaptation": adaptation, "retro": retro}
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     claims_bench.run(PARTS, __file__, __doc__.splitlines()[0])

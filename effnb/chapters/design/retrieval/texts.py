@@ -39,7 +39,7 @@ def encoded(tokenizer: Any, text: str, longest: int = LONGEST) -> list[int]:
 
 
 def library(tokenizer: Any, entries: int) -> list[list[int]]:
-    """Tokens of descriptions that together give about as many entries; a larger one holds a smaller.
+    """Tokens of descriptions that give about as many entries; a larger library holds a smaller.
 
     Args:
         tokenizer: Cuts the text into tokens.
