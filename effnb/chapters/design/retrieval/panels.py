@@ -70,7 +70,7 @@ def memory(here: live.Live) -> Panel:
             at={"lam": 0.3, "k": 16, "temperature": 1.0, "entries": 30_000},
         ),
         ignored=lambda values: (
-            {name: "the share of the neighbours is 0" for name in ("k", "temperature", "entries")}
+            dict.fromkeys(("k", "temperature", "entries"), "the share of the neighbours is 0")
             if values["lam"] == 0
             else {"temperature": "one neighbour has all the weight"}
             if values["k"] == 1
