@@ -63,7 +63,7 @@ neighbours = Exercise(
 
 
 def mixed(log_lm: float, log_knn: float, lam: float) -> float:
-    """ln of the mixture, from logarithms, without underflow."""
+    """The logarithm of the mixture, from logarithms, without underflow."""
     if lam == 0 or log_knn == -math.inf:
         return log_lm + (math.log1p(-lam) if lam < 1 else -math.inf)
     if lam == 1:
