@@ -143,7 +143,7 @@ joined = retrieval.KnnLm(here.model, here.store, lam=0.0, k=1)
 with torch.no_grad():
     alone = here.model(input_ids=known).logits.log_softmax(-1)
 print("a share of 0 is the decoder:", torch.equal(joined(known).logits, alone))
-print("its own text, share 1: loss {:.3f}".format(joined.look_up(known).losses(1.0).mean()))
+print(f"its own text, share 1: loss {joined.look_up(known).losses(1.0).mean():.3f}")
 
 # %% [markdown]
 # And the gradient says which token reads which neighbours; chunks have 4 tokens:
@@ -173,7 +173,7 @@ panels.memory(here)
 #
 # - raise the share to 0.95. Why does the loss rise although many tokens gain?
 # - with one neighbour, which share is best? And with 64?
-# - go from 1,000 to 30,000 entries. Does each step of about three times bring the same?
+# - go from 1,000 over 5,000 to 30,000 entries. Each step is a factor of five or six: does each bring the same?
 #
 # Many tokens lose a little: the neighbours' share is taken from them. A few gain much. One of them:
 

@@ -17,7 +17,7 @@ from effnb.design.retrieval import Datastore
 from effnb.lab import load
 
 ENTRIES, JUDGED, TOKENS = 30_000, 16, 64
-SIZES = (1_000, 3_000, 10_000, 30_000)
+SIZES = (1_000, 5_000, 30_000)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from effnb.lab import PALETTE, knob, panel
 from effnb.lab.figures import BLACK, GREY
 from effnb.lab.panels import Panel, guess
 
-LAMS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 0.95)
+LAMS = (0.0, 0.15, 0.3, 0.5, 0.8, 0.95)
 KS = (1, 4, 16, 64)
-TEMPERATURES = (0.3, 1.0, 3.0, 10.0, 100.0)
+TEMPERATURES = (0.3, 1.0, 10.0, 100.0)
 
 
 def memory(here: live.Live) -> Panel:
