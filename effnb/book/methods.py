@@ -78,6 +78,8 @@ NAMES = {
     "effnb.design.retention.retention.retention": "Retention",
     "effnb.design.retention.retnet.RetNetLM": "RetNet",
     "effnb.design.retention.rwkv.RWKVLM": "RWKV-4",
+    "effnb.design.retrieval.knn_lm.KnnLm": "kNN-LM",
+    "effnb.design.retrieval.retro.Retro": "RETRO",
     "effnb.finetuning.black_box.black_box": "Black-box tuning",
     "effnb.finetuning.intrinsic_prompt.learn_subspace": "Intrinsic prompt tuning",
     "effnb.finetuning.contextual_calibration.calibrate": "Contextual calibration",

@@ -35,6 +35,7 @@ MODULES = {
     "retention": "5_retention_claims",
     "context": "6_context_claims",
     "attention": "1_attention_claims",
+    "retrieval": "4_retrieval_claims",
     "multitask": "3_multitask_claims",
     "objectives": "1_objectives_claims",
 }
@@ -297,6 +298,33 @@ def test_attention(small, monkeypatch):
     rows = measured(small, "attention", script.PARTS)
     assert wanting(rows, "02_design/1_attention") == {}
     assert len({row["training_characters"] for row in rows if "training_characters" in row}) == 1
+
+
+def test_retrieval(small, monkeypatch):
+    script, real = small.retrieval, load("mini-300k", device="cpu")
+    shelf = [ids(number, 70).tolist() for number in range(6)]
+    some = [ids(10 + number, 70).tolist() for number in range(3)]
+    for name, value in {"load": lambda name, device: real, "RETRO_STEPS": 2}.items():
+        monkeypatch.setattr(script, name, value)
+    for name, found in {"library": shelf, "german": shelf, "texts": some}.items():
+        monkeypatch.setattr(script.texts, name, lambda *_, found=found: found)
+    monkeypatch.setattr(script.fitting, "LENGTH", 64)
+    monkeypatch.setattr(script.fitting.course, "__defaults__", (64,))
+    monkeypatch.setattr(script.memory.look_up, "__kwdefaults__", {"k": 4, "at": "feedforward"})
+    monkeypatch.setattr(script.memory, "LAMS", (0.2, 0.5))
+    rows = measured(small, "retrieval", script.PARTS)
+    assert wanting(rows, "02_design/4_retrieval") == {}
+    alone, joined = (
+        chosen(rows, {"table": "knn", "size": "mini-5m", "method": name})[0]
+        for name in ("alone", "kNN-LM")
+    )
+    assert len(alone["documents"]) == len(joined["documents"]) == 3
+    assert joined["entries"] == 6 * 69
+    none, plain = (
+        chosen(rows, {"table": "retro", "seed": 0, "read": "none"})[0],
+        chosen(rows, {"table": "retro", "method": "alone"})[0],
+    )
+    assert none["documents"] == pytest.approx(plain["documents"], abs=1e-4)
 
 
 def test_every_form_of_attention_is_timed_on_the_same_numbers(sweeps):

@@ -8,6 +8,7 @@ from planted_rows import planted_groups, planted_rows, stored
 from effnb.chapters.design.attention import verdicts as attention
 from effnb.chapters.design.context import verdicts as context
 from effnb.chapters.design.retention import verdicts as retention
+from effnb.chapters.design.retrieval import verdicts as retrieval
 from effnb.chapters.hardware.codesign import verdicts as codesign
 from effnb.chapters.inference.adaptive_computation import verdicts as adaptive
 from effnb.chapters.inference.distillation import verdicts as distillation
@@ -32,6 +33,7 @@ JUDGES = {
     "S-M1": attention.s_m1,
     "S-M2": attention.s_m2,
     "S-M3": attention.s_m3,
+    "S-M7": retrieval.s_m7,
     "Y-1": context.y_1,
     "Y-2": context.y_2,
     "Y-3": context.y_3,

@@ -91,6 +91,8 @@ def _drawn(about):
         return about["choose"] == "random"
     if about.get("table") in ("recurrence", "needle", "patterns"):
         return True
+    if about.get("method") == "RETRO":
+        return True
     fixed = ("original", "SVD", "RTN", "bits", "packed int4")
     return about.get("method") not in fixed and "table" not in about
 
