@@ -214,7 +214,7 @@ def _check_alike(name: str, places: list[tuple[str, nn.Module, object]]) -> None
 def _mean(modules: list[nn.Module]) -> nn.Module:
     """A module with the mean of the weights of several."""
     result = copy.deepcopy(modules[0])
-    with torch.no_grad(), torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():
         for name, parameter in result._parameters.items():
             if parameter is not None:
                 values = torch.stack([m._parameters[name].detach().double() for m in modules])
