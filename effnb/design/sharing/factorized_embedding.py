@@ -81,9 +81,7 @@ def factorized_parameters(tokens: int, size: int, hidden: int) -> int:
     return tokens * size + size * hidden
 
 
-def factorize_embedding(
-    model: Model, size: int, *, initial: str = "svd", seed: int = 0
-) -> Model:
+def factorize_embedding(model: Model, size: int, *, initial: str = "svd", seed: int = 0) -> Model:
     r"""A model with a factorized embedding, and a factorized head where the head was tied to it.
 
     An untied head stays as it is: it has a matrix of its own, which `low_rank` can factorize.
@@ -131,9 +129,7 @@ def factorize_embedding(
     return replace_modules(model, replaced)
 
 
-def _factors(
-    embedding: nn.Embedding, size: int, initial: str, seed: int
-) -> FactorizedEmbedding:
+def _factors(embedding: nn.Embedding, size: int, initial: str, seed: int) -> FactorizedEmbedding:
     weight = embedding.weight.detach()
     tokens, hidden = weight.shape
     with torch.inference_mode(False), torch.no_grad():

@@ -44,9 +44,7 @@ def by_definition(p, epsilon, max_steps):
 
 
 @given(
-    p=st.lists(
-        st.lists(st.floats(0.001, 0.999), min_size=6, max_size=6), min_size=1, max_size=4
-    ),
+    p=st.lists(st.lists(st.floats(0.001, 0.999), min_size=6, max_size=6), min_size=1, max_size=4),
     epsilon=st.floats(0.001, 0.5),
     max_steps=st.integers(1, 6),
 )
@@ -117,9 +115,7 @@ def test_halted_positions_are_copied_and_still_read():
 
     p = torch.tensor([[[1.0, 0.3, 0.0], [1.0, 0.3, 0.0], [1.0, 0.4, 0.0]]])  # (steps, time)
     calls = iter(range(3))
-    adaptive_computation_time(
-        torch.zeros(1, 3, 2), step, lambda _: p[:, next(calls)], max_steps=3
-    )
+    adaptive_computation_time(torch.zeros(1, 3, 2), step, lambda _: p[:, next(calls)], max_steps=3)
     assert seen[1][0, :, 0].tolist() == [1, 1, 1]
     assert seen[2][0, :, 0].tolist() == [1, 2, 2]  # the first one had halted
 
