@@ -1,10 +1,10 @@
 """Parameters used more than once, and depth that does not grow with the input.
 
 `albert` lets the layers of any model share weights, and `factorized_embedding` gives it short token
-vectors. The Universal Transformer (`universal_transformer`, `adaptive_computation_time`) applies one
-block as often as needed. `perceiver` and `perceiver_io` read an input of any length into a few
-latents. `costs` counts parameters and multiplications side by side; `storage` saves and loads models
-whose weights stand in several places.
+vectors. The Universal Transformer (`universal_transformer`, `adaptive_computation_time`) applies
+one block as often as needed. `perceiver` and `perceiver_io` read an input of any length into a few
+latents. `costs` counts parameters and multiplications side by side; `storage` saves and loads
+models whose weights stand in several places.
 """
 
 from effnb.design.sharing.adaptive_computation_time import Halting, adaptive_computation_time

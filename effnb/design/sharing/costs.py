@@ -1,8 +1,8 @@
 """Parameters and multiplications of models that share weights or read through latents.
 
 The two are counted apart, because sharing changes only the first and latents mostly the second.
-Multiply-adds are those of matrix products, one for each pair of numbers multiplied and added; norms,
-softmax and activations are left out. A FLOP count has two for each.
+Multiply-adds are those of matrix products, one for each pair of numbers multiplied and added;
+norms, softmax and activations are left out. A FLOP count has two for each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""A factorized embedding: each token has a short vector, and one matrix makes it as wide as needed.
+r"""A factorized embedding: each token has a short vector, and one matrix widens it.
 
 An embedding of $V$ tokens in a stream of width $d$ has $V d$ numbers. With tables
 $T \in \mathbb{R}^{V \times E}$ and $P \in \mathbb{R}^{E \times d}$ it has $V E + E d$, which is
@@ -109,7 +109,7 @@ def factorize_embedding(model: Model, size: int, *, initial: str = "svd", seed: 
             f"{'missing' if embedding is None else 'a ' + type(embedding).__name__}; only a plain "
             "nn.Embedding can be factorized."
         )
-    tokens, hidden = embedding.weight.shape
+    hidden = embedding.weight.shape[1]
     if check_count("size", size) > hidden:
         raise ValueError(f"size is {size}; it must be at most the width of the stream, {hidden}.")
     new = _factors(embedding, size, initial, seed)

@@ -2,8 +2,9 @@
 
 `save_pretrained` of transformers refuses such a model, because its class does not say which weights
 are one. Here the file says so itself: its metadata names, for each repeated tensor, the name under
-which it is stored. Loading puts one object in all its places again, so that training and compression
-go on as before. For a library that knows nothing of sharing, save `unshare_layers(model)` as usual.
+which it is stored. Loading puts one object in all its places again, so that training and
+compression go on as before. For a library that knows nothing of sharing, save
+`unshare_layers(model)` as usual.
 """
 
 from __future__ import annotations
