@@ -70,6 +70,11 @@ class FactorizedHead(nn.Module):
         self.embedding = embedding
         self.register_parameter("bias", bias)
 
+    @property
+    def weight(self) -> Float[Tensor, "tokens hidden"]:
+        """The matrix that the two factors stand for, T P."""
+        return self.embedding.weight
+
     def forward(self, hidden: Float[Tensor, "*shape hidden"]) -> Float[Tensor, "*shape tokens"]:
         """Logits of every token."""
         short = hidden @ self.embedding.project.weight  # h P^T
