@@ -347,3 +347,13 @@ def addition_report(
             }
         )
     return rows
+
+
+@torch.inference_mode()
+def addition_right(
+    model: UniversalTransformer, steps: int | None = None, digits: int = DIGITS, seed: int = 999
+) -> float:
+    """The part of all digits that is right after so many steps."""
+    sums, result, _ = addition(200, seed, digits)
+    right = model(sums, steps=steps).logits.argmax(-1) == result
+    return round(float(right.float().mean()), 4)
