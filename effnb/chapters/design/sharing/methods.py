@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from effnb.core.modules import find_blocks
+from effnb.core.modules import clone, find_blocks, share
+from effnb.core.training import TrainingSettings, train
 from effnb.design.sharing import (
     Perceiver,
     PerceiverConfig,
@@ -22,11 +27,17 @@ from effnb.design.sharing import (
     UniversalOutput,
     UniversalTransformer,
     factorize_embedding,
+    load_shared,
     perceiver_io_multiply_adds,
+    save_shared,
     share_layers,
     transformer_multiply_adds,
+    unshare_layers,
 )
+from effnb.finetuning import lora
+from effnb.inference import low_rank, pruning, quantization
 from effnb.lab import corpora
+from effnb.lab.claims_bench import Bench, by_document
 
 # --- language models that share -------------------------------------------------------------------
 
@@ -357,3 +368,93 @@ def addition_right(
     sums, result, _ = addition(200, seed, digits)
     right = model(sums, steps=steps).logits.argmax(-1) == result
     return round(float(right.float().mean()), 4)
+
+
+# --- live cells of the chapter --------------------------------------------------------------------
+
+
+def train_adder(steps: int = 600, seed: int = 0) -> UniversalTransformer:
+    """A Universal Transformer that has just learned to add, about ten seconds on one core."""
+    model = universal(6, True, seed)
+    settings = TrainingSettings(
+        steps=steps, learning_rate=2e-3, warmup_steps=50, schedule="wsd", seed=seed
+    )
+    train(model, addition_batches, settings, loss=partial(addition_loss, ponder=0.003))
+    return model
+
+
+def gradient_gap(seed: int = 0) -> float:
+    """How far a shared weight's gradient is from the sum over an untied copy's places, in float64.
+
+    As a part of the sum's largest entry.
+    """
+    shared = clone(language_model("all", seed, vocabulary=64).double())
+    apart = clone(unshare_layers(shared))
+    ids = torch.randint(1, 64, (2, 24), generator=torch.Generator().manual_seed(seed))
+    for model in (shared, apart):
+        model(input_ids=ids, labels=ids).loss.backward()
+    name = "mlp.up_proj.weight"
+    one = shared.get_parameter(f"model.layers.0.{name}").grad
+    total = torch.stack(
+        [apart.get_parameter(f"model.layers.{i}.{name}").grad for i in range(LAYERS)]
+    ).sum(0)
+    return float((one - total).abs().max() / total.abs().max())
+
+
+@torch.inference_mode()
+def cache_gap(model: nn.Module, ids: Int[Tensor, "1 time"]) -> float:
+    """The largest difference that reading token by token with a cache makes to the last logits."""
+    whole = model(input_ids=ids, use_cache=False).logits[0, -1]
+    cache = None
+    for at in range(ids.shape[1]):
+        out = model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+    return float((out.logits[0, -1] - whole).abs().max())
+
+
+def whole_attention_shared(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The wrong way: one attention module, with its layer's number, stands in every block."""
+    result = share(model)
+    for block in result.model.layers:
+        block.self_attn = result.model.layers[0].self_attn
+    return result
+
+
+def saved_and_loaded(model: nn.Module, ids: Int[Tensor, "1 time"]) -> tuple[int, int, float]:
+    """Numbers in the model, numbers in its file, and what saving and loading changes."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_shared(model, folder)
+        stored = sum(t.numel() for t in load_file(Path(folder) / "model.safetensors").values())
+        again = load_shared(folder)
+    with torch.inference_mode():
+        before, after = (m(input_ids=ids, use_cache=False).logits for m in (model, again))
+    return sum(p.numel() for p in model.parameters()), stored, float((before - after).abs().max())
+
+
+def compressed(model: nn.Module, ids: Int[Tensor, "batch time"]) -> list[tuple[str, str, bool]]:
+    """A few compression methods: what stands in the first and last block, and whether it is one."""
+    new = {
+        "rounded to 4 bits": quantization.rtn(model, 4),
+        "GPTQ": quantization.gptq(model, ids, 4),
+        "pruned by Wanda": pruning.wanda(model, ids, 0.5),
+        "SVD": low_rank.svd(model, 0.5),
+        "LoRA attached": lora.attach(model, rank=4),
+    }
+    found = []
+    for name, result in new.items():
+        first, last = (result.model.layers[i].mlp.up_proj for i in (0, -1))
+        found.append((name, type(first).__name__, first is last))
+    return found
+
+
+def smollm2_here(groups: int = 15) -> str:
+    """SmolLM2 with pairs of layers made to share their mean: size and loss, here and now."""
+    bench = Bench("smollm2-135m")
+    new = share_layers(bench.model, groups=groups, initial="mean")
+    documents = bench.documents[:2]
+    before, after = (fmean(by_document(m, documents)) for m in (bench.model, new))
+    numbers = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (bench.model, new)]
+    return (
+        f"SmolLM2-135M in {groups} groups: {numbers[1]:.0f} of {numbers[0]:.0f} million "
+        f"parameters, {after - before:+.2f} nats on {len(documents)} chapters."
+    )
