@@ -96,7 +96,7 @@ def reading(table: Table) -> None:
             {"model": SMALL, "method": name, "table": "reading"},
             lambda name=name, model=model: {
                 "seconds": seconds[name],
-                "parameters": [sum(p.numel() for p in model.parameters())],
+                "parameters": sum(p.numel() for p in model.parameters()),
             },
         )
 

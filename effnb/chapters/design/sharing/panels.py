@@ -85,7 +85,7 @@ def counting() -> Panel:
         "nothing and has token vectors as wide as its stream.",
         figsize=(6.0, 1.6),
         main="groups",
-        frames={"groups": [1, 2, 6, 12], "size": ["base"]},
+        frames={"groups": [1, 2, 6, 12], "size": ["base", "large"]},
         predict=guess(
             "ALBERT-large has one set of weights for its 24 layers and token vectors of 128 "
             "numbers. How many times fewer parameters does it have than the same model without "
@@ -135,7 +135,7 @@ def trained(bench: Bench) -> Panel:
         title="Share mini-5m",
         caption="Left: perplexity over size. Right: questions about package descriptions. Nothing "
         "is trained after the change.",
-        frames={"size": [16, 64, 256], "method": ["short token vectors"]},
+        frames={"size": [16, 64, 256], "method": ["short token vectors", "share all, mean"]},
         predict=guess(
             "mini-5m has six layers that were trained apart. Now the second, fourth and sixth take "
             "the weights of the layer before them. How many times the original's perplexity does "
