@@ -93,8 +93,17 @@ print("the shared gradient is the sum over an untied copy's layers:", gap < 1e-9
 #
 # $$x = t P, \qquad V d \;\to\; V E + E d.$$
 #
-# With $V = 30{,}000$ and $d = 768$, $E = 128$ leaves 3.9 million of 23 million numbers. The output head is usually **tied** to the embedding: it has the same table. Then it has to be factorized too, $\text{logits} = (h P^\top)\, T^\top$, which saves multiplications as well.
-#
+# The output head is usually **tied** to the embedding: it has the same table. Then it has to be factorized too, $\text{logits} = (h P^\top)\, T^\top$, which saves multiplications as well. For the sizes of ALBERT-base:
+
+# %% tags=["nbval-check-output"]
+from effnb.design import sharing
+
+V, d = 30_000, 768
+for E in (64, 128, 256):
+    numbers = sharing.factorized_parameters(V, E, d)
+    print(f"E = {E:3}: {numbers:>10,} numbers, {numbers / (V * d):.0%} of the table's {V * d:,}")
+
+# %% [markdown]
 # ### As many steps as needed
 #
 # If all layers are one, their number is no longer a property of the weights. The **Universal Transformer** (Dehghani et al., 2019) applies one block $S$ times and tells it where and when it is: $P^s$ is a sinusoid of the position plus a sinusoid of the step.
@@ -106,8 +115,6 @@ print("the shared gradient is the sum over an untied copy's layers:", gap < 1e-9
 # %% tags=["nbval-check-output"]
 import torch
 
-from effnb.design import sharing
-
 probabilities = iter([0.2, 0.5, 0.4, 0.9])
 found = sharing.adaptive_computation_time(
     torch.zeros(1, 1, 1),
@@ -115,6 +122,7 @@ found = sharing.adaptive_computation_time(
     halting=lambda state: torch.full(state.shape[:2], next(probabilities)),
     max_steps=6,
 )
+print("sums   :", [0.2, round(0.2 + 0.5, 1), round(0.2 + 0.5 + 0.4, 1)])
 print("weights:", [round(w, 2) for w in found.weights.flatten().tolist()])
 print("steps  :", found.steps.item())
 print("output :", round(found.output.item(), 2), "= 0.2 · 1 + 0.5 · 2 + 0.3 · 3")
@@ -226,7 +234,7 @@ print(tables.masked_said(masked))
 tables.masked_table(masked)
 
 # %% [markdown]
-# **Where steps are spent.** Three kinds of adders, each trained three times: one that halts by itself, one with six steps and one with a single step.
+# **Where steps are spent.** Three kinds of adders, trained with several seeds: one that halts by itself, one with six steps and one with a single step.
 
 # %% tags=["nbval-check-output"]
 adders = tables.stored("universal").data["table"]
@@ -248,7 +256,7 @@ apart, together = (methods.language_model(name).eval() for name in ("none", "all
 compare_costs(apart, together, bench.windows[:1, :256], labels=("nothing shared", "all shared"))
 
 # %% [markdown]
-# Fewer bytes, the same work. What speeds up is *training on many machines*, which have fewer gradients to exchange, and an optimizer that keeps less. ALBERT's paper reports 18 times fewer parameters than BERT-large and about 1.7 times faster training, for that reason.
+# Fewer bytes, the same work. What speeds up is *training on many machines*, which have fewer gradients to exchange, and an optimizer that keeps less. That, and not the number of multiplications, is why ALBERT's authors could train faster.
 #
 # Latents are the opposite bargain. This is what one more layer takes, and what a whole model takes:
 

@@ -85,7 +85,7 @@ def counting() -> Panel:
         "nothing and has token vectors as wide as its stream.",
         figsize=(6.0, 1.6),
         main="groups",
-        frames={"groups": [1, 2, 6, 12], "size": ["base", "large"]},
+        frames=[1, 2, 6, 12],
         predict=guess(
             "ALBERT-large has one set of weights for its 24 layers and token vectors of 128 "
             "numbers. How many times fewer parameters does it have than the same model without "
@@ -135,7 +135,7 @@ def trained(bench: Bench) -> Panel:
         title="Share mini-5m",
         caption="Left: perplexity over size. Right: questions about package descriptions. Nothing "
         "is trained after the change.",
-        frames={"size": [16, 64, 256], "method": ["short token vectors", "share all, mean"]},
+        frames={"size": [16, 256], "method": ["short token vectors", "share all, mean"]},
         predict=guess(
             "mini-5m has six layers that were trained apart. Now the second, fourth and sixth take "
             "the weights of the layer before them. How many times the original's perplexity does "
@@ -191,7 +191,7 @@ def adding(model: UniversalTransformer) -> Panel:
         caption="A Universal Transformer that was trained to add numbers of ten digits. The same "
         "block is applied at most so many times.",
         figsize=(6.2, 2.1),
-        frames=[1, 2, 3, 6],
+        frames=[1, 2, 6],
         steps=knob(1, 8, default=6, label="steps at most"),
         digits=knob([5, 10, 15, 20], default=10),
     )
@@ -256,7 +256,7 @@ def latents() -> Panel:
         "the reading grows with the input.",
         figsize=(6.2, 1.9),
         main="tokens",
-        frames={"tokens": [128, 1024, 4096], "latents": [16, 64, 256]},
+        frames=[128, 1024, 4096],
         latents=knob([4, 16, 64, 256], default=64, label="N, latents"),
         layers=knob([1, 2, 4, 8, 16], default=8, label="L, layers"),
         tokens=knob([128, 512, 1024, 2048, 4096], default=1024, label="M, tokens of input"),
