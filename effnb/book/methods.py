@@ -82,7 +82,7 @@ NAMES = {
         "Adaptive computation time (ACT)"
     ),
     "effnb.design.sharing.albert.share_layers": "Cross-layer sharing (ALBERT)",
-    "effnb.design.sharing.factorized_embedding.factorize_embedding": "Factorized embedding (ALBERT)",
+    "effnb.design.sharing.factorized_embedding.factorize_embedding": "Factorized embedding",
     "effnb.design.sharing.perceiver.Perceiver": "Perceiver",
     "effnb.design.sharing.perceiver_io.PerceiverIO": "Perceiver IO",
     "effnb.design.sharing.sentence_order.sentence_order": "Sentence-order prediction",

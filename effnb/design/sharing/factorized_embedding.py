@@ -40,7 +40,8 @@ class FactorizedEmbedding(nn.Module):
     @property
     def weight(self) -> Float[Tensor, "tokens hidden"]:
         """The table that the two factors stand for, T P."""
-        return self.table.weight @ self.project.weight.T
+        with torch.autocast(self.table.weight.device.type, enabled=False):  # a weight has its type
+            return self.table.weight @ self.project.weight.T
 
     @property
     def num_embeddings(self) -> int:

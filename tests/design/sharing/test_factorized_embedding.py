@@ -67,6 +67,13 @@ def test_both_uses_send_gradients_to_both_factors(llama, ids):
     assert embedding.project.weight.grad.abs().sum() > 0
 
 
+def test_the_matrix_that_the_factors_stand_for_keeps_its_type_under_autocast(llama):
+    new = factorize_embedding(llama, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert new.lm_head.weight.dtype == new.model.embed_tokens.weight.dtype == torch.float32
+    assert torch.equal(new.lm_head.weight, new.model.embed_tokens.weight)
+
+
 def test_an_untied_head_stays(tiny_llama):
     model = tiny_llama(tie_word_embeddings=False)
     new = factorize_embedding(model, 8)
