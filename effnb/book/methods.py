@@ -80,6 +80,15 @@ NAMES = {
     "effnb.design.retention.rwkv.RWKVLM": "RWKV-4",
     "effnb.design.retrieval.knn_lm.KnnLm": "kNN-LM",
     "effnb.design.retrieval.retro.Retro": "RETRO",
+    "effnb.design.sharing.adaptive_computation_time.adaptive_computation_time": (
+        "Adaptive computation time (ACT)"
+    ),
+    "effnb.design.sharing.albert.share_layers": "Cross-layer sharing (ALBERT)",
+    "effnb.design.sharing.factorized_embedding.factorize_embedding": "Factorized embedding",
+    "effnb.design.sharing.perceiver.Perceiver": "Perceiver",
+    "effnb.design.sharing.perceiver_io.PerceiverIO": "Perceiver IO",
+    "effnb.design.sharing.sentence_order.sentence_order": "Sentence-order prediction",
+    "effnb.design.sharing.universal_transformer.UniversalTransformer": "Universal Transformer",
     "effnb.finetuning.black_box.black_box": "Black-box tuning",
     "effnb.finetuning.intrinsic_prompt.learn_subspace": "Intrinsic prompt tuning",
     "effnb.finetuning.contextual_calibration.calibrate": "Contextual calibration",

@@ -38,6 +38,7 @@ MODULES = {
     "retrieval": "4_retrieval_claims",
     "multitask": "3_multitask_claims",
     "objectives": "1_objectives_claims",
+    "sharing": "3_sharing_claims",
 }
 NAMES = tuple(MODULES)
 
@@ -325,6 +326,24 @@ def test_retrieval(small, monkeypatch):
         chosen(rows, {"table": "retro", "method": "alone"})[0],
     )
     assert none["documents"] == pytest.approx(plain["documents"], abs=1e-4)
+
+
+def test_sharing(small, monkeypatch):
+    script = small.sharing
+    for name, value in {
+        "ROUNDS": 1, "STEPS": 2, "SHAPE": (2, 16), "MASKED_STEPS": 2, "MASKED_SHAPE": (2, 256),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script, "documents", lambda count, length: [ids(n, 24) for n in range(3)])
+    monkeypatch.setattr(
+        script, "training_batches",
+        lambda tokenizer, seed, steps, shape: [ids(seed + n, *shape) for n in range(steps)],
+    )  # fmt: skip
+    monkeypatch.setattr(script.methods, "_stream", lambda split: torch.randint(0, 97, (5000,)))
+    rows = measured(small, "sharing", list(script.PARTS))
+    assert wanting(rows, "02_design/3_sharing") == {}
+    sizes = {row["method"]: row["parameters"] for row in rows if row["table"] == "shared"}
+    assert sizes["all"] == sizes["one layer"] < sizes["none"]
 
 
 def test_every_form_of_attention_is_timed_on_the_same_numbers(sweeps):

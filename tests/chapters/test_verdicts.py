@@ -9,6 +9,7 @@ from effnb.chapters.design.attention import verdicts as attention
 from effnb.chapters.design.context import verdicts as context
 from effnb.chapters.design.retention import verdicts as retention
 from effnb.chapters.design.retrieval import verdicts as retrieval
+from effnb.chapters.design.sharing import verdicts as sharing
 from effnb.chapters.hardware.codesign import verdicts as codesign
 from effnb.chapters.inference.adaptive_computation import verdicts as adaptive
 from effnb.chapters.inference.distillation import verdicts as distillation
@@ -34,6 +35,8 @@ JUDGES = {
     "S-M2": attention.s_m2,
     "S-M3": attention.s_m3,
     "S-M7": retrieval.s_m7,
+    "S-M5": sharing.s_m5,
+    "S-M6": sharing.s_m6,
     "Y-1": context.y_1,
     "Y-2": context.y_2,
     "Y-3": context.y_3,

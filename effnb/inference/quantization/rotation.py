@@ -33,6 +33,7 @@ from effnb.core.modules import (
     Model,
     chooses_layers,
     find_blocks,
+    in_several_blocks,
     refuse_encoder_decoder,
     share,
 )
@@ -335,6 +336,12 @@ def rotate(model: Model, seed: int = 0, *, heads: bool = True, online: bool = Fa
     """
     refuse_quantized(model)
     refuse_encoder_decoder(model, "rotation")
+    twice = in_several_blocks(model)
+    if twice:
+        raise ValueError(
+            f"{min(twice)} is used in several blocks, and rotation folds the norm of each block "
+            "into its layers; give every block weights of its own first (unshare_layers)."
+        )
     stream = _stream(model, seed)
     sizes = _head_sizes(model) if heads else {}
     for name, size in sizes.items():
