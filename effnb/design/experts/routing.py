@@ -41,7 +41,6 @@ class Routing:
         kept: Whether it found a seat.
         text: Which tokens are text; None where all are.
         capacity: Seats of an expert in each group; None where they are not limited.
-        seated: Assignments that are held against `capacity`, for each group and expert.
     """
 
     logits: Float[Tensor, "groups time experts"]
@@ -178,9 +177,9 @@ def top_k(
     normalize: bool = True,
     used: Bool[Tensor, "groups time k"] | None = None,
 ) -> Routing:
-    r"""Each token to the k experts of its largest probabilities, $p = \operatorname{softmax}(\ell)$.
+    r"""Each token to the k experts that are most probable.
 
-    All first choices of a group take their seats before any second choice, and so on. With
+    Probabilities are $p = \operatorname{softmax}(\ell)$. All first choices of a group take their seats before any second choice, and so on. With
     `normalize` the k gates are divided by their sum, as in GShard, GLaM and Mixtral; without, they
     are the probabilities themselves, as in Switch.
 
