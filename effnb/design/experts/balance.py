@@ -21,8 +21,8 @@ $$\text{dropped} = \frac{E}{T}\, \mathbb{E}\,[(n - C)_+] \approx 0.4 \sqrt{(E - 
 
 Fedus, Zoph, Shazeer, "Switch Transformers", 2022, arXiv 2101.03961, eqs. 4-6. Zoph et al., "ST-MoE:
 Designing Stable and Transferable Sparse Expert Models", 2022, arXiv 2202.08906, eq. 5. The
-approximation is the mean of the positive half of a normal variable, $1/\sqrt{2\pi} = 0.399$ standard
-deviations.
+approximation is the mean of the positive half of a normal variable, $1/\sqrt{2\pi} = 0.399$
+standard deviations.
 """
 
 from __future__ import annotations

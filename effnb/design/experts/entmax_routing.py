@@ -7,8 +7,8 @@ zero where scores are low enough, without a cut: a clear token needs one expert,
 several, and the weights change continuously as experts come and go. The number of experts is not
 given but follows from the scores; they grow sharper in training.
 
-An application of entmax (Peters, Niculae, Martins, "Sparse Sequence-to-Sequence Models", 2019, arXiv
-1905.05702) to the routers of this package, not a published model.
+Entmax itself: Peters, Niculae, Martins, "Sparse Sequence-to-Sequence Models", 2019, arXiv
+1905.05702. It is applied to routers here; this is no published model.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ $$y_t = \sum_{e \in \text{experts of } t} g_{te}\; W^\text{down}_e \bigl(\sigma(
   \circ W^\text{up}_e x_t\bigr)$$
 
 The experts' matrices are fused: `gate_up_proj` holds all gates and ups, (experts, 2 width, hidden),
-`down_proj` is (experts, hidden, width), as in transformers' Mixtral. Assignments are sorted by
+`down_proj` is (experts, hidden, width). Assignments are sorted by
 expert, so that the tokens of one lie together, and two grouped products do all of the work; dropped
 ones and padding come last and give 0.
 
@@ -14,12 +14,11 @@ Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from effnb.design.experts.entmax_routing import entmax_routing
@@ -117,31 +116,57 @@ class RoutingSettings:
         )
 
 
-def run_experts(
-    x: Float[Tensor, "tokens hidden"],
-    routing: Routing,
-    gate_up: Float[Tensor, "experts twice_width hidden"],
-    down: Float[Tensor, "experts hidden width"],
-    activation: Callable[[Tensor], Tensor] = nn.functional.silu,
-) -> Float[Tensor, "tokens hidden"]:
-    """The sum of each token's experts, times their gates; 0 for a token without any.
+class FusedExperts(nn.Module):
+    """The matrices of all experts in two parameters, laid out as transformers fuses Mixtral's.
+
+    `effnb.core.linear_form` therefore takes them apart for every method that compresses linear
+    layers, and puts them together again.
 
     Args:
-        x: The tokens, in the order in which the routing counts them.
-        routing: Who goes where.
-        gate_up: All experts' first matrices: half of each is the gate.
-        down: All experts' second matrices.
+        hidden: Width of a token.
+        width: Inner width of an expert.
+        experts: How many there are.
         activation: What the gate passes through.
     """
-    count = routing.count
-    wanted = torch.where(routing.kept, routing.experts, count)  # those without a seat come last
-    order = wanted.argsort(stable=True)
-    token = routing.tokens[order]
-    ends = wanted.bincount(minlength=count + 1)[:count].cumsum(0)
-    gate, up = grouped_matmul(x[token], gate_up, ends).chunk(2, dim=-1)
-    y = grouped_matmul(activation(gate) * up, down, ends)
-    y = y * routing.gates[order, None].to(y.dtype)
-    return torch.zeros_like(x).index_add(0, token, y)
+
+    has_gate, is_transposed = True, False
+    holds_own_weights = True
+    """Its matrices are the model's own, not something small put beside them: methods that compress
+    weights and leave these out have to say so."""
+
+    def __init__(self, hidden: int, width: int, experts: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.act_fn = activation
+
+    def _apply_gate(self, inner: Float[Tensor, "rows twice"]) -> Float[Tensor, "rows width"]:
+        gate, up = inner.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "tokens hidden"],
+        chosen: Int[Tensor, "tokens places"],
+        weights: Float[Tensor, "tokens places"],
+    ) -> Float[Tensor, "tokens hidden"]:
+        """The sum of each token's experts, times their gates; 0 for a token without any.
+
+        Args:
+            hidden_states: The tokens.
+            chosen: The experts of each; their number in a place without one.
+            weights: The gates, of the same shape.
+        """
+        count, places = len(self.down_proj), chosen.shape[1]
+        order = chosen.flatten().argsort(stable=True)  # places without an expert come last
+        ends = chosen.flatten().bincount(minlength=count + 1)[:count].cumsum(0)
+        if ends.device.type == "cpu":  # a GPU would have to wait for the number
+            order = order[: int(ends[-1])]
+        token = order // places
+        inner = self._apply_gate(grouped_matmul(hidden_states[token], self.gate_up_proj, ends))
+        y = grouped_matmul(inner, self.down_proj, ends)
+        y = y * weights.flatten()[order, None].to(y.dtype)
+        return torch.zeros_like(hidden_states).index_add(0, token, y)
 
 
 class ExpertLayer(nn.Module):
@@ -162,16 +187,12 @@ class ExpertLayer(nn.Module):
         ValueError: More choices than experts, or sizes below 1.
     """
 
-    holds_own_weights = True
-    """Its matrices are the model's own, not something small put beside them: methods that compress
-    weights and leave these out have to say so."""
-
     def __init__(
         self,
         hidden: int,
         width: int,
         experts: int,
-        settings: RoutingSettings = RoutingSettings(),  # noqa: B008 - frozen
+        settings: RoutingSettings = RoutingSettings(),
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -183,9 +204,8 @@ class ExpertLayer(nn.Module):
             check_k(settings.k, experts)
         self.settings = settings
         self.router = nn.Linear(hidden, experts, bias=False)
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
-        self.act_fn = activation if activation is not None else nn.SiLU()
+        self.experts = FusedExperts(hidden, width, experts, activation or nn.SiLU())
+        self.width = width
         self.last: Routing | None = None
         self.text: Bool[Tensor, "batch time"] | None = None
         for parameter in self.parameters():
@@ -196,19 +216,14 @@ class ExpertLayer(nn.Module):
         return self.__dict__ | {"last": None, "text": None}
 
     @property
-    def experts(self) -> int:
+    def count(self) -> int:
         """How many experts there are."""
-        return len(self.down_proj)
-
-    @property
-    def width(self) -> int:
-        """Inner width of an expert."""
-        return self.down_proj.shape[-1]
+        return self.router.out_features
 
     @property
     def share_active(self) -> float:
         """Part of the experts' weights that a token meets: k of E, and all of entmax's at most."""
-        return 1.0 if self.settings.method == "entmax" else self.settings.k / self.experts
+        return 1.0 if self.settings.method == "entmax" else self.settings.k / self.count
 
     def forward(self, x: Float[Tensor, "batch time hidden"]) -> Float[Tensor, "batch time hidden"]:
         """The layer's output; a token without a seat gets 0."""
@@ -226,13 +241,11 @@ class ExpertLayer(nn.Module):
         logits = nn.functional.linear(noisy.to(wide), self.router.weight.to(wide))
         routing = self.settings.route(logits, text, training=self.training)
         self.last = routing
-        y = run_experts(
-            rows.reshape(-1, hidden), routing, self.gate_up_proj, self.down_proj, self.act_fn
-        )
+        y = self.experts(rows.reshape(-1, hidden), *routing.table())
         if by_position:
             return y.view(time, batch, hidden).transpose(0, 1)
         return y.view(batch, time, hidden)
 
     def extra_repr(self) -> str:
         """Its sizes, as a printed model shows them."""
-        return f"{self.experts} experts of width {self.width}, {self.settings.method}"
+        return f"{self.count} experts of width {self.width}, {self.settings.method}"

@@ -80,6 +80,22 @@ class Routing:
         groups, time, _ = self.logits.shape
         return self.tokens[self.kept].bincount(minlength=groups * time).view(groups, time)
 
+    def table(
+        self,
+    ) -> tuple[Int[Tensor, "tokens places"], Float[Tensor, "tokens places"]]:
+        """The kept assignments by token: experts, `count` in a place without one, and gates."""
+        groups, time, _ = self.logits.shape
+        order = self.tokens.masked_fill(~self.kept, groups * time).argsort(stable=True)
+        order = order[: int(self.kept.sum())]
+        token = self.tokens[order]
+        many = token.bincount(minlength=groups * time)
+        place = torch.arange(len(token), device=token.device) - (many.cumsum(0) - many)[token]
+        shape = groups * time, max(int(many.max()) if len(many) else 0, 1)
+        experts = token.new_full(shape, self.count)
+        experts[token, place] = self.experts[order]
+        gates = self.gates.new_zeros(shape).index_put((token, place), self.gates[order])
+        return experts, gates
+
     @property
     def imbalance(self) -> float:
         """The largest number of assignments wanted of an expert, over their mean; 1 is balance."""
@@ -179,9 +195,10 @@ def top_k(
 ) -> Routing:
     r"""Each token to the k experts that are most probable.
 
-    Probabilities are $p = \operatorname{softmax}(\ell)$. All first choices of a group take their seats before any second choice, and so on. With
-    `normalize` the k gates are divided by their sum, as in GShard, GLaM and Mixtral; without, they
-    are the probabilities themselves, as in Switch.
+    Probabilities are $p = \operatorname{softmax}(\ell)$. All first choices of a group take their
+    seats before any second choice, and so on. With `normalize` the k gates are divided by their
+    sum, as in GShard, GLaM and Mixtral; without, they are the probabilities themselves, as in
+    Switch.
 
     Args:
         logits: The router's scores.
