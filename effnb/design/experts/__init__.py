@@ -16,8 +16,8 @@ from effnb.design.experts.balance import (
 )
 from effnb.design.experts.decoder import (
     AUXILIARY,
-    Z,
     Counts,
+    Z,
     count_parameters,
     expert_layers,
     routing_losses,
@@ -28,7 +28,14 @@ from effnb.design.experts.decoder import (
 )
 from effnb.design.experts.entmax_routing import entmax_routing
 from effnb.design.experts.expert_choice import expert_choice, leak_rate
-from effnb.design.experts.layer import METHODS, ExpertLayer, FusedExperts, RoutingSettings
+from effnb.design.experts.layer import (
+    METHODS,
+    MIXTRAL,
+    SWITCH,
+    ExpertLayer,
+    FusedExperts,
+    RoutingSettings,
+)
 from effnb.design.experts.mixtral import to_mixtral
 from effnb.design.experts.routing import Routing, expert_capacity, find_seats, top_k
 from effnb.design.experts.switch import EVALUATION_FACTOR, TRAINING_FACTOR, jitter, switch
@@ -38,6 +45,8 @@ __all__ = [
     "AUXILIARY",
     "EVALUATION_FACTOR",
     "METHODS",
+    "MIXTRAL",
+    "SWITCH",
     "TRAINING_FACTOR",
     "Counts",
     "ExpertLayer",

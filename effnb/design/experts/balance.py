@@ -37,7 +37,7 @@ from effnb.design.experts.routing import Routing
 
 
 def balance_loss(routing: Routing) -> Float[Tensor, ""]:
-    """$E \\sum_e f_e P_e$, the mean over groups: 1 for balance, E for a single expert with all.
+    r"""$E \sum_e f_e P_e$, the mean over groups: 1 for balance, E for one expert with all.
 
     Source: Fedus et al. 2022, eq. 4, without its factor alpha; over several choices of a token
     the fractions are those of all choices.

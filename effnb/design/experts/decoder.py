@@ -29,7 +29,7 @@ from effnb.core.checks import check_loaded
 from effnb.core.modules import Model, clone, find_blocks
 from effnb.core.training import causal_lm_loss
 from effnb.design.experts.balance import balance_loss, z_loss
-from effnb.design.experts.layer import ExpertLayer, RoutingSettings
+from effnb.design.experts.layer import MIXTRAL, SWITCH, ExpertLayer, RoutingSettings
 from effnb.design.experts.routing import Routing
 
 AUXILIARY, Z = 0.01, 0.001
@@ -39,7 +39,7 @@ AUXILIARY, Z = 0.01, 0.001
 def with_experts(
     model: Model,
     experts: int,
-    settings: RoutingSettings = RoutingSettings(),
+    settings: RoutingSettings = SWITCH,
     *,
     width: int | None = None,
     blocks: Iterable[int] | None = None,
@@ -84,7 +84,7 @@ def with_experts(
 def upcycle(
     model: Model,
     experts: int,
-    settings: RoutingSettings = RoutingSettings(method="top-k", k=2, capacity_factor=None),
+    settings: RoutingSettings = MIXTRAL,
     *,
     blocks: Iterable[int] | None = None,
     seed: int = 0,
@@ -125,8 +125,8 @@ def _feed_forward(
     chosen = range(1, len(stack), 2) if blocks is None else sorted(set(blocks))
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(stack):
         raise ValueError(
-            f"the blocks are {list(chosen)}; the model has {len(stack)}, counted from 0, and one at "
-            "least must get experts."
+            f"the blocks are {list(chosen)}; the model has {len(stack)}, counted from 0, and at "
+            "least one must get experts."
         )
     found = []
     for index in chosen:

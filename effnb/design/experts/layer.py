@@ -44,7 +44,8 @@ class RoutingSettings:
             is 1 for "switch", 2 for "glam" and "gshard", and not used by "entmax".
         capacity_factor: Seats of an expert in training over its fair share; None for no limit,
             which "expert choice" does not have.
-        evaluation_factor: The same in evaluation; None for no limit. "expert choice" keeps the
+        evaluation_factor: The same in evaluation, where an expert has one seat at least; None for
+            no limit. "expert choice" keeps the
             factor of training: another would be another method.
         jitter: Noise on the router's inputs in training.
         group: What shares seats: all tokens of a "batch", those of a "sequence", or those at one
@@ -100,7 +101,9 @@ class RoutingSettings:
         seats = None
         if self.method != "entmax":
             check_k(self.k, experts)
-            if factor is not None:
+            if factor is not None and not fixed and self.k * factor * time < experts:
+                seats = 1  # text that is written token by token: one token always has a seat
+            elif factor is not None:
                 seats = expert_capacity(time, experts, factor, self.k)
         if self.method == "expert choice":
             return expert_choice(logits, seats, text=text)
@@ -114,6 +117,10 @@ class RoutingSettings:
         return {"switch": switch, "glam": glam, "gshard": gshard}[self.method](
             logits, text=text, capacity=seats
         )
+
+
+SWITCH = RoutingSettings()
+MIXTRAL = RoutingSettings("top-k", 2, capacity_factor=None, evaluation_factor=None)
 
 
 class FusedExperts(nn.Module):
@@ -192,7 +199,7 @@ class ExpertLayer(nn.Module):
         hidden: int,
         width: int,
         experts: int,
-        settings: RoutingSettings = RoutingSettings(),
+        settings: RoutingSettings = SWITCH,
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ def to_mixtral(model: nn.Module) -> MixtralForCausalLM:
             "eos_token_id",
             "pad_token_id",
             "rope_parameters",
-        )  # fmt: skip
+        )
     }
     config = MixtralConfig(
         **shared, intermediate_size=first.width, num_local_experts=first.count,
