@@ -6,7 +6,7 @@ have a limited number of seats for each group of tokens,
 
 $$C = \lfloor k\, f\, T / E \rfloor,$$
 
-with $T$ tokens in the group, $k$ choices of each and the capacity factor $f$. Whoever comes after
+with $T$ tokens in the group, $k$ choices of each and the capacity factor $f$. A token that comes after
 the last seat is dropped: the layer gives 0, and only the residual connection carries the token on.
 Padding is never assigned, takes no seat, and counts in no balance.
 

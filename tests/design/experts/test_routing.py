@@ -201,7 +201,7 @@ def test_every_expert_takes_exactly_its_share():
 
 def test_expert_choice_sees_the_future_and_top_k_does_not():
     assert leak_rate(12, 3, 4, trials=2000) == pytest.approx(0.71, abs=0.05)
-    assert leak_rate(8, 4, 8) == 0  # room for all: nobody is pushed out
+    assert leak_rate(8, 4, 8) == 0  # room for all: no token is pushed out
     logits = scores(1, 12, 3)
     changed = logits.clone()
     changed[0, -1] += 5
