@@ -4,11 +4,11 @@
     python data/sweeps/02_design/2_experts_claims.py training       # this part
 
 training  five seeds of the dense twin and of Switch with 8 experts, with and without the loss for
-          balance, and of GLaM, each trained for 240 steps of 1,024 tokens on the same texts
+          balance, and of GLaM, each trained for 360 steps of 1,024 tokens on the same texts
 by_input  entmax routing, five seeds: losses when numbers of experts are given to other tokens
 
 Judged on 24 chapters of a novel that none was trained on, 128 tokens each, read one by one. A
-training takes half a minute to a minute on one idle core: 20 of them about 15 minutes for the
+training takes half a minute to a minute on one idle core: 20 of them about 12 minutes for the
 first part, 5 about 4 minutes for the second.
 """
 

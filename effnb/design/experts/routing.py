@@ -6,9 +6,9 @@ have a limited number of seats for each group of tokens,
 
 $$C = \lfloor k\, f\, T / E \rfloor,$$
 
-with $T$ tokens in the group, $k$ choices of each and the capacity factor $f$. A token that comes after
-the last seat is dropped: the layer gives 0, and only the residual connection carries the token on.
-Padding is never assigned, takes no seat, and counts in no balance.
+with $T$ tokens in the group, $k$ choices of each and the capacity factor $f$. A token that comes
+after the last seat is dropped: the layer gives 0, and only the residual connection carries the
+token on. Padding is never assigned, takes no seat, and counts in no balance.
 
 Fedus, Zoph, Shazeer, "Switch Transformers: Scaling to Trillion Parameter Models with Simple and
 Efficient Sparsity", 2022, arXiv 2101.03961. Lepikhin et al., "GShard", 2020, arXiv 2006.16668.

@@ -18,7 +18,7 @@ from effnb.design.experts import ExpertLayer, Routing, RoutingSettings, entmax_r
 from effnb.evaluation.cost import flops
 from effnb.evaluation.quality import token_losses
 
-STEPS, SHAPE, RATE = 240, (8, 128), 4e-3
+STEPS, SHAPE, RATE = 360, (8, 128), 4e-3
 """Steps of a training, sequences and tokens of each, and the peak learning rate."""
 SIZES = {"hidden": 64, "width": 128, "blocks": 2, "heads": 4, "kv_heads": 2}
 """Of the dense twin: the shape of mini-300k."""
@@ -161,8 +161,8 @@ def judged(model: nn.Module, documents: Sequence[Int[Tensor, " time"]]) -> dict[
 class Shuffled:
     """Entmax routing in which tokens get as many experts as other tokens of the text did.
 
-    A token with fewer than it asked for keeps its best ones, their weights divided by their sum. One
-    with more gets experts whose entmax weight is 0: they cost the same and add nothing.
+    A token with fewer than it asked for keeps its best ones, their weights divided by their sum.
+    One with more gets experts whose entmax weight is 0: they cost the same and add nothing.
     """
 
     method, group, jitter = "entmax", "batch", 0.0
