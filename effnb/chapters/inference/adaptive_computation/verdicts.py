@@ -9,10 +9,13 @@ from __future__ import annotations
 from effnb.lab.claims import Verdict, available, judge
 from effnb.lab.results import StoredResult
 
-TABLES = tuple(
-    f"05_inference/7_adaptive_computation_claims/{part}"
-    for part in ("read", "sections", "calm", "time", "defer")
-) + ("02_design/2_experts_claims/by_input",)
+TABLES = (
+    *(
+        f"05_inference/7_adaptive_computation_claims/{part}"
+        for part in ("read", "sections", "calm", "time", "defer")
+    ),
+    "02_design/2_experts_claims/by_input",
+)
 """The stored tables that the verdicts rest on; the last is of the chapter on experts."""
 
 
