@@ -38,7 +38,7 @@ from effnb.inference.quantization import gptq, rtn
 from effnb.lab import load, sweeps
 from effnb.lab._files import data_folder
 from effnb.lab.sweeps import SEEDS, held_out_novel, run
-from effnb.lab.texts import calibration_sequences, training_batches, windows_of
+from effnb.lab.texts import calibration_sequences, windows_of
 
 DOCUMENTS = 24
 COUNTS = (2, 4, 8, 16)
@@ -73,6 +73,12 @@ def documents() -> list[Tensor]:
     return list(windows_of(tokenizer(), held_out_novel(), DOCUMENTS, twins.SHAPE[1]))
 
 
+@cache
+def read_by(seed: int, steps: int = twins.STEPS) -> list[Tensor]:
+    """What every twin of a seed reads."""
+    return twins.texts(tokenizer(), seed, steps)
+
+
 def grid() -> None:
     """Losses, loads and drops over the knobs of the chapter."""
     table = Table("grid", steps=twins.STEPS, shape=list(twins.SHAPE), documents=DOCUMENTS)
@@ -80,7 +86,7 @@ def grid() -> None:
         for name, one in GRID.items():
 
             def measure(seed: int = seed, one: dict[str, Any] = one) -> dict[str, Any]:
-                batches = training_batches(tokenizer(), seed, twins.STEPS, twins.SHAPE)
+                batches = read_by(seed)
                 model = twins.twin(
                     one["method"], one.get("count", 8), factor=one.get("factor", 1.25), seed=seed
                 )
@@ -112,7 +118,7 @@ def upcycled_twin(seed: int, kind: str) -> nn.Module:
     if kind != "dense":
         model = experts.upcycle(model, UPCYCLED_EXPERTS, experts.MIXTRAL, seed=seed)
     model = methods.copy_of(model)
-    batches = training_batches(tokenizer(), 50 + seed, UPCYCLED_STEPS, twins.SHAPE)
+    batches = read_by(50 + seed, UPCYCLED_STEPS)
     return methods.tuned(model, batches, UPCYCLED_RATE, seed)
 
 

@@ -26,7 +26,6 @@ from effnb.lab import claims_bench
 from effnb.lab._files import data_folder
 from effnb.lab.claims_bench import SEEDS, Table, documents_of
 from effnb.lab.sweeps import held_out_novel
-from effnb.lab.texts import training_batches
 
 MODEL = "experts, trained briefly"
 DOCUMENTS = 24
@@ -59,7 +58,7 @@ def documents() -> list[Tensor]:
 @cache
 def batches(seed: int) -> list[Tensor]:
     """What every twin of a seed reads."""
-    return training_batches(tokenizer(), seed, twins.STEPS, twins.SHAPE)
+    return twins.texts(tokenizer(), seed, twins.STEPS)
 
 
 def trained(seed: int, method: str, auxiliary: float | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +96,7 @@ def training() -> Panel:
         run: methods.Watched = found["run"]
         return "\n".join(
             [
-                f"Seats of each expert: {run.seats} of {methods.LIVE_SHAPE[0] * methods.LIVE_SHAPE[1]}",
+                f"Seats of each expert: {run.seats}, for {math.prod(methods.LIVE_SHAPE)} tokens",
                 f"Busiest expert: {run.busiest / found['count']:.0%} of all choices, fair would be "
                 f"{1 / found['count']:.0%}",
                 f"Dropped at the end: {sum(run.dropped[-10:]) / 10:.1%}",

@@ -24,12 +24,12 @@ def stored() -> list[StoredResult]:
 
 
 def s_m4(*stored: StoredResult) -> Verdict:
-    """More parameters at equal operations per token train to a lower loss, if loads are balanced."""
+    """More parameters at equal work per token train to a lower loss, if loads are balanced."""
     return judge(
         "S-M4",
         *stored,
         note="Decoders of the shape of mini-300k with experts in both blocks, trained alike for a "
         "few hundred steps on the same texts, and judged on chapters of a novel that none was "
-        "trained on. The papers' models are thousands of times larger, have experts in every second "
-        "block, and see each expert's share of billions of tokens.",
+        "trained on. The papers' models are thousands of times larger, have experts in every "
+        "second block, and are trained on billions of tokens.",
     )
