@@ -57,7 +57,7 @@ from effnb.kernels._launch import (
     tl,
 )
 from effnb.kernels.bench import BenchCase, Runner, absent
-from effnb.kernels.compile import CompileCase
+from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
 
 LOG2_E = 1.4426950408889634
@@ -506,7 +506,7 @@ def compile_cases() -> list[CompileCase]:
     tokens, hidden, words = 8192, 4096, 128256
     found = []
     for kind, teacher in (("fp32", False), ("fp16", True), ("bf16", False), ("bf16", True)):
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[kind]
+        dtype = KINDS[kind]
         settings = _settings(dtype)
         warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
         block_m, block_v, block_h = (settings[f"BLOCK_{x}"] for x in "MVH")

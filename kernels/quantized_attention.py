@@ -128,7 +128,7 @@ def _spread(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr):
 @jit
 def _packed_kernel(
     query, key_codes, key_scales, key_minima, value_codes, value_scales, value_minima,
-    largest, total, weighted,  # (batch · heads, parts + 1, …) float32
+    largest, total, weighted,  # (batch · heads, parts, …) float32
     group,  # query heads that share keys
     key_bytes, key_groups,  # of a row, which is a channel
     stride_keys, stride_key_groups, stride_values, stride_value_groups,  # from head to head
@@ -203,7 +203,7 @@ def _packed_kernel(
                 v = ((packed >> (3 * BITS)) & MASK).to(tl.float32) * v_step + v_low
                 out_3 *= shrink[:, None]
                 out_3 += tl.dot(w, v.to(q.dtype), input_precision=PRECISION)
-    here = (head * group + row) * (parts + 1) + part
+    here = (head * group + row) * parts + part
     real = row < group
     tl.store(largest + here, m, mask=real)
     tl.store(total + here, s, mask=real)
@@ -251,7 +251,7 @@ def _latest_kernel(
         o = o * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         m = new_m
     for part in range(parts):
-        here = (head * group + row) * (parts + 1) + part
+        here = (head * group + row) * parts + part
         other_m = tl.load(largest + here, mask=real, other=0.0)
         other_s = tl.load(total + here, mask=real, other=1.0)
         at = weighted + here[:, None] * VALUE_DIM + place[None, :]
@@ -315,8 +315,8 @@ def _by_kernel(
     late_keys = torch.cat([late_keys, keys], 2).contiguous()
     late_values = torch.cat([late_values, values], 2).contiguous()
     rows = batch * heads
-    largest, total = (empty((rows, parts + 1), torch.float32, q.device) for _ in range(2))
-    weighted = empty((rows, parts + 1, value_dim), torch.float32, q.device)
+    largest, total = (empty((rows, parts), torch.float32, q.device) for _ in range(2))
+    weighted = empty((rows, parts, value_dim), torch.float32, q.device)
     out = empty((batch, heads, 1, value_dim), q.dtype, q.device)
     q = q.contiguous()
     sizes = dict(
@@ -501,13 +501,22 @@ def compile_cases() -> list[CompileCase]:
             )
         )  # fmt: skip
         if bits == 2:
-            late = dict(constants, BLOCK_T=32 if kind == "fp32" else 64)
+            block, latest, size = (32, 128, 4) if kind == "fp32" else (64, 128, 2)
+            rest = Work(
+                what=f"{latest} latest tokens and {parts} parts, {key_heads} heads of {dim}",
+                item="tile",
+                items=1,
+                turns=latest // block,
+                programs=key_heads,
+                fetched=2 * block * dim * size,
+                bytes=2 * latest * key_heads * dim * size + parts * key_heads * group * dim * 4,
+                flops=4 * latest * key_heads * group * dim,
+            )
+            name = f"quantized_attention: latest {kind}"
+            late = constants | {"BLOCK_T": block}
             found.append(
-                CompileCase(
-                    f"quantized_attention: latest {kind}", _latest_kernel, types, late,
-                    mma=kind != "fp32",
-                )
-            )  # fmt: skip
+                CompileCase(name, _latest_kernel, types, late, mma=kind != "fp32", work=rest)
+            )
     return found
 
 
