@@ -220,6 +220,8 @@ claims_table(verdicts.s_p1(*verdicts.stored()))
 tables.text_table(runs_stored)
 
 # %% [markdown]
+# Where a trained network is below the untrained one, training has so far moved its features towards its own question and away from the probe's. The runs are short: about a thirtieth of the text that `mini-300k` read.
+#
 # **Equal compute.** An objective whose steps are cheap may take more of them. Each gets the operations that CLM had:
 
 # %% tags=["nbval-check-output"]
@@ -432,7 +434,7 @@ exercises.rule.solution()
 # **Replace MLM and all-tokens MLM** (Clark et al., 2020) are ablations of ELECTRA. The first puts the generator's tokens in the place of mask tokens and asks for the originals at those positions; on the GLUE tasks that is hardly better than BERT. The second asks for them everywhere, and comes close to ELECTRA:
 # most of the gain comes from asking everywhere. Use neither; they explain why ELECTRA works.
 #
-# **Which one?** To write text, CLM. To read it, an encoder that is asked everywhere (ELECTRA) or masked at more than 15 %, if you can afford to compare by your own task. One network for both: spans, or a prefix. Spend the budget near 20 tokens for each parameter, and on a smaller network with more text if it will be used much. The evidence of this page comes from
+# **Which one?** To write text, CLM. To read it, the papers choose an encoder that is asked everywhere (ELECTRA) or masked at more than 15 %, and trained on far more text than here; the tables above say what little text gives. One network for both: spans, or a prefix. Spend the budget near 20 tokens for each parameter, and on a smaller network with more text if it will be used much. The evidence of this page comes from
 # networks of 300 thousand parameters: measure on yours.
 #
 # ## Further reading
