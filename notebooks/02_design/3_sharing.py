@@ -265,7 +265,7 @@ depth = tables.claimed("depth").data["table"]
 drawings.depth(depth)
 
 # %% [markdown]
-# On a short input the Perceiver has more latents than there are tokens, and its reading comes on top. That is when not to use one.
+# Latents save time as long as there are fewer of them than tokens. On an input shorter than that, each layer costs more than a Transformer's, and the reading comes on top: do not use a Perceiver there.
 
 # %% [markdown]
 # ## On a real model
@@ -434,7 +434,7 @@ exercises.cross.solution()
 #
 # **Perceiver IO** (Jaegle et al., 2022). Because answers are asked for by queries, there may be any number of them and of any kind: `PerceiverIO(config)(inputs, queries)`. Forgetting to tell a query *where* it asks is the usual mistake; then all answers are the same.
 #
-# **Which one?** If memory, downloads or gradients between machines are what is short, share; start with attention, look at the table above for what the feed-forward layers cost, and choose the number of groups by your budget. If the vocabulary is large beside the model, factorize its embedding first: it saves bytes and time. If inputs are long and an answer is short, read them into latents. Adaptive steps are for tasks in which some positions are much harder than others.
+# **Which one?** If memory, downloads or gradients between machines are what is short, share; look at the table above for what each part costs to share, compare with a smaller model of as many parameters, and choose the number of groups by your budget. If the vocabulary is large beside the model, factorize its embedding first: it saves bytes and time. If inputs are long and an answer is short, read them into latents. Adaptive steps are for tasks in which some positions are much harder than others.
 #
 # ## Further reading
 #

@@ -12,6 +12,8 @@ WITHOUT_MODELS = {
     "kernel_report",
     "kernels",
     *(f"02_design/1_attention_claims/{part}" for part in ("costs", "reading")),
+    *(f"02_design/3_sharing_claims/{part}" for part in ("depth", "reading")),
+    "02_design/3_sharing/universal",
     *(f"02_design/5_retention_claims/{part}" for part in ("decoding", "latency", "training")),
     "05_inference/2_low_rank/latency",
     "06_hardware/2_codesign/experts",
