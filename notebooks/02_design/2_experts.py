@@ -50,14 +50,14 @@ run_time("02_design/2_experts")
 # %%
 from effnb.chapters.design.experts import drawings, tables
 
-grid = tables.stored("grid").data if tables.stored("grid") else tables.stored("grid")
+grid = tables.stored("grid").data
 drawings.result(grid)
 
-# %% tags=["nbval-check-output"]
+# %%
 print(tables.grid_said(grid))
 
 # %% [markdown]
-# Losses are in **nats**: the mean of $-\ln p$ of the right token. The networks that a token can choose from are called **experts**. The name promises more than it keeps: nobody assigns them subjects, and what each learns is whatever the tokens that come to it have in common.
+# Losses are in **nats**: the mean of $-\ln p$ of the right token. The networks that a token can choose from are called **experts**. The name promises more than it keeps: no one assigns them subjects, and what each learns is whatever the tokens that come to it have in common.
 #
 # Experts have a limited number of seats, as you will see. **Predict first:** the panel takes your guess before it answers. Then change the number of tokens that share the seats, and give each expert a few seats more than its fair share.
 
@@ -255,9 +255,7 @@ compare_costs(dense, twins.twin("Switch", 8).eval(), ids, labels=("dense", "8 ex
 # The layer beside `transformers`' own, on the same weights:
 
 # %%
-tables.speed_table(tables.stored("speed").data) if tables.stored("speed") else tables.stored(
-    "speed"
-)
+tables.speed_table(tables.stored("speed").data)
 
 # %% [markdown]
 # ## On a real model
@@ -282,18 +280,17 @@ for name, settings in (
 # What is it worth? Both models are trained on, with the same texts and the same number of steps; the copies start alike and part only because their router sends them different tokens.
 
 # %%
-upcycled = tables.stored("upcycled").data if tables.stored("upcycled") else tables.stored("upcycled")
+upcycled = tables.stored("upcycled").data
 tables.upcycled_table(upcycled)
 
-# %% tags=["nbval-check-output"]
+# %%
 print(tables.upcycled_said(upcycled))
 
 # %% [markdown]
 # **Compressing experts.** Most of the parameters are experts, stored in `transformers` as well as here as one tensor with three axes. Methods that look for `nn.Linear` pass over such tensors without a word, and a model "in 4 bits" keeps nearly all of its bytes. This book's methods see each expert's matrices as linear layers, read the tokens that the router sends there, and put the tensor together again; what a method leaves out it says in a warning.
 
 # %%
-small = tables.stored("compressed")
-tables.compressed_table(small.data) if small else small
+tables.compressed_table(tables.stored("compressed").data)
 
 # %% [markdown]
 # One of them live:
