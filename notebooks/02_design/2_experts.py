@@ -324,16 +324,16 @@ for name, routing in (
 print(tables.leak_said(grid))
 
 # %% [markdown]
-# **Padding that counts.** Tokens of padding are alike, so they all want the same expert. If they count, they take its seats and bend the loss for balance. Here half of each sequence is padding; with a mask it takes no seat:
+# **Padding that counts.** Tokens of padding are alike, so they all want the same expert. If they count, they take its seats and bend the loss for balance. Here the first half of a sequence is padding; with a mask it takes no seat:
 
 # %% tags=["nbval-check-output"]
 mask = torch.ones(1, 12, dtype=torch.bool)
-mask[:, 6:] = False
+mask[:, :6] = False
 padded = scores.clone()
-padded[:, 6:] = padded[:, :1]
+padded[:, :6] = padded[:, 6:7]
 for name, text_mask in (("counted", None), ("masked", mask)):
     routing = experts.switch(padded, text=text_mask, capacity=3)
-    kept = int(routing.experts_of_token[:, :6].sum())
+    kept = int(routing.experts_of_token[:, 6:].sum())
     print(f"{name}: load {routing.wanted.tolist()}, {kept} of 6 tokens of text have a seat")
 
 # %% [markdown]
