@@ -13,6 +13,7 @@ WITHOUT_MODELS = {
     "kernels",
     *(f"02_design/1_attention_claims/{part}" for part in ("costs", "reading")),
     *(f"02_design/5_retention_claims/{part}" for part in ("decoding", "latency", "training")),
+    "02_design/2_experts/speed",
     "05_inference/2_low_rank/latency",
     "06_hardware/2_codesign/experts",
     "06_hardware/2_codesign/scaling",
