@@ -168,11 +168,12 @@ show(experts.FusedExperts.forward)
 # Is it the layer that people use? Mixtral's block in `transformers` has the same routing, two experts with gates divided by their sum and no limit of seats. The same weights, put into both:
 
 # %% tags=["nbval-check-output"]
-from transformers import MixtralConfig
+from transformers import MixtralConfig, logging
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from effnb.chapters.design.experts import methods
 
+logging.set_verbosity_error()
 torch.manual_seed(0)
 sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 8}
 block = mixtral.MixtralSparseMoeBlock(MixtralConfig(**sizes, num_experts_per_tok=2))
@@ -401,7 +402,7 @@ _ = exercises.balance.check(balance_loss)
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# `torch.nn.functional.one_hot(p.argmax(1), E)` marks the choice of every token.
+# Mark each token's choice with a row of zeros and a single 1; the mean of those rows is $f$.
 #
 # </details>
 
@@ -447,7 +448,7 @@ print("experts of each token:", routing.experts_of_token.tolist()[0])
 #
 # **GShard's coin.** GShard makes the second choice only with probability $\min(1, 2 g_2)$, where $g_2$ is its gate: an expert that would hardly count is mostly not asked. `experts.gshard` has it, and *Co-design* runs the layer on several devices.
 #
-# **Jitter.** Switch multiplies the router's inputs in training by noise between 0.99 and 1.01, so that close decisions fall either way: `RoutingSettings(jitter=0.01)`.
+# **Jitter.** Switch multiplies the router's inputs in training by a little noise, so that close decisions fall either way: `RoutingSettings(jitter=0.01)`.
 #
 # **Which one?** For a causal model, start from top-2 with gates that sum to 1 and no limit of seats, as Mixtral does; on one machine nothing is gained by dropping tokens. Where experts lie on different devices, capacity is what makes shapes fixed: Switch, or GShard, with $f = 1.25$ in training and 2 afterwards. Expert choice is for encoders. If you have a trained dense model, up-cycle it. The evidence here is from very small models: measure on yours.
 #
