@@ -7,7 +7,7 @@ from planted_rows import planted_groups, planted_rows, stored
 
 from effnb.chapters.design.attention import verdicts as attention
 from effnb.chapters.design.context import verdicts as context
-from effnb.chapters.design.experts import verdicts as experts
+from effnb.chapters.design.experts import verdicts as expert_routing
 from effnb.chapters.design.retention import verdicts as retention
 from effnb.chapters.hardware.codesign import verdicts as codesign
 from effnb.chapters.inference.adaptive_computation import verdicts as adaptive
@@ -32,7 +32,7 @@ JUDGES = {
     "S-M1": attention.s_m1,
     "S-M2": attention.s_m2,
     "S-M3": attention.s_m3,
-    "S-M4": experts.s_m4,
+    "S-M4": expert_routing.s_m4,
     "Y-1": context.y_1,
     "Y-2": context.y_2,
     "Y-3": context.y_3,
@@ -56,7 +56,7 @@ def test_every_registered_claim_has_a_function():
     others = {n for n, one in ledger().items() if one.parts and not n.startswith("D-")}
     assert others == {*JUDGES, "C-7", "S-H4", "S-F1", "S-F2"}
     assert quantization.c_7 is pruning.c_7
-    assert experts.s_i4 is adaptive.s_i4
+    assert expert_routing.s_i4 is adaptive.s_i4
 
 
 @pytest.mark.parametrize("name", JUDGES)
