@@ -50,14 +50,14 @@ run_time("02_design/2_experts")
 # %%
 from effnb.chapters.design.experts import drawings, tables
 
-grid = tables.stored("grid").data if tables.stored("grid") else tables.stored("grid")
+grid = tables.stored("grid").data
 drawings.result(grid)
 
-# %% tags=["nbval-check-output"]
+# %%
 print(tables.grid_said(grid))
 
 # %% [markdown]
-# Losses are in **nats**: the mean of $-\ln p$ of the right token. The networks that a token can choose from are called **experts**. The name promises more than it keeps: nobody assigns them subjects, and what each learns is whatever the tokens that come to it have in common.
+# Losses are in **nats**: the mean of $-\ln p$ of the right token. The networks that a token can choose from are called **experts**. The name promises more than it keeps: no one assigns them subjects, and what each learns is whatever the tokens that come to it have in common.
 #
 # Experts have a limited number of seats, as you will see. **Predict first:** the panel takes your guess before it answers. Then change the number of tokens that share the seats, and give each expert a few seats more than its fair share.
 
@@ -168,11 +168,12 @@ show(experts.FusedExperts.forward)
 # Is it the layer that people use? Mixtral's block in `transformers` has the same routing, two experts with gates divided by their sum and no limit of seats. The same weights, put into both:
 
 # %% tags=["nbval-check-output"]
-from transformers import MixtralConfig
+from transformers import MixtralConfig, logging
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from effnb.chapters.design.experts import methods
 
+logging.set_verbosity_error()
 torch.manual_seed(0)
 sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 8}
 block = mixtral.MixtralSparseMoeBlock(MixtralConfig(**sizes, num_experts_per_tok=2))
@@ -255,9 +256,7 @@ compare_costs(dense, twins.twin("Switch", 8).eval(), ids, labels=("dense", "8 ex
 # The layer beside `transformers`' own, on the same weights:
 
 # %%
-tables.speed_table(tables.stored("speed").data) if tables.stored("speed") else tables.stored(
-    "speed"
-)
+tables.speed_table(tables.stored("speed").data)
 
 # %% [markdown]
 # ## On a real model
@@ -282,18 +281,17 @@ for name, settings in (
 # What is it worth? Both models are trained on, with the same texts and the same number of steps; the copies start alike and part only because their router sends them different tokens.
 
 # %%
-upcycled = tables.stored("upcycled").data if tables.stored("upcycled") else tables.stored("upcycled")
+upcycled = tables.stored("upcycled").data
 tables.upcycled_table(upcycled)
 
-# %% tags=["nbval-check-output"]
+# %%
 print(tables.upcycled_said(upcycled))
 
 # %% [markdown]
 # **Compressing experts.** Most of the parameters are experts, stored in `transformers` as well as here as one tensor with three axes. Methods that look for `nn.Linear` pass over such tensors without a word, and a model "in 4 bits" keeps nearly all of its bytes. This book's methods see each expert's matrices as linear layers, read the tokens that the router sends there, and put the tensor together again; what a method leaves out it says in a warning.
 
 # %%
-small = tables.stored("compressed")
-tables.compressed_table(small.data) if small else small
+tables.compressed_table(tables.stored("compressed").data)
 
 # %% [markdown]
 # One of them live:
@@ -327,16 +325,16 @@ for name, routing in (
 print(tables.leak_said(grid))
 
 # %% [markdown]
-# **Padding that counts.** Tokens of padding are alike, so they all want the same expert. If they count, they take its seats and bend the loss for balance. Here half of each sequence is padding; with a mask it takes no seat:
+# **Padding that counts.** Tokens of padding are alike, so they all want the same expert. If they count, they take its seats and bend the loss for balance. Here the first half of a sequence is padding; with a mask it takes no seat:
 
 # %% tags=["nbval-check-output"]
 mask = torch.ones(1, 12, dtype=torch.bool)
-mask[:, 6:] = False
+mask[:, :6] = False
 padded = scores.clone()
-padded[:, 6:] = padded[:, :1]
+padded[:, :6] = padded[:, 6:7]
 for name, text_mask in (("counted", None), ("masked", mask)):
     routing = experts.switch(padded, text=text_mask, capacity=3)
-    kept = int(routing.experts_of_token[:, :6].sum())
+    kept = int(routing.experts_of_token[:, 6:].sum())
     print(f"{name}: load {routing.wanted.tolist()}, {kept} of 6 tokens of text have a seat")
 
 # %% [markdown]
@@ -404,7 +402,7 @@ _ = exercises.balance.check(balance_loss)
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# `torch.nn.functional.one_hot(p.argmax(1), E)` marks the choice of every token.
+# Mark each token's choice with a row of zeros and a single 1; the mean of those rows is $f$.
 #
 # </details>
 
@@ -450,7 +448,7 @@ print("experts of each token:", routing.experts_of_token.tolist()[0])
 #
 # **GShard's coin.** GShard makes the second choice only with probability $\min(1, 2 g_2)$, where $g_2$ is its gate: an expert that would hardly count is mostly not asked. `experts.gshard` has it, and *Co-design* runs the layer on several devices.
 #
-# **Jitter.** Switch multiplies the router's inputs in training by noise between 0.99 and 1.01, so that close decisions fall either way: `RoutingSettings(jitter=0.01)`.
+# **Jitter.** Switch multiplies the router's inputs in training by a little noise, so that close decisions fall either way: `RoutingSettings(jitter=0.01)`.
 #
 # **Which one?** For a causal model, start from top-2 with gates that sum to 1 and no limit of seats, as Mixtral does; on one machine nothing is gained by dropping tokens. Where experts lie on different devices, capacity is what makes shapes fixed: Switch, or GShard, with $f = 1.25$ in training and 2 afterwards. Expert choice is for encoders. If you have a trained dense model, up-cycle it. The evidence here is from very small models: measure on yours.
 #

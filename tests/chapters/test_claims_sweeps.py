@@ -36,6 +36,7 @@ MODULES = {
     "context": "6_context_claims",
     "attention": "1_attention_claims",
     "retrieval": "4_retrieval_claims",
+    "experts": "2_experts_claims",
     "multitask": "3_multitask_claims",
     "objectives": "1_objectives_claims",
     "sharing": "3_sharing_claims",
@@ -275,6 +276,14 @@ def test_context(small, monkeypatch):
     assert wanting(rows, "02_design/6_context") == {}
     tuned = [row["training_tokens"] for row in rows if row.get("steps") == 8]
     assert set(tuned) == {8 * script.TARGET}
+
+
+def test_experts(small, monkeypatch):
+    script = small.experts
+    monkeypatch.setattr(script, "documents", lambda: list(ids(0, 2, 24)))
+    monkeypatch.setattr(script, "batches", lambda seed: [ids(seed, 2, 16)])
+    rows = measured(small, "experts", list(script.PARTS))
+    assert wanting(rows, "02_design/2_experts") == {}
 
 
 def test_attention(small, monkeypatch):

@@ -7,6 +7,7 @@ from planted_rows import planted_groups, planted_rows, stored
 
 from effnb.chapters.design.attention import verdicts as attention
 from effnb.chapters.design.context import verdicts as context
+from effnb.chapters.design.experts import verdicts as expert_routing
 from effnb.chapters.design.retention import verdicts as retention
 from effnb.chapters.design.retrieval import verdicts as retrieval
 from effnb.chapters.design.sharing import verdicts as sharing
@@ -37,6 +38,7 @@ JUDGES = {
     "S-M7": retrieval.s_m7,
     "S-M5": sharing.s_m5,
     "S-M6": sharing.s_m6,
+    "S-M4": expert_routing.s_m4,
     "Y-1": context.y_1,
     "Y-2": context.y_2,
     "Y-3": context.y_3,
@@ -61,6 +63,7 @@ def test_every_registered_claim_has_a_function():
     others = {n for n, one in ledger().items() if one.parts and not n.startswith("D-")}
     assert others == {*JUDGES, "C-7", "S-H4", "S-F1", "S-F2"}
     assert quantization.c_7 is pruning.c_7
+    assert expert_routing.s_i4 is adaptive.s_i4
 
 
 @pytest.mark.parametrize("name", JUDGES)

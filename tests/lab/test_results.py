@@ -15,6 +15,7 @@ WITHOUT_MODELS = {
     *(f"02_design/3_sharing_claims/{part}" for part in ("depth", "reading")),
     "02_design/3_sharing/universal",
     *(f"02_design/5_retention_claims/{part}" for part in ("decoding", "latency", "training")),
+    "02_design/2_experts/speed",
     "05_inference/2_low_rank/latency",
     "06_hardware/2_codesign/experts",
     "06_hardware/2_codesign/scaling",

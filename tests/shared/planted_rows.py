@@ -89,7 +89,8 @@ def _drawn(about):
     """Whether a method draws anything: text to calibrate or to train with, or the choice itself."""
     if "choose" in about:
         return about["choose"] == "random"
-    if about.get("table") in ("recurrence", "needle", "patterns", "shared", "masked"):
+    training = ("recurrence", "needle", "patterns", "shared", "masked", "training", "by input")
+    if about.get("table") in training:
         return True
     if about.get("method") == "RETRO":
         return True

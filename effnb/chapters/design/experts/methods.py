@@ -104,6 +104,8 @@ class Watched:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
+@torch.enable_grad()
 def watched(count: int, k: int, factor: float, auxiliary: float, seed: int = 0) -> Watched:
     """A layer of experts learns a map that differs by region, and is watched.
 
