@@ -14,6 +14,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -200,8 +201,19 @@ def visit_blocks(
     Raises:
         ValueError: No calibration data, or sequences beyond the context.
     """
-    batches, report = unpadded_batches(model, calibration), Calibration.of(calibration).report
+    batches = unpadded_batches(model, calibration)
     result = share(model).eval()
+    _visit(result, batches, visit, Calibration.of(calibration).report)
+    return result
+
+
+def _visit(
+    result: nn.Module,
+    batches: list[dict[str, Tensor]],
+    visit: Callable[[str, nn.Module, list[Call]], None],
+    report: Callable[[int, int], None],
+) -> None:
+    """What `visit_blocks` does, with the new model itself, which changes."""
     names: dict[nn.Module, str] = {}  # a block that is used twice goes by its first place
     for prefix, stack in find_stacks(result).items():
         for index, block in enumerate(stack):
@@ -234,7 +246,6 @@ def visit_blocks(
         finally:
             for passage in passages:
                 passage.cancel()
-    return result
 
 
 def _used_again(
@@ -356,8 +367,9 @@ def layerwise(
 ) -> Model:
     """Visit the blocks in order; observe, compress and replace their linear layers.
 
-    A layer that several blocks use is compressed on what the first of them reads, and replaced in
-    all of them.
+    A layer that several blocks use is compressed once, when the first of them is visited, on what
+    it reads in all of them, and replaced in all of them. What the later blocks give it is seen in
+    forward passes of the model as it is at that moment: compressed in front of the first place.
 
     Args:
         model: A transformer whose blocks `effnb.core.modules.find_blocks` finds. Not changed.
@@ -381,6 +393,9 @@ def layerwise(
             `compress` refuses, with the layer's name.
     """
     wanted = block_linears(model, layers)
+    batches = unpadded_batches(model, calibration)
+    result = share(model).eval()
+    places = _places(result)
     reached: set[str] = set()
     changed: dict[nn.Module, nn.Module] = {}  # a layer may be used in a later block again
 
@@ -392,7 +407,6 @@ def layerwise(
             raise ValueError(f"{name}: {problem}") from None
 
     def visit(prefix: str, block: nn.Module, calls: list[Call]) -> None:
-        exchange(block, changed)
         names = [
             name
             for name, m in block.named_modules()
@@ -405,19 +419,20 @@ def layerwise(
             observers = {
                 name: observe(f"{prefix}.{name}", block.get_submodule(name)) for name in group
             }
-            for name, observer in watch(block, observers, calls, share_observers).items():
+            used: dict[str, Observer] = {}
+            for users, some in _by_places(block, observers, places).items():
+                if len(users) > 1:
+                    used |= _watch_everywhere(result, block, some, batches, share_observers)
+                else:
+                    used |= watch(block, some, calls, share_observers)
+            for name, observer in used.items():
                 layer = block.get_submodule(name)
                 new = named(f"{prefix}.{name}", layer, observer)
                 if new is not None and new is not layer:
                     changed[layer] = new
-            exchange(block, changed)
+            exchange(result, changed)  # in all places, also of blocks that come later
 
-    result = visit_blocks(
-        model,
-        calibration,
-        visit,
-    )
-    exchange(result, changed)
+    _visit(result, batches, visit, Calibration.of(calibration).report)
     missed = {name: layer for name, layer in wanted.items() if name not in reached}
     if not unreached:
         names = [glob.escape(name) for name in missed]
@@ -441,9 +456,20 @@ def watch(
     Returns:
         The observers, in the order in which their layers ran; layers that did not run are left out.
     """
+    runs = [(call.mask, partial(call.run, block)) for call in calls]
+    return _watch(block, observers, runs, shared)
+
+
+def _watch(
+    block: nn.Module,
+    observers: Mapping[str, Observer],
+    runs: Iterable[tuple[Tensor | None, Callable[[], Any]]],
+    shared: bool,
+) -> dict[str, Observer]:
+    """What `watch` does, in runs of any kind, each with the mask of its tokens."""
     used: dict[str, Observer] = {}
     seen: list[tuple[Tensor, Observer]] = []  # in the current batch
-    current: list[Call] = []
+    masks: list[Tensor | None] = []
 
     def hook_for(name: str):
         def hook(module, arguments):
@@ -453,7 +479,7 @@ def watch(
             if any(observer is other for other in same):
                 return  # it has taken these inputs in already
             seen.append((inputs, observer))
-            observer.update(current[0].text(inputs))
+            observer.update(masked_rows(inputs, masks[0]))
 
         return hook
 
@@ -461,13 +487,50 @@ def watch(
         block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in observers
     ]
     try:
-        for call in calls:
-            current[:], seen[:] = [call], []
-            call.run(block)
+        for mask, run in runs:
+            masks[:], seen[:] = [mask], []
+            run()
     finally:
         for hook in hooks:
             hook.remove()
     return used
+
+
+def _watch_everywhere(
+    model: nn.Module,
+    block: nn.Module,
+    observers: Mapping[str, Observer],
+    batches: list[dict[str, Tensor]],
+    shared: bool,
+) -> dict[str, Observer]:
+    """The same for layers of a block that other blocks use too: what they read in all of them."""
+    runs = [(gaps(batch), partial(model, **batch)) for batch in batches]
+    return _watch(block, observers, runs, shared)
+
+
+def _places(model: nn.Module) -> dict[nn.Module, frozenset[nn.Module]]:
+    """The blocks that use each module inside the blocks of a model."""
+    users: dict[nn.Module, set[nn.Module]] = {}
+    for stack in find_stacks(model).values():
+        for block in stack:
+            for module in block.modules():
+                users.setdefault(module, set()).add(block)
+    return {module: frozenset(blocks) for module, blocks in users.items()}
+
+
+def _by_places(
+    block: nn.Module,
+    observers: Mapping[str, Observer],
+    places: Mapping[nn.Module, frozenset[nn.Module]],
+) -> dict[frozenset[nn.Module], dict[str, Observer]]:
+    """Observers of a block's layers, those of layers that the same blocks use together.
+
+    Only these may share an observer: elsewhere, one of two layers may read what the other does not.
+    """
+    found: dict[frozenset[nn.Module], dict[str, Observer]] = {}
+    for name, observer in observers.items():
+        found.setdefault(places[block.get_submodule(name)], {})[name] = observer
+    return found
 
 
 def _groups(block: nn.Module, names: list[str], call: Call) -> list[list[str]]:
