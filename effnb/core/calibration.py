@@ -34,6 +34,7 @@ from effnb.core.modules import (
 from effnb.core.observers import Hessian, InputNorm, InputSample, Observer
 from effnb.core.padding import gaps, is_per_row, masked_rows, without_padding
 from effnb.core.passage import Arguments, Passage, without_caches
+from effnb.core.watching import block_users, by_inputs, by_users, watch_runs
 
 __all__ = [
     "Calibration",
@@ -49,6 +50,7 @@ __all__ = [
     "main_output",
     "unpadded_batches",
     "visit_blocks",
+    "visit_blocks_of",
     "watch",
 ]
 
@@ -203,17 +205,24 @@ def visit_blocks(
     """
     batches = unpadded_batches(model, calibration)
     result = share(model).eval()
-    _visit(result, batches, visit, Calibration.of(calibration).report)
+    visit_blocks_of(result, batches, visit, Calibration.of(calibration).report)
     return result
 
 
-def _visit(
+def visit_blocks_of(
     result: nn.Module,
     batches: list[dict[str, Tensor]],
     visit: Callable[[str, nn.Module, list[Call]], None],
     report: Callable[[int, int], None],
 ) -> None:
-    """What `visit_blocks` does, with the new model itself, which changes."""
+    """What `visit_blocks` does, to a model that may change: for visits that look beyond a block.
+
+    Args:
+        result: The model, in evaluation mode.
+        batches: What it reads, as from `unpadded_batches`.
+        visit: See `visit_blocks`.
+        report: Called with (blocks done, blocks).
+    """
     names: dict[nn.Module, str] = {}  # a block that is used twice goes by its first place
     for prefix, stack in find_stacks(result).items():
         for index, block in enumerate(stack):
@@ -395,7 +404,8 @@ def layerwise(
     wanted = block_linears(model, layers)
     batches = unpadded_batches(model, calibration)
     result = share(model).eval()
-    places = _places(result)
+    users_of = block_users(result)
+    everywhere = [(gaps(batch), partial(result, **batch)) for batch in batches]
     reached: set[str] = set()
     changed: dict[nn.Module, nn.Module] = {}  # a layer may be used in a later block again
 
@@ -415,16 +425,16 @@ def layerwise(
         if not names:  # none wanted here, or a block that occurs in the list a second time
             return
         shortest = min(calls, key=lambda call: call.hidden.numel())
-        for group in _groups(block, names, shortest) if true_sequential else [names]:
+        here = [(call.mask, partial(call.run, block)) for call in calls]
+        first = partial(shortest.run, block)
+        for group in by_inputs(block, names, first) if true_sequential else [names]:
             observers = {
                 name: observe(f"{prefix}.{name}", block.get_submodule(name)) for name in group
             }
             used: dict[str, Observer] = {}
-            for users, some in _by_places(block, observers, places).items():
-                if len(users) > 1:
-                    used |= _watch_everywhere(result, block, some, batches, share_observers)
-                else:
-                    used |= watch(block, some, calls, share_observers)
+            for users, some in by_users(block, observers, users_of).items():
+                runs = everywhere if len(users) > 1 else here
+                used |= watch_runs(block, some, runs, share_observers)
             for name, observer in used.items():
                 layer = block.get_submodule(name)
                 new = named(f"{prefix}.{name}", layer, observer)
@@ -432,7 +442,7 @@ def layerwise(
                     changed[layer] = new
             exchange(result, changed)  # in all places, also of blocks that come later
 
-    _visit(result, batches, visit, Calibration.of(calibration).report)
+    visit_blocks_of(result, batches, visit, Calibration.of(calibration).report)
     missed = {name: layer for name, layer in wanted.items() if name not in reached}
     if not unreached:
         names = [glob.escape(name) for name in missed]
@@ -457,103 +467,4 @@ def watch(
         The observers, in the order in which their layers ran; layers that did not run are left out.
     """
     runs = [(call.mask, partial(call.run, block)) for call in calls]
-    return _watch(block, observers, runs, shared)
-
-
-def _watch(
-    block: nn.Module,
-    observers: Mapping[str, Observer],
-    runs: Iterable[tuple[Tensor | None, Callable[[], Any]]],
-    shared: bool,
-) -> dict[str, Observer]:
-    """What `watch` does, in runs of any kind, each with the mask of its tokens."""
-    used: dict[str, Observer] = {}
-    seen: list[tuple[Tensor, Observer]] = []  # in the current batch
-    masks: list[Tensor | None] = []
-
-    def hook_for(name: str):
-        def hook(module, arguments):
-            inputs = arguments[0]
-            same = [observer for tensor, observer in seen if tensor is inputs] if shared else []
-            observer = used.setdefault(name, same[0] if same else observers[name])
-            if any(observer is other for other in same):
-                return  # it has taken these inputs in already
-            seen.append((inputs, observer))
-            observer.update(masked_rows(inputs, masks[0]))
-
-        return hook
-
-    hooks = [
-        block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in observers
-    ]
-    try:
-        for mask, run in runs:
-            masks[:], seen[:] = [mask], []
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return used
-
-
-def _watch_everywhere(
-    model: nn.Module,
-    block: nn.Module,
-    observers: Mapping[str, Observer],
-    batches: list[dict[str, Tensor]],
-    shared: bool,
-) -> dict[str, Observer]:
-    """The same for layers of a block that other blocks use too: what they read in all of them."""
-    runs = [(gaps(batch), partial(model, **batch)) for batch in batches]
-    return _watch(block, observers, runs, shared)
-
-
-def _places(model: nn.Module) -> dict[nn.Module, frozenset[nn.Module]]:
-    """The blocks that use each module inside the blocks of a model."""
-    users: dict[nn.Module, set[nn.Module]] = {}
-    for stack in find_stacks(model).values():
-        for block in stack:
-            for module in block.modules():
-                users.setdefault(module, set()).add(block)
-    return {module: frozenset(blocks) for module, blocks in users.items()}
-
-
-def _by_places(
-    block: nn.Module,
-    observers: Mapping[str, Observer],
-    places: Mapping[nn.Module, frozenset[nn.Module]],
-) -> dict[frozenset[nn.Module], dict[str, Observer]]:
-    """Observers of a block's layers, those of layers that the same blocks use together.
-
-    Only these may share an observer: elsewhere, one of two layers may read what the other does not.
-    """
-    found: dict[frozenset[nn.Module], dict[str, Observer]] = {}
-    for name, observer in observers.items():
-        found.setdefault(places[block.get_submodule(name)], {})[name] = observer
-    return found
-
-
-def _groups(block: nn.Module, names: list[str], call: Call) -> list[list[str]]:
-    """The layers of a block as they run, those that read the very same tensor together."""
-    order: list[tuple[str, Tensor]] = []
-
-    def hook_for(name: str):
-        return lambda module, arguments: order.append((name, arguments[0]))
-
-    hooks = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
-    try:
-        call.run(block)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    groups: list[list[str]] = []
-    inputs: list[Tensor] = []
-    for name, tensor in order:
-        for group, known in zip(groups, inputs, strict=True):
-            if known is tensor and name not in group:
-                group.append(name)
-                break
-        else:
-            groups.append([name])
-            inputs.append(tensor)
-    return groups
+    return watch_runs(block, observers, runs, shared)
