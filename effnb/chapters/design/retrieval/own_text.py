@@ -48,5 +48,3 @@ def told(text: str, model: str = "smollm2-135m", lam: float = 0.8, tokens: int =
         said = loaded.tokenizer.decode(continued(one, start, min(tokens, len(ids) - len(start))))
         lines.append(f"   {name} the memory: {' '.join(said.split())}")
     return "\n".join(lines)
-
-
