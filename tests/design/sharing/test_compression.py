@@ -18,55 +18,167 @@ from effnb.design.sharing import factorize_embedding, share_layers, shared_place
 from effnb.finetuning import lora
 from effnb.inference import pruning, quantization
 
+GAINS = "is used in several blocks, and the gains of .* and .* differ"
 REFUSED = {
-    "AWQ": "is used in several blocks; AWQ scales each layer for what one block reads",
-    "rotation": "is used in several blocks, and rotation folds the norm of each block",
-    "QuaRot": "is used in several blocks, and rotation folds the norm of each block",
-    "BitFit": "has no biases",
-    "last layers": "is used by several blocks, so that training the last ones would change",
+    "BitFit": {what: "has no biases" for what in ("all", "attention", "feed_forward")},
+    "last layers": {
+        what: "is used by several blocks, so that training the last ones would change"
+        for what in ("all", "attention", "feed_forward")
+    },
+    "rotation": {"attention": GAINS, "feed_forward": GAINS},
+    "QuaRot": {"attention": GAINS, "feed_forward": GAINS},
 }
-"""What methods say that cannot do it; to BitFit it does not matter whether anything is shared."""
+"""What methods say that cannot do it, by what is shared. To BitFit sharing does not matter: the model
+has no biases. To train the last layers alone means nothing where the first ones use their weights.
+A rotation moves the gain of a norm into the layers behind it, and one weight cannot take in two."""
 EXACT = ("magnitude", "RTN", "NF4", "ternary", "mixed precision", "SVD")
 """Methods that look at a weight alone: sharing first or compressing first is the same."""
-FUNCTION = ("SmoothQuant",)
-"""Methods that must not change the function."""
+UNFIT = ("head pruning", "LLM-Pruner", "LoRAPrune", "width", "ShortGPT")
+"""Methods whose oracle asks only for a smaller model."""
 
 
-def built():
-    return share_layers(architectures.build("Llama"))
+def built(what="all"):
+    return share_layers(architectures.build("Llama"), what)
 
 
+@pytest.mark.parametrize("what", ["all", "attention", "feed_forward"])
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_a_shared_weight_is_replaced_in_all_its_places(name):
+def test_a_shared_weight_is_replaced_in_all_its_places(name, what):
+    """And it is fitted to the inputs of all of them, which differ: each method has its oracle."""
     method, batch = methods.METHODS[name], architectures.batch("Llama")
-    shared = built()
+    shared = built(what)
     places = shared_places(shared)
     before = {key: value.clone() for key, value in shared.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if name in REFUSED:
-            with pytest.raises(ValueError, match=REFUSED[name]):
+        if what in REFUSED.get(name, {}):
+            with pytest.raises(ValueError, match=REFUSED[name][what]):
                 method.run(shared, batch)
             return
         result = method.run(shared, batch)
     assert shared_places(shared) == places
     assert all(torch.equal(before[key], value) for key, value in shared.state_dict().items())
     compared = 0
-    kept = {module for module, _ in result.named_modules(remove_duplicate=False)}
+    kept = {name for name, _ in result.named_modules(remove_duplicate=False)}
     for first, others in places.items():
         for other in others:
             if {first, other} <= kept:
                 assert result.get_submodule(first) is result.get_submodule(other), other
                 compared += 1
-    assert compared >= 9 or name == "ShortGPT"  # which takes whole layers
+    assert compared >= {"all": 9, "attention": 4, "feed_forward": 3}[what] or name == "ShortGPT"
     with torch.no_grad():
         found = result(**batch).logits
         assert torch.isfinite(found).all()
         if name in EXACT:
-            alone = method.run(unshare_layers(built()), batch)
+            alone = method.run(unshare_layers(built(what)), batch)
             torch.testing.assert_close(found, alone(**batch).logits, atol=1e-5, rtol=1e-5)
-        if name in FUNCTION:
-            method.oracle(built(), result, batch)
+    if name not in UNFIT:
+        method.oracle(built(what), result, batch)
+
+
+@pytest.mark.parametrize("what", ["all", "attention", "feed_forward"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_scales_of_shared_layers_change_no_function(what, groups):
+    """Smoothing, and AWQ's scales at 8 bits, where the norms of the places are shared or not."""
+    torch.manual_seed(0)
+    model = share_layers(deep(), what, groups)
+    ids = architectures.ids()
+    searches = {}
+    new = quantization.awq(model, ids, 8, group_size=8, clip=False, report=searches.__setitem__)
+    smooth = quantization.smooth(model, ids)
+    with torch.no_grad():
+        truth = model(ids).logits
+        moved = float((new(ids).logits - truth).norm() / truth.norm())
+        torch.testing.assert_close(smooth(ids).logits, truth, atol=2e-4, rtol=2e-4)
+    assert 0 < moved < 0.02
+    # Norms that stand before one and the same layer took in the same scales.
+    for scaled in (new, smooth):
+        factors = [
+            layer.input_layernorm.weight / old.input_layernorm.weight
+            for layer, old in zip(scaled.model.layers, model.model.layers, strict=True)
+        ]
+        alike = torch.allclose(factors[0], factors[1], rtol=1e-4)
+        assert alike is (what in ("all", "attention"))
+        assert torch.allclose(factors[0], factors[3], rtol=1e-4) is (alike and groups == 1)
+    assert any(search.exponent > 0 for search in searches.values())
+
+
+def deep():
+    """A Llama of four layers whose norms differ, so that what their layers read differs too."""
+    config = architectures.build("Llama").config
+    config.num_hidden_layers = 4
+    model = type(architectures.build("Llama"))(config).eval()
+    with torch.no_grad():
+        for i, layer in enumerate(model.model.layers):
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight.copy_(torch.rand(norm.weight.shape) * 3 + 0.1 * (i + 1))
+            for parameter in layer.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model
+
+
+def test_awq_searches_by_the_outputs_of_all_places():
+    """The joint error is least at the joint choice, and each place alone would choose otherwise."""
+    torch.manual_seed(0)
+    model = share_layers(deep(), "attention")
+    ids, found = architectures.ids(), {}
+    quantization.awq(
+        model, ids, 3, group_size=8, clip=False, layers="*.self_attn.*", report=found.__setitem__
+    )
+    names = [f"model.layers.{i}.input_layernorm" for i in range(4)]
+    assert {n for n in found if n.endswith("input_layernorm")} == set(names)
+    assert all(found[name].scales is found[names[0]].scales for name in names)
+    joint = torch.tensor(found[names[0]].losses)
+    with torch.no_grad():
+        states = []
+        hooks = [
+            layer.self_attn.q_proj.register_forward_pre_hook(lambda m, a: states.append(a[0]))
+            for layer in model.model.layers[:1]
+        ]
+        model(ids)
+        hooks[0].remove()
+    x = torch.cat([state.flatten(0, 1) for state in states])
+    assert len(states) == 4 and len(x) == 4 * ids.numel()
+    # s = m^r / sqrt(max(m^r) min(m^r)) with m over all places.
+    search, m = found[names[0]], x.abs().mean(0)
+    s = m.pow(search.exponent).clamp(min=1e-4)
+    torch.testing.assert_close(search.scales, s / (s.max() * s.min()).sqrt(), rtol=1e-4, atol=1e-5)
+    # The loss at each exponent is the mean over places of the attention's squared error.
+    total = torch.zeros(len(joint), dtype=torch.float64)
+    for step in range(len(joint)):
+        s = m.pow(step / len(joint)).clamp(min=1e-4)
+        s = s / (s.max() * s.min()).sqrt()
+        rounded = clone(model)
+        attention = rounded.model.layers[0].self_attn
+        with torch.no_grad():
+            for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+                w = quantization.quantize(layer.weight * s, 3, group_size=8).dequantize()
+                layer.weight.copy_(w / s)
+            total[step] = error_of_attention(model, rounded, ids)
+    torch.testing.assert_close(joint.double(), total, rtol=2e-2, atol=1e-8)
+
+
+def error_of_attention(model, changed, ids):
+    """The mean squared error over the attentions of all blocks, each on its true inputs."""
+    kept = []
+
+    def keep(module, arguments, keywords, output):
+        keywords = {k: v for k, v in keywords.items() if k != "past_key_values"}
+        kept.append((arguments, keywords, output[0]))
+
+    hooks = [
+        layer.self_attn.register_forward_hook(keep, with_kwargs=True)
+        for layer in model.model.layers
+    ]
+    model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    errors = [
+        (layer.self_attn(*arguments, **keywords)[0] - truth).square().mean()
+        for layer, (arguments, keywords, truth) in zip(changed.model.layers, kept, strict=True)
+    ]
+    return torch.stack(errors).mean().double()
 
 
 def test_scores_of_shared_layers_decide_together():
