@@ -19,18 +19,20 @@ from effnb.finetuning import lora
 from effnb.inference import pruning, quantization
 
 GAINS = "is used in several blocks, and the gains of .* and .* differ"
+LAST = "is used by several blocks, so that training the last ones would change"
+WHAT = ("all", "attention", "feed_forward")
 REFUSED = {
-    "BitFit": {what: "has no biases" for what in ("all", "attention", "feed_forward")},
-    "last layers": {
-        what: "is used by several blocks, so that training the last ones would change"
-        for what in ("all", "attention", "feed_forward")
-    },
-    "rotation": {"attention": GAINS, "feed_forward": GAINS},
-    "QuaRot": {"attention": GAINS, "feed_forward": GAINS},
+    "BitFit": dict.fromkeys(WHAT, "has no biases"),
+    "last layers": dict.fromkeys(WHAT, LAST),
+    "rotation": dict.fromkeys(WHAT[1:], GAINS),
+    "QuaRot": dict.fromkeys(WHAT[1:], GAINS),
 }
-"""What methods say that cannot do it, by what is shared. To BitFit sharing does not matter: the model
-has no biases. To train the last layers alone means nothing where the first ones use their weights.
-A rotation moves the gain of a norm into the layers behind it, and one weight cannot take in two."""
+"""What methods say that cannot do it, by what is shared.
+
+This model has no biases, shared or not. To train the last layers alone means nothing where the
+first ones use their weights. A rotation moves the gain of a norm into the layers behind it, and one
+weight cannot take in two gains.
+"""
 EXACT = ("magnitude", "RTN", "NF4", "ternary", "mixed precision", "SVD")
 """Methods that look at a weight alone: sharing first or compressing first is the same."""
 UNFIT = ("head pruning", "LLM-Pruner", "LoRAPrune", "width", "ShortGPT")
@@ -41,7 +43,7 @@ def built(what="all"):
     return share_layers(architectures.build("Llama"), what)
 
 
-@pytest.mark.parametrize("what", ["all", "attention", "feed_forward"])
+@pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_shared_weight_is_replaced_in_all_its_places(name, what):
     """And it is fitted to the inputs of all of them, which differ: each method has its oracle."""
@@ -76,7 +78,7 @@ def test_a_shared_weight_is_replaced_in_all_its_places(name, what):
         method.oracle(built(what), result, batch)
 
 
-@pytest.mark.parametrize("what", ["all", "attention", "feed_forward"])
+@pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_scales_of_shared_layers_change_no_function(what, groups):
     """Smoothing, and AWQ's scales at 8 bits, where the norms of the places are shared or not."""
