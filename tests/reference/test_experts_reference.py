@@ -1,10 +1,11 @@
-"""Experts against transformers' Switch and Mixtral, entmax, and torch's grouped product.
+"""Experts against transformers' Switch and Mixtral, entmax by definition, and a grouped product.
 
 Two of transformers' habits differ from the papers and are pinned here: Mixtral's loss for balance
 has the minimum k, not 1; Switch's `expert_capacity` is a number of tokens of each sequence.
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -101,14 +102,78 @@ def test_mixtral_block():
     assert copy.deepcopy(layer).last is None
 
 
-@pytest.mark.parametrize("alpha", [1.5, 2.0])
-def test_entmax_router(alpha):
-    entmax = pytest.importorskip("entmax")
-    logits = scores(2, 15, 6).double()
+def entmax15_by_definition(logits):
+    """p_i = [z_i / 2 - tau]_+^2 with the tau for which they sum to 1, by bisection in float64."""
+    z = logits.double() / 2
+    low, high = z.amax(-1, keepdim=True) - 1, z.amax(-1, keepdim=True)
+    for _ in range(100):
+        middle = (low + high) / 2
+        enough = (z - middle).clamp(min=0).square().sum(-1, keepdim=True) >= 1
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return (z - low).clamp(min=0).square()
+
+
+def sparsemax_by_definition(logits):
+    """p_i = [z_i - tau]_+ in closed form: the one support whose tau lies below it, row by row."""
+    rows = []
+    for z in logits.double().flatten(0, -2):
+        ordered = z.sort(descending=True).values
+        found = []
+        for k in range(1, len(z) + 1):
+            tau = (ordered[:k].sum() - 1) / k
+            if ordered[k - 1] > tau and (k == len(z) or ordered[k] <= tau):
+                found.append(tau)
+        (tau,) = found
+        rows.append((z - tau).clamp(min=0))
+    return torch.stack(rows).view(logits.shape)
+
+
+ENTMAX = {1.5: entmax15_by_definition, 2.0: sparsemax_by_definition}
+
+
+@pytest.mark.parametrize("alpha", ENTMAX)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_entmax_router_by_the_definition(alpha, scale):
+    """A bisection for alpha = 1.5 and the closed form of sparsemax, and what makes p the optimum."""
+    logits = scale * scores(2, 15, 6).double()
     routing = entmax_routing(logits, alpha=alpha)
-    theirs = {1.5: entmax.entmax15, 2.0: entmax.sparsemax}[alpha](logits, dim=-1)
-    torch.testing.assert_close(routing.probabilities, theirs, atol=1e-12, rtol=0)
-    assert torch.equal(routing.load, (theirs > 0).sum((0, 1)))
+    p = routing.probabilities
+    torch.testing.assert_close(p, ENTMAX[alpha](logits), atol=1e-12, rtol=0)
+    torch.testing.assert_close(p.sum(-1), torch.ones(2, 15).double(), atol=1e-12, rtol=0)
+    # Karush, Kuhn, Tucker: (alpha - 1) z_i - p_i^(alpha - 1) is tau where p_i > 0; below it, p = 0.
+    support = p > 0
+    level = (alpha - 1) * logits - p.pow(alpha - 1)
+    tau = level.masked_fill(~support, -torch.inf).amax(-1, keepdim=True)
+    lowest = level.masked_fill(~support, torch.inf).amin(-1, keepdim=True)
+    torch.testing.assert_close(lowest, tau, atol=1e-9, rtol=0)
+    assert bool(((alpha - 1) * logits <= tau + 1e-9)[~support].all())
+    assert scale == 0.1 or bool((~support).any())
+    # The assignments are the support, with p as gates.
+    table = torch.zeros(30, 6, dtype=torch.float64)
+    table[routing.tokens, routing.experts] = routing.gates
+    assert torch.equal(table.view_as(p), p)
+    assert torch.equal(routing.load, support.sum((0, 1)))
+
+
+@pytest.mark.parametrize("alpha", ENTMAX)
+def test_gradient_of_the_entmax_router_by_finite_differences(alpha):
+    logits = scores(1, 7, 5).double()
+    weights = scores(1, 7, 5, seed=3).double()
+
+    def value(z):
+        return float((weights * ENTMAX[alpha](z)).sum())
+
+    moved = logits.clone().requires_grad_()
+    routing = entmax_routing(moved, alpha=alpha)
+    (weights.flatten(0, 1)[routing.tokens, routing.experts] * routing.gates).sum().backward()
+    step, slopes = 1e-6, torch.zeros_like(logits)
+    for place in itertools.product(*map(range, logits.shape)):
+        up, down = logits.clone(), logits.clone()
+        up[place] += step
+        down[place] -= step
+        slopes[place] = (value(up) - value(down)) / (2 * step)
+    assert bool((routing.probabilities == 0).any()) and bool(slopes.abs().max() > 0.01)
+    torch.testing.assert_close(moved.grad, slopes, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
