@@ -134,7 +134,7 @@ ENTMAX = {1.5: entmax15_by_definition, 2.0: sparsemax_by_definition}
 @pytest.mark.parametrize("alpha", ENTMAX)
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 def test_entmax_router_by_the_definition(alpha, scale):
-    """A bisection for alpha = 1.5 and the closed form of sparsemax, and what makes p the optimum."""
+    """A bisection for alpha = 1.5, the closed form of sparsemax, and what makes p the optimum."""
     logits = scale * scores(2, 15, 6).double()
     routing = entmax_routing(logits, alpha=alpha)
     p = routing.probabilities

@@ -149,7 +149,8 @@ class FusedExperts(nn.Module):
 
     def _apply_gate(self, inner: Float[Tensor, "rows twice"]) -> Float[Tensor, "rows width"]:
         gate, up = inner.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
+        inner = self.act_fn(gate)
+        return inner * up if torch.is_grad_enabled() else inner.mul_(up)
 
     def forward(
         self,
@@ -172,8 +173,10 @@ class FusedExperts(nn.Module):
         token = order // places
         inner = self._apply_gate(grouped_matmul(hidden_states[token], self.gate_up_proj, ends))
         y = grouped_matmul(inner, self.down_proj, ends)
-        y = y * weights.flatten()[order, None].to(y.dtype)
-        return torch.zeros_like(hidden_states).index_add(0, token, y)
+        gates = weights.flatten()[order, None].to(y.dtype)
+        if torch.is_grad_enabled():
+            return torch.zeros_like(hidden_states).index_add(0, token, y * gates)
+        return torch.zeros_like(hidden_states).index_add_(0, token, y.mul_(gates))
 
 
 class ExpertLayer(nn.Module):

@@ -41,6 +41,8 @@ class Routing:
         kept: Whether it found a seat.
         text: Which tokens are text; None where all are.
         capacity: Seats of an expert in each group; None where they are not limited.
+        choices: How many assignments each token has, where all have as many and the list holds for
+            each group all first ones, then all second ones, and so on; None otherwise.
     """
 
     logits: Float[Tensor, "groups time experts"]
@@ -52,6 +54,7 @@ class Routing:
     kept: Bool[Tensor, " assignments"]
     text: Bool[Tensor, "groups time"] | None = None
     capacity: int | None = None
+    choices: int | None = None
 
     @property
     def count(self) -> int:
@@ -85,6 +88,12 @@ class Routing:
     ) -> tuple[Int[Tensor, "tokens places"], Float[Tensor, "tokens places"]]:
         """The kept assignments by token: experts, `count` in a place without one, and gates."""
         groups, time, _ = self.logits.shape
+        if self.choices is not None:  # they are in order: nothing has to be sorted
+            shape = groups, self.choices, time
+            experts = self.experts.masked_fill(~self.kept, self.count)
+            gates = self.gates.masked_fill(~self.kept, 0)
+            by_token = (t.view(shape).transpose(1, 2).flatten(0, 1) for t in (experts, gates))
+            return tuple(by_token)
         order = self.tokens.masked_fill(~self.kept, groups * time).argsort(stable=True)
         order = order[: int(self.kept.sum())]
         token = self.tokens[order]
@@ -232,5 +241,5 @@ def top_k(
     token = token.expand(groups, k, time)
     return Routing(
         logits, probabilities, token.flatten(), chosen.flatten(), gates.flatten(),
-        there.flatten(), kept.flatten(), text, capacity,
+        there.flatten(), kept.flatten(), text, capacity, k,
     )  # fmt: skip
