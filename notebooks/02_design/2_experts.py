@@ -18,7 +18,7 @@
 # %% [markdown]
 # # Experts
 #
-# **A model can have many more parameters than any token ever meets. A router decides which few of them a token passes, and almost everything that can go wrong goes wrong in the router.**
+# **A model can have far more parameters than any one token uses. A router decides which few of them each token passes through, and almost everything that can go wrong goes wrong in the router.**
 #
 # After this chapter you can
 #
@@ -45,7 +45,7 @@ run_time("02_design/2_experts")
 # %% [markdown]
 # ## The picture
 #
-# Five small decoders read the same texts for the same number of steps. They differ in one thing: in place of each feed-forward layer, the first has one network, and the others have 2, 4, 8 and 16 of the same size. A token still passes one. The curve is the loss on text that none of them has seen; the bars are the work that a token takes.
+# Five small decoders read the same texts for the same number of steps. They differ in one thing: where the first has one feed-forward network in each layer, the others have 2, 4, 8 and 16 of the same size. Each token still passes through only one. The curve is the loss on text that none of them has seen; the bars show the work for each token.
 
 # %%
 from effnb.chapters.design.experts import drawings, tables
@@ -57,9 +57,9 @@ drawings.result(grid)
 print(tables.grid_said(grid))
 
 # %% [markdown]
-# Losses are in **nats**: the mean of $-\ln p$ of the right token. The networks that a token can choose from are called **experts**. The name promises more than it keeps: no one assigns them subjects, and what each learns is whatever the tokens that come to it have in common.
+# Losses are in **nats**: the mean of $-\ln p$ of the right token. The networks that a token can choose from are called **experts**. The name promises more than it delivers: no one assigns them subjects, and each learns whatever the tokens sent to it have in common.
 #
-# Experts have a limited number of seats, as you will see. **Predict first:** the panel takes your guess before it answers. Then change the number of tokens that share the seats, and give each expert a few seats more than its fair share.
+# Each expert has a limited number of seats, as you will see. **Predict first:** the panel takes your guess before it answers. Then change the number of tokens that share the seats, and give each expert a few more seats than its fair share.
 
 # %%
 from effnb.chapters.design.experts import panels
@@ -75,15 +75,15 @@ panels.fair()
 #
 # $$p = \operatorname{softmax}(x W_r), \qquad e^\ast = \arg\max_e p_e, \qquad y = p_{e^\ast}\, \mathrm{FFN}_{e^\ast}(x).$$
 #
-# The probability $p_{e^\ast}$, the **gate**, multiplies the output. That looks like an ornament and is the whole trick: $\arg\max$ has no gradient, so the gate is the only way on which the loss reaches the router. If an expert helps a token, its gate grows, and the token will come again.
+# The probability $p_{e^\ast}$, the **gate**, multiplies the output. It looks like a detail, but it is the whole trick: $\arg\max$ has no gradient, so the gate is the only path by which the loss reaches the router. If an expert helps a token, its gate grows, and tokens like it will come again.
 #
-# What does it cost? Count the decoders of the first picture, fresh:
+# What does it cost? Here are the counts for the decoders of the first picture, before training:
 
 # %% tags=["nbval-check-output"]
 tables.counts_table()
 
 # %% [markdown]
-# A token meets one expert and the router, so the **active parameters** hardly grow, and the work hardly grows with them. Memory does: all experts must be there, because the next token may want any of them.
+# A token uses one expert and the router, so its **active parameters** hardly grow, and neither does the work. Memory does grow: all experts must be loaded, because the next token may need any of them.
 
 # %% [markdown]
 # ### Seats
@@ -92,7 +92,7 @@ tables.counts_table()
 #
 # $$C = \lfloor f\, T / E \rfloor,$$
 #
-# its **capacity**. The **capacity factor** $f$ says how much more than the fair share that is. Seats are given in the order of the tokens. A token that finds its expert full is **dropped**: the layer gives 0 for it, and only the residual connection carries it on. Here are 12 tokens and 4 experts, with $f = 1$:
+# its **capacity**. The **capacity factor** $f$ sets it as a multiple of the fair share. Seats are given in the order of the tokens. A token that finds its expert full is **dropped**: the layer gives 0 for it, and only the residual connection carries it on. Here are 12 tokens and 4 experts, with $f = 1$:
 
 # %%
 import torch
@@ -104,11 +104,11 @@ seats = experts.expert_capacity(tokens=12, experts=4, factor=1.0)
 drawings.seating(experts.switch(scores, capacity=seats))
 
 # %% [markdown]
-# These scores are pure chance, no expert is favoured, and still tokens are lost. How many is a matter of arithmetic. The number $n$ of tokens that want one expert follows a binomial distribution, and what exceeds $C$ is dropped:
+# These scores are random and favour no expert, and still tokens are lost. How many follows from arithmetic. The number $n$ of tokens that want one expert follows a binomial distribution, and what exceeds $C$ is dropped:
 #
 # $$\text{dropped} = \frac{E}{T}\, \mathbb{E}\bigl[(n - C)_+\bigr], \qquad n \sim \mathrm{Bin}(T, 1/E).$$
 #
-# For $C = T/E$ that is about $0.4 \sqrt{(E - 1)/T}$: the mean of the positive half of a normal variable, in standard deviations, is $1/\sqrt{2\pi} \approx 0.4$.
+# For $C = T/E$ that is about $0.4 \sqrt{(E - 1)/T}$, because the positive part of a standard normal variable has the mean $1/\sqrt{2\pi} \approx 0.4$.
 
 # %%
 drawings.drops()
@@ -119,7 +119,7 @@ drawings.drops()
 # %% [markdown]
 # ### Balance
 #
-# Real routers are not fair. An expert that is slightly better early on gets more tokens, learns more from them, and gets more still. Switch adds a loss. With $f_e$ the part of the tokens that choose expert $e$, counted *before* any is dropped, and $P_e$ the mean of its probability,
+# Real routers are not fair. An expert that is slightly better early on gets more tokens, learns more from them, and gets more still. Switch adds a loss. With $f_e$ the fraction of the tokens that choose expert $e$, counted *before* any is dropped, and $P_e$ the mean of its probability,
 #
 # $$L_\text{balance} = E \sum_e f_e P_e.$$
 #
@@ -127,26 +127,26 @@ drawings.drops()
 
 # %% tags=["nbval-check-output"]
 p = torch.tensor([[[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]]])
-print(f"by hand's example: {experts.balance_loss(experts.switch(p.log())):.2f}")
+print(f"the example by hand: {experts.balance_loss(experts.switch(p.log())):.2f}")
 even = experts.switch(10 * torch.eye(8).repeat(8, 1)[None])
 alone = experts.switch(10 * torch.eye(8)[:1].repeat(64, 1)[None])
 print(f"eight experts, even: {experts.balance_loss(even):.2f}")
 print(f"eight experts, all tokens to one: {experts.balance_loss(alone):.2f}")
 
 # %% [markdown]
-# It is 1 when everything is even, and $E$ when one expert has all and the router is sure. The loss is added with a small weight $\alpha = 0.01$, and often beside it the **z-loss** $\frac1T \sum_t (\log \sum_e e^{\ell_{te}})^2$ (Zoph et al., 2022), which keeps the scores $\ell$ small, where low precision is exact enough.
+# The loss is 1 when the load is even, and $E$ when one expert gets every token and the router is certain. It is added with a small weight, $\alpha = 0.01$. Often the **z-loss** $\frac1T \sum_t (\log \sum_e e^{\ell_{te}})^2$ (Zoph et al., 2022) is added too. It keeps the scores $\ell$ small, where low precision is accurate enough.
 #
 # ### Two of many, and experts that choose
 #
-# **GShard** (Lepikhin et al., 2020) and **GLaM** (Du et al., 2022) send a token to its two best experts. Their gates are divided by their sum. All first choices are seated before any second one. With experts of half the width, the work is the same again, and a token that loses one seat still has the other.
+# **GShard** (Lepikhin et al., 2020) and **GLaM** (Du et al., 2022) send a token to its two best experts. Their gates are divided by their sum. All first choices are seated before any second one. With experts of half the width the work stays the same, and a token that loses one seat still has the other.
 #
-# **Expert choice** (Zhou et al., 2022) turns the table around. Each expert looks at all tokens of a group and takes the $C$ that suit it best. Every seat is used, the load is even by construction, and a token may get several experts, or none: compute follows the input. But *which tokens come later* now decides which earlier tokens are taken. In how many groups of 12 random tokens does the last token change what happens to an earlier one, with 3 experts that take 4 each?
+# **Expert choice** (Zhou et al., 2022) turns this around. Each expert looks at all tokens of a group and takes the $C$ that suit it best. Every seat is used, the load is even by construction, and a token may get several experts, or none: compute follows the input. But *later* tokens now decide which earlier ones are taken. Take groups of 12 random tokens, and 3 experts that take 4 tokens each. In what share of the groups does the last token change what happens to an earlier one?
 
 # %% tags=["nbval-check-output"]
 print(f"in {experts.leak_rate(12, 3, 4, trials=2000):.0%} of them")
 
 # %% [markdown]
-# In a text that is written word by word there is no later token. A causal model that was trained with expert choice has learned with help that it will not have. The section on what breaks measures it.
+# When a text is generated token by token, there are no later tokens. A causal model trained with expert choice has learned to rely on help that it will not have. The section on what breaks measures that.
 
 # %% [markdown]
 # ## The code
@@ -159,13 +159,13 @@ from effnb.lab import show
 show(experts.top_k)
 
 # %% [markdown]
-# And the work itself. Tokens are sorted by expert, so that those of one expert lie together, and one **grouped product** multiplies each group by its own matrix. On a GPU it is one kernel; elsewhere it is a loop over experts.
+# And here is the work itself. Tokens are sorted by expert, so that those of one expert are neighbours, and one **grouped product** multiplies each group by its own matrix. On a GPU it is one kernel; elsewhere it is a loop over experts.
 
 # %%
 show(experts.FusedExperts.forward)
 
 # %% [markdown]
-# Is it the layer that people use? Mixtral's block in `transformers` has the same routing, two experts with gates divided by their sum and no limit of seats. The same weights, put into both:
+# Is this the layer that people use? Mixtral's block in `transformers` routes in the same way: two experts, gates divided by their sum, no limit on seats. Here both have the same weights:
 
 # %% tags=["nbval-check-output"]
 from transformers import MixtralConfig, logging
@@ -187,12 +187,12 @@ theirs = mixtral.load_balancing_loss_func((layer.last.logits[0],), 8, 2)
 print(f"transformers' loss / ours: {theirs / experts.balance_loss(layer.last):.3f}")
 
 # %% [markdown]
-# The last line is a trap worth knowing. In `transformers`, Mixtral's loss counts both choices of a token, so that balance gives $k$, here 2, and not 1. The same weight $\alpha$ then pushes twice as hard. And `expert_capacity` of its Switch is a number of tokens in each sequence, 64 unless you change it, and no factor.
+# The last line is a trap worth knowing. In `transformers`, Mixtral's loss counts both choices of a token, so that perfect balance gives $k$, here 2, and not 1. The same weight $\alpha$ then pushes twice as hard. And the `expert_capacity` of its Switch is not a factor but a number of tokens in each sequence, 64 unless you change it.
 
 # %% [markdown]
 # ## Turn the knob
 #
-# A layer of experts is trained while you wait. Its tokens come from eight clusters, one of them in half of all cases, the next in a quarter, and so on; each cluster has a map of its own to learn.
+# A layer of experts is trained while you wait. Its tokens come from eight clusters: half of them from the first, a quarter from the next, and so on. Each cluster has a different map to learn.
 
 # %%
 panels.training()
@@ -219,7 +219,7 @@ evidence = verdicts.stored()
 claims_table(verdicts.s_m4(*evidence))
 
 # %% [markdown]
-# The grid behind the first picture has the other routers too, over three seeds. Compare columns: a loss can be lower because there are more parameters, or because a router spends more work.
+# The grid behind the first picture also covers the other routers, over three seeds. Compare columns: a loss can be lower because there are more parameters, or because a router spends more work.
 
 # %%
 tables.grid_table(grid)
@@ -234,7 +234,7 @@ drawings.loads(grid)
 tables.balance_table(grid)
 
 # %% [markdown]
-# **Does compute follow the input?** Early exits spend by input in depth (*Adaptive computation* measures that half of the claim), and experts can in width. With top-$k$ routing they do not: every token gets $k$. Entmax routing, in the gallery below, gives each token a number of its own. If that number suits the token, the same numbers handed to *other* tokens must do worse at equal cost.
+# **Does compute follow the input?** Early exits adapt the depth to the input (*Adaptive computation* measures that half of the claim), and experts can adapt the width. With top-$k$ routing they do not: every token gets $k$ experts. Entmax routing, in the gallery below, chooses the number for each token. If that number suits the token, then handing the same numbers to *other* tokens must do worse at equal cost.
 
 # %%
 claims_table(verdicts.s_i4(*evidence))
@@ -242,7 +242,7 @@ claims_table(verdicts.s_i4(*evidence))
 # %% [markdown]
 # ## What it costs and saves
 #
-# Operations stay and parameters grow, and with them the bytes of the file and of memory. Time does not stay. Sorting, gathering and many small products take some, and a processor must fetch every expert that any token of the batch wants: of $T$ tokens with one choice each, $E\,(1 - (1 - 1/E)^T)$ experts are hit.
+# The number of operations stays the same, while the parameters grow, and with them the file and the memory. Time grows too: sorting, gathering and many small products take some, and a processor must fetch every expert that any token of the batch wants. If each of $T$ tokens chooses one expert at random, that is $E\,(1 - (1 - 1/E)^T)$ of them on average.
 
 # %%
 from effnb.chapters.design.experts import twins
@@ -253,7 +253,7 @@ dense = methods.dense_of()
 compare_costs(dense, twins.twin("Switch", 8).eval(), ids, labels=("dense", "8 experts"))
 
 # %% [markdown]
-# The layer beside `transformers`' own, on the same weights:
+# Here is the layer beside that of `transformers`, with the same weights:
 
 # %%
 tables.speed_table(tables.stored("speed").data)
@@ -261,7 +261,7 @@ tables.speed_table(tables.stored("speed").data)
 # %% [markdown]
 # ## On a real model
 #
-# Training experts from nothing wastes what a dense model already knows. **Up-cycling** (Komatsuzaki et al., 2022) copies its feed-forward layer into every expert. If the gates of a token sum to 1, nothing has changed:
+# Training experts from scratch wastes what a dense model already knows. **Up-cycling** (Komatsuzaki et al., 2022) copies its feed-forward layer into every expert. If the gates of a token sum to 1, the function has not changed:
 
 # %% tags=["nbval-check-output"]
 from effnb.lab.bench import Bench
@@ -278,7 +278,7 @@ for name, settings in (
     print(f"{name}: logits {'are the same' if gap < 1e-3 else 'have changed'}")
 
 # %% [markdown]
-# What is it worth? Both models are trained on, with the same texts and the same number of steps; the copies start alike and part only because their router sends them different tokens.
+# What is it worth? Both models are trained further, on the same texts and for the same number of steps. The copies start out alike, and come to differ only because the router sends them different tokens.
 
 # %%
 upcycled = tables.stored("upcycled").data
@@ -288,7 +288,7 @@ tables.upcycled_table(upcycled)
 print(tables.upcycled_said(upcycled))
 
 # %% [markdown]
-# **Compressing experts.** Most of the parameters are experts, stored in `transformers` as well as here as one tensor with three axes. Methods that look for `nn.Linear` pass over such tensors without a word, and a model "in 4 bits" keeps nearly all of its bytes. This book's methods see each expert's matrices as linear layers, read the tokens that the router sends there, and put the tensor together again; what a method leaves out it says in a warning.
+# **Compressing experts.** Most of the parameters belong to experts, which `transformers` and this workbook alike store as one tensor with three axes. Methods that look for `nn.Linear` silently skip such tensors, and a model "in 4 bits" keeps nearly all of its bytes. The methods of this workbook treat each expert's matrices as linear layers, calibrate them on the tokens that the router sends there, and put the tensor together again. A method that leaves something out says so in a warning.
 
 # %%
 tables.compressed_table(tables.stored("compressed").data)
@@ -319,13 +319,13 @@ for name, routing in (
     print(f"{name}: gradient {'flows' if gradient.abs().max() > 1e-6 else 'is 0'}")
 
 # %% [markdown]
-# **Help from the future.** The decoder with expert choice, judged twice at the same places: with the whole text there, as in training, and with only what comes before, as in writing.
+# **Help from the future.** The decoder with expert choice is judged twice at the same positions: with the whole text present, as in training, and with only what comes before, as in generation.
 
 # %%
 print(tables.leak_said(grid))
 
 # %% [markdown]
-# **Padding that counts.** Tokens of padding are alike, so they all want the same expert. If they count, they take its seats and bend the loss for balance. Here the first half of a sequence is padding; with a mask it takes no seat:
+# **Padding that counts.** Padding tokens are all alike, so they all want the same expert. If they count, they take its seats and distort the balance loss. Here the first half of a sequence is padding; with a mask it takes no seat:
 
 # %% tags=["nbval-check-output"]
 mask = torch.ones(1, 12, dtype=torch.bool)
@@ -365,7 +365,7 @@ for exercise in (exercises.seats, exercises.balance, exercises.choice):
     print(exercise)
 
 # %% [markdown]
-# **1.** How many seats has an expert, when each of $T$ tokens makes $k$ choices?
+# **1.** How many seats does an expert have when each of $T$ tokens makes $k$ choices?
 
 
 # %% tags=["exercise", "nbval-check-output"]
@@ -379,7 +379,7 @@ _ = exercises.seats.check(seats_of)
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# Start from the number of choices that all tokens make together, and share it out.
+# Start from the number of choices that all tokens make together, and divide it among the experts.
 #
 # </details>
 
@@ -388,7 +388,7 @@ _ = exercises.seats.check(seats_of)
 exercises.seats.solution()
 
 # %% [markdown]
-# **2.** The loss for balance of a top-1 router, from its probabilities.
+# **2.** The balance loss of a top-1 router, from its probabilities.
 
 
 # %% tags=["exercise", "nbval-check-output"]
@@ -411,7 +411,7 @@ _ = exercises.balance.check(balance_loss)
 exercises.balance.solution()
 
 # %% [markdown]
-# **3.** Which tokens does each expert take in expert choice? Return their numbers in ascending order, one row for each expert.
+# **3.** Which tokens does each expert take in expert choice? Return their indices in ascending order, one row for each expert.
 
 
 # %% tags=["exercise", "nbval-check-output"]
@@ -425,7 +425,7 @@ _ = exercises.choice.check(take)
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# `topk` takes a dimension. Sort the numbers afterwards.
+# `topk` takes a dimension. Sort the indices afterwards.
 #
 # </details>
 
@@ -436,7 +436,7 @@ exercises.choice.solution()
 # %% [markdown]
 # ## Gallery
 #
-# **Entmax routing.** Entmax is a softmax that gives exact zeros (see *Attention*). Used as a router, $p = \operatorname{entmax}_{1.5}(x W_r)$ and $y = \sum_{p_e > 0} p_e\, \mathrm{FFN}_e(x)$: nothing is cut off, and a token gets as many experts as its scores leave above zero. A sharp token and one that hesitates:
+# **Entmax routing.** Entmax is a softmax that gives exact zeros (see *Attention*). Used as a router, $p = \operatorname{entmax}_{1.5}(x W_r)$ and $y = \sum_{p_e > 0} p_e\, \mathrm{FFN}_e(x)$: nothing is cut off, and a token gets as many experts as its scores leave above zero. One token below has a clear favourite, the other does not:
 
 # %% tags=["nbval-check-output"]
 two = torch.tensor([[[5.0, 0.0, 0.0, 0.0], [1.0, 0.8, 0.5, -3.0]]])
@@ -444,13 +444,13 @@ routing = experts.entmax_routing(two)
 print("experts of each token:", routing.experts_of_token.tolist()[0])
 
 # %% [markdown]
-# The price is that work is not bounded: a fresh router hesitates over everything, and training starts dense. Use it where compute may follow the input and the batch is not on a schedule.
+# The price is that the work is not bounded: an untrained router prefers no expert, so training starts dense. Use it where compute may follow the input and no batch has to be done by a fixed time.
 #
-# **GShard's coin.** GShard makes the second choice only with probability $\min(1, 2 g_2)$, where $g_2$ is its gate: an expert that would hardly count is mostly not asked. `experts.gshard` has it, and *Co-design* runs the layer on several devices.
+# **GShard's coin.** GShard makes the second choice only with probability $\min(1, 2 g_2)$, where $g_2$ is its gate: an expert that would hardly count is usually skipped. `experts.gshard` has it, and *Co-design* runs the layer on several devices.
 #
-# **Jitter.** Switch multiplies the router's inputs in training by a little noise, so that close decisions fall either way: `RoutingSettings(jitter=0.01)`.
+# **Jitter.** Switch multiplies the router's inputs in training by a little noise, so that close decisions can go either way: `RoutingSettings(jitter=0.01)`.
 #
-# **Which one?** For a causal model, start from top-2 with gates that sum to 1 and no limit of seats, as Mixtral does; on one machine nothing is gained by dropping tokens. Where experts lie on different devices, capacity is what makes shapes fixed: Switch, or GShard, with $f = 1.25$ in training and 2 afterwards. Expert choice is for encoders. If you have a trained dense model, up-cycle it. The evidence here is from very small models: measure on yours.
+# **Which one?** For a causal model, start from top-2 with gates that sum to 1 and no limit on seats, as Mixtral does; on one machine nothing is gained by dropping tokens. Where experts are spread over several devices, a capacity keeps shapes fixed: Switch, or GShard, with $f = 1.25$ in training and 2 afterwards. Expert choice is for encoders. If you have a trained dense model, up-cycle it. The evidence here is from very small models: measure on yours.
 #
 # ## Further reading
 #

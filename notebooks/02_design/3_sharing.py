@@ -18,15 +18,15 @@
 # %% [markdown]
 # # Sharing
 #
-# **A model that uses one set of weights for many layers is smaller, not faster. A model that reads its input into a few latent vectors is faster on long inputs, not smaller. To know what you buy, count parameters and multiplications apart.**
+# **A model that uses one set of weights for many layers is smaller, not faster. A model that reads its input into a few latent vectors is faster on long inputs, not smaller. To know what you buy, count parameters and multiplications separately.**
 #
 # After this chapter you can
 #
 # - let the layers of a model share weights, all of them or part, and factorize its embedding;
 # - compute both counts by hand, and say which of the two a method changes;
 # - give every position of a text as many steps as it needs;
-# - decide from which length on latents pay, and say what they may lose;
-# - save, load and compress a model whose weights stand in several places.
+# - decide at what length latents begin to pay, and say what they may lose;
+# - save, load and compress a model whose weights are used in several places.
 #
 # You need the tour (`00_start_here`), and to know what attention and a feed-forward layer are. Shared layers, factorized embeddings, adaptive computation time and the Perceiver are taught in depth. A gallery near the end adds sentence-order prediction, repeated readings and Perceiver IO.
 
@@ -45,7 +45,7 @@ run_time("02_design/3_sharing")
 # %% [markdown]
 # ## The picture
 #
-# The same small language model was built in several ways and trained on the same tokens. In one of them all six layers use the same weights. The left picture shows the loss over the number of **parameters**, the numbers that a file has to hold. The right one shows it over the **multiply-adds** of one token: how often two numbers are multiplied and the product added.
+# The same small language model was built in several ways and trained on the same tokens. In one of them all six layers use the same weights. The left plot shows the loss against the number of **parameters**, the numbers that a file has to hold. The right one shows it against the **multiply-adds** of one token: how often two numbers are multiplied and the product added.
 
 # %%
 from effnb.chapters.design.sharing import drawings, tables
@@ -54,7 +54,7 @@ trained = tables.claimed("shared").data["table"]
 drawings.result(trained)
 
 # %% [markdown]
-# Sharing moves a model to the left in the first picture and leaves it where it is in the second. The model of *one layer alone* has exactly the parameters of *all shared*, and a sixth of its layers to compute.
+# Sharing moves a model to the left in the first plot and leaves it where it is in the second. The model called *one layer alone* has exactly as many parameters as *all shared*, and a sixth of its layers to compute.
 #
 # **Predict first:** the panel takes your guess before it answers. Then find the setting with the fewest parameters, and watch the second bar.
 
@@ -68,13 +68,13 @@ panels.counting()
 #
 # ### One set of weights for many layers
 #
-# A stack of $N$ layers computes $x_i = f(x_{i-1};\, W_i)$, each with weights $W_i$ of its own. **Cross-layer parameter sharing** divides the layers into $g$ groups and lets layer $i$ use the weights of group
+# A stack of $N$ layers computes $x_i = f(x_{i-1};\, W_i)$, each with its own weights $W_i$. **Cross-layer parameter sharing** divides the layers into $g$ groups and lets layer $i$ use the weights of group
 #
 # $$g_i = \lfloor i\, g / N \rfloor, \qquad i = 0, \dots, N - 1.$$
 #
 # ALBERT (Lan et al., 2020) does this for everything in a layer with $g = 1$. It can also be done for attention alone, or for the feed-forward layers alone. The number of parameters falls to those of $g$ layers. The number of multiplications does not fall: weights that are used $N$ times are multiplied $N$ times.
 #
-# What does training do with a weight that stands in $N$ places? The loss depends on it through each of them, so its gradient is the sum of what the places would get if they had copies:
+# What does training do with a weight that is used in $N$ places? The loss depends on it through each of them, so its gradient is the sum of what the places would get if they had copies:
 #
 # $$\frac{\partial \mathcal L}{\partial W} = \sum_{i=1}^{N} \frac{\partial \mathcal L}{\partial W_i}\bigg|_{W_i = W}.$$
 #
@@ -93,7 +93,7 @@ print("the shared gradient is the sum over an untied copy's layers:", gap < 1e-9
 #
 # $$x = t P, \qquad V d \;\to\; V E + E d.$$
 #
-# The output head is usually **tied** to the embedding: it has the same table. Then it has to be factorized too, $\text{logits} = (h P^\top)\, T^\top$, which saves multiplications as well. For the sizes of ALBERT-base:
+# The output head is usually **tied** to the embedding: it uses the same table. Then it has to be factorized too, $\text{logits} = (h P^\top)\, T^\top$, which saves multiplications as well. For the sizes of ALBERT-base:
 
 # %% tags=["nbval-check-output"]
 from effnb.design import sharing
@@ -110,7 +110,7 @@ for E in (64, 128, 256):
 #
 # $$A^s = \text{LN}\big((H^{s-1} + P^s) + \text{MHSA}(H^{s-1} + P^s)\big), \qquad H^s = \text{LN}\big(A^s + \text{Transition}(A^s)\big).$$
 #
-# Here LN normalizes each position, MHSA is multi-head self-attention, and the transition is a feed-forward layer. With **adaptive computation time** (Graves, 2016) every position also puts out a probability $p_s = \sigma(w \cdot h_s + b)$ of being done. It stops at the first step $n$ for which $p_1 + \dots + p_n \ge 1 - \varepsilon$. Its output is the weighted mean of its states; the last one gets what is left over, the **remainder** $R = 1 - \sum_{s<n} p_s$:
+# Here LN normalizes each position, MHSA is multi-head self-attention, and the transition is a feed-forward layer. With **adaptive computation time** (Graves, 2016) every position also outputs a probability $p_s = \sigma(w \cdot h_s + b)$ of being done. It stops at the first step $n$ for which $p_1 + \dots + p_n \ge 1 - \varepsilon$. Its output is the weighted mean of its states; the last one gets what is left over, the **remainder** $R = 1 - \sum_{s<n} p_s$:
 
 # %% tags=["nbval-check-output"]
 import torch
@@ -128,7 +128,7 @@ print("steps  :", found.steps.item())
 print("output :", round(found.output.item(), 2), "= 0.2 · 1 + 0.5 · 2 + 0.3 · 3")
 
 # %% [markdown]
-# After two steps the sum is 0.7, after three it would be 1.1, so the third step is the last and gets the remaining 0.3. The fourth probability is never asked for. Training adds a small multiple of $n + R$, the **ponder cost**, to the loss; without it, nothing speaks against using all steps.
+# After two steps the sum is 0.7, after three it would be 1.1, so the third step is the last and gets the remaining 0.3. The fourth probability is never asked for. Training adds a small multiple of $n + R$, the **ponder cost**, to the loss; without it, nothing discourages using all steps.
 #
 # ### Fewer vectors than tokens
 #
@@ -136,12 +136,12 @@ print("output :", round(found.output.item(), 2), "= 0.2 · 1 + 0.5 · 2 + 0.3 ·
 #
 # $$Z \leftarrow \text{CrossAttention}(Z, X), \qquad Z \leftarrow \text{SelfAttention}_\ell(Z), \quad \ell = 1, \dots, L; \qquad O(M N + L N^2).$$
 #
-# A further layer costs $O(N^2)$ whatever the length. To get an answer for each place, **Perceiver IO** (Jaegle et al., 2022) lets one query per place read the latents by another cross-attention. Everything that is known about the input then has to pass through $N$ vectors.
+# Each further layer costs $O(N^2)$ whatever the length. To get an answer for each place, **Perceiver IO** (Jaegle et al., 2022) lets one query per place read the latents by another cross-attention. Everything that these queries learn about the input has to pass through $N$ vectors.
 
 # %% [markdown]
 # ## The code
 #
-# Sharing works on any model with a stack of blocks. What is shared is the innermost module that holds weights; the block around it stays, because it knows its number and its mask.
+# Sharing works on any model with a stack of blocks. What is shared is the innermost module that holds weights; the block around it stays separate, because it knows its layer's number and its mask.
 
 # %%
 from effnb.lab import show
@@ -155,7 +155,7 @@ show(sharing.layer_groups, sharing.share_layers)
 show(sharing.adaptive_computation_time, sharing.Perceiver.forward)
 
 # %% [markdown]
-# Do they agree with the library that people use? The counts of `transformers`, without allocating anything:
+# Do they agree with the library that people use? Here are the counts of `transformers`, without allocating anything:
 
 # %% tags=["nbval-check-output"]
 import transformers
@@ -179,7 +179,7 @@ for model, count in zip(theirs, ours):
 # %% [markdown]
 # ## Turn the knob
 #
-# **A trained model.** The layers of `mini-5m` were trained apart. The panel makes them share without any training afterwards, or cuts its token vectors down by a singular value decomposition.
+# **A trained model.** The layers of `mini-5m` were trained without sharing. The panel makes them share with no training afterwards, or shortens the token vectors by a singular value decomposition.
 
 # %%
 from effnb.lab.bench import Bench
@@ -188,16 +188,16 @@ bench = Bench("mini-5m")
 panels.trained(bench)
 
 # %% [markdown]
-# Sharing is a decision for the time *before* training. Short token vectors are another matter: try how far $E$ may fall before answers suffer.
+# Sharing has to be decided *before* training. Short token vectors are another matter: try how far $E$ can fall before answers suffer.
 #
-# **Steps.** Now a small Universal Transformer learns to add, here, in some seconds. Its input is the sum of two digits at each place, lowest first; it has to put out the digits of the result. A place whose digits add up to 9 passes on whatever carry comes to it, so a carry may come from far away. That is a chain, and a chain can be followed step by step.
+# **Steps.** Now a small Universal Transformer learns to add, here, in a few seconds. Its input is the sum of two digits at each place, lowest first; it has to output the digits of the result. A place whose digits add up to 9 passes on whatever carry comes to it, so a carry may come from far away. That is a chain, and a chain can be followed step by step.
 
 # %%
 adder = methods.train_adder()
 panels.adding(adder)
 
 # %% [markdown]
-# Give it fewer steps than it wants, and look at which digits fail. Then give it more places than it was trained for.
+# Give it fewer steps than it wants, and see which digits fail. Then give it more places than it was trained for.
 #
 # **Latents.** The last panel counts, and runs one Perceiver at your setting:
 
@@ -247,7 +247,7 @@ drawings.steps(adders)
 # %% [markdown]
 # ## What it costs and saves
 #
-# Here are a model that shares nothing and one that shares everything, of equal shape, measured here and now:
+# Here are a model that shares nothing and one of the same shape that shares everything, measured on your machine:
 
 # %%
 from effnb.lab import compare_costs
@@ -256,9 +256,9 @@ apart, together = (methods.language_model(name).eval() for name in ("none", "all
 compare_costs(apart, together, bench.windows[:1, :256], labels=("nothing shared", "all shared"))
 
 # %% [markdown]
-# Fewer bytes, the same work. What speeds up is *training on many machines*, which have fewer gradients to exchange, and an optimizer that keeps less. That, and not the number of multiplications, is why ALBERT's authors could train faster.
+# Fewer bytes, the same work. What gets faster is *training on many machines*: there are fewer gradients to exchange, and the optimizer keeps less. That, and not the number of multiplications, is why ALBERT's authors could train faster.
 #
-# Latents are the opposite bargain. This is what one more layer takes, and what a whole model takes:
+# Latents are the opposite bargain. Here is what one more layer costs, and what a whole model costs:
 
 # %%
 depth = tables.claimed("depth").data["table"]
@@ -270,7 +270,7 @@ drawings.depth(depth)
 # %% [markdown]
 # ## On a real model
 #
-# SmolLM2-135M has 30 layers, `mini-5m` six. Both are made to share their first layers' weights or the mean of each group. SmolLM2's weights come from a 4-bit file, which does not matter to a change of this size.
+# SmolLM2-135M has 30 layers, `mini-5m` six. Both are made to share weights: in each group, those of its first layer or the mean of its layers. SmolLM2's weights come from a 4-bit file, which does not matter for a change of this size.
 
 # %% tags=["nbval-check-output"]
 real = tables.stored("smollm2").data["table"]
@@ -290,7 +290,7 @@ else:
 # %% [markdown]
 # ## Where it breaks
 #
-# **A cache that mixes up layers.** It is tempting to put one whole attention module into every block. But a decoder caches keys and values under the module's layer number, and now every layer has the same one. Nothing fails; the text is just wrong as soon as a cache is used:
+# **A cache that mixes up layers.** It is tempting to put one whole attention module into every block. But a decoder caches keys and values under the module's layer number, and now every layer has the same one. No error is raised; the output is simply wrong as soon as a cache is used:
 
 # %% tags=["nbval-check-output"]
 ids = bench.windows[:1, :12]
@@ -302,7 +302,7 @@ for name, model in (
     print(f"{name:20} the cache changes the output: {gap > 1e-3}")
 
 # %% [markdown]
-# **Saving.** A file must hold each weight once and say where it stands. `save_pretrained` of `transformers` does not know that and refuses. `save_shared` writes what is shared into the file's metadata:
+# **Saving.** A file must hold each weight once and say where it belongs. `save_pretrained` of `transformers` cannot do that, and refuses. `save_shared` writes what is shared into the file's metadata:
 
 # %% tags=["nbval-check-output"]
 numbers, in_file, change = methods.saved_and_loaded(together, ids)
@@ -310,16 +310,16 @@ print(f"{numbers:,} parameters, {in_file:,} numbers in the file, unchanged: {cha
 print(f"the same model for other libraries: {sharing.unshare_layers(together).num_parameters():,}")
 
 # %% [markdown]
-# **Compressing.** Whatever a method puts in the place of a shared layer has to stand in all its places, or the saving is gone. The methods of this book replace it everywhere at once. Those that look at data see what its first place reads.
+# **Compressing.** Whatever a method puts in the place of a shared layer has to go into all its places, or the saving is lost. The methods of this workbook replace it everywhere at once, and those that look at data fit it to what it reads in all of its places.
 
 # %% tags=["nbval-check-output"]
 for name, kind, one in methods.compressed(together, bench.calibration(0, (4, 64))):
     print(f"{name:18} {kind:16} one module in first and last layer: {one}")
 
 # %% [markdown]
-# AWQ and rotation refuse such a model in a sentence: they move the scale of one block's norm into its layers, and these are read behind several norms.
+# AWQ divides the inputs of a layer by scales, and the norm of every block takes them in. A rotation does the reverse: it moves a norm's gain into the layers behind it. Where blocks share a layer but not the norm, that layer would have to take in several gains, so the rotation refuses and says why.
 #
-# **An input without positions.** Cross-attention does not know in which order the keys come. If the input does not say where its vectors stand, the latents see a bag of words:
+# **An input without positions.** Cross-attention does not know in which order the keys come. If the input does not say where each vector belongs, the latents see a bag of words:
 
 # %% tags=["nbval-check-output"]
 reader = methods.perceiver_reader(2)
@@ -403,7 +403,7 @@ _ = exercises.halting.check(weights)
 exercises.halting.solution()
 
 # %% [markdown]
-# **3.** Count pairs of vectors that attention compares. A Transformer of $L$ layers compares $M^2$ in each, a Perceiver $M N$ once and then $N^2$ in each layer. From which length $M$ on does the Perceiver compare fewer?
+# **3.** Count pairs of vectors that attention compares. A Transformer of $L$ layers compares $M^2$ in each, a Perceiver $M N$ once and then $N^2$ in each layer. What is the shortest length $M$ at which the Perceiver compares fewer?
 
 
 # %% tags=["exercise", "nbval-check-output"]
@@ -428,13 +428,13 @@ exercises.cross.solution()
 # %% [markdown]
 # ## Gallery
 #
-# **Sentence-order prediction** (Lan et al., 2020). ALBERT's second task: two segments of one text, swapped in half of the examples; which came first? Both are about the same thing, so that only their order can tell. `sentence_order` makes such examples. Use it for encoders that must understand how sentences follow each other.
+# **Sentence-order prediction** (Lan et al., 2020). ALBERT's second task: two segments of one text, swapped in half of the examples; which came first? Both are about the same thing, so the topic gives nothing away. `sentence_order` makes such examples. Use it for encoders that must understand how sentences follow each other.
 #
 # **Repeated readings** (Jaegle et al., 2021). Latents may read the input again after some layers, with the same weights or with others: `PerceiverConfig(cross_attends=..., shared=...)`. Each reading costs $O(M N)$. Use them when one look is not enough to choose what matters.
 #
 # **Perceiver IO** (Jaegle et al., 2022). Because answers are asked for by queries, there may be any number of them and of any kind: `PerceiverIO(config)(inputs, queries)`. Forgetting to tell a query *where* it asks is the usual mistake; then all answers are the same.
 #
-# **Which one?** If memory, downloads or gradients between machines are what is short, share; look at the table above for what each part costs to share, compare with a smaller model of as many parameters, and choose the number of groups by your budget. If the vocabulary is large beside the model, factorize its embedding first: it saves bytes and time. If inputs are long and an answer is short, read them into latents. Adaptive steps are for tasks in which some positions are much harder than others.
+# **Which one?** If memory, downloads or the exchange of gradients is the bottleneck, share. The table above shows what it costs to share each part; compare with a smaller model of as many parameters, and choose the number of groups by your budget. If the vocabulary is large relative to the model, factorize its embedding first: that saves bytes and time. If inputs are long and an answer is short, read them into latents. Adaptive steps are for tasks in which some positions are much harder than others.
 #
 # ## Further reading
 #

@@ -45,7 +45,7 @@ run_time("03_pretraining/1_objectives")
 # %% [markdown]
 # ## The picture
 #
-# One small network was trained several times on the same text. Each time it was asked something else: the next token (**CLM**, causal language modelling), some hidden tokens (**MLM**, masked language modelling), spans that were cut out,
+# One small network was trained several times on the same text. Each time it was asked a different question: the next token (**CLM**, causal language modelling), some hidden tokens (**MLM**, masked language modelling), spans that were cut out,
 # or which tokens had been replaced (**ELECTRA**). A token that the network is asked about is **loss-bearing**: it adds to the loss, and so to the gradient.
 
 # %%
@@ -77,7 +77,7 @@ drawings.masks()
 # %% [markdown]
 # **CLM** hides nothing, lets position $t$ see positions up to $t$, and asks for token $t + 1$. It asks everywhere except at the last position.
 #
-# **MLM** (BERT; Devlin et al., 2018) lets every position see every other. Without hiding, each answer would stand in the question. So each token is chosen with probability $\rho = 0.15$, and only chosen tokens are asked. Of the chosen, 80 % are replaced by a mask token, 10 % by a random
+# **MLM** (BERT; Devlin et al., 2018) lets every position see every other. Without hiding, each question would contain its answer. So each token is chosen with probability $\rho = 0.15$, and only chosen tokens are asked. Of the chosen, 80 % are replaced by a mask token, 10 % by a random
 # token and 10 % are left as they are: the network cannot know which of the tokens it sees are right.
 #
 # **Span corruption** (T5; Raffel et al., 2019) cuts out whole spans. Each leaves a **sentinel** behind, a token that occurs nowhere else, and the network writes down what is missing:
@@ -96,10 +96,10 @@ for side in ("inputs", "targets"):
     print(f"{side:8}", " ".join(names[i] for i in getattr(made, side)[0].tolist()))
 
 # %% [markdown]
-# There is no sentinel after the last span, although the figure in the paper shows one. T5 has an encoder for the inputs and a decoder for the targets. Here one stack of layers reads the inputs as a prefix, which sees itself from both sides, and then the targets; T5's paper tries that as well, and all objectives of this page can then share one network.
+# There is no sentinel after the last span, although the figure in the paper shows one. T5 has an encoder for the inputs and a decoder for the targets. Here one stack of layers reads first the inputs, as a prefix in which every position sees every other, and then the targets. T5's paper tries that as well, and it lets all objectives on this page use the same network.
 #
-# How are the spans drawn? Of $n$ tokens, $N = \operatorname{round}(\rho n)$ are noise, in $K = \operatorname{round}(N / \mu)$ spans of mean length $\mu = 3$. Both the $N$ tokens and the $n - N$ others are divided into $K$ positive parts, all divisions being equally likely, and the two take turns.
-# So every text begins with tokens that stay and ends with a hole. For the usual length of 512 tokens:
+# How are the spans drawn? Of $n$ tokens, $N = \operatorname{round}(\rho n)$ are noise, in $K = \operatorname{round}(N / \mu)$ spans of mean length $\mu = 3$. Both the $N$ tokens and the $n - N$ others are divided into $K$ positive parts, all divisions being equally likely, and the two kinds of parts alternate.
+# So every text begins with tokens that stay and ends with a gap. For the usual length of 512 tokens:
 
 # %% tags=["nbval-check-output"]
 text, targets = objectives.raw_length(512, 0.15, 3)
@@ -123,16 +123,16 @@ print(f"{noise} of them are asked, in {spans} spans: {noise / (512 + targets):.1
 tables.work_table()
 
 # %% [markdown]
-# An ELECTRA token counts like the others here, yet carries less: one bit at most, where a word out of 4,096 carries up to 12. Whether few rich answers teach more than many poor ones is not for this table to say.
+# An ELECTRA token counts like the others here, yet carries less: one bit at most, where a word out of 4,096 carries up to 12. This table cannot say whether a few rich answers teach more than many poor ones.
 #
 # ### How large, and on how much text?
 #
-# Training $N$ parameters on $D$ tokens takes about $C = 6 N D$ operations. A larger network learns more from a token, a smaller one reads more tokens for the same $C$. Hoffmann et al. (2022) trained over 400 models and found that both should grow alike: $N \propto C^{0.5}$, with about 20 tokens for each parameter.
+# Training $N$ parameters on $D$ tokens takes about $C = 6 N D$ operations. A larger network learns more from a token, a smaller one reads more tokens for the same $C$. Hoffmann et al. (2022) trained over 400 models and found that both should grow at the same rate: $N \propto C^{0.5}$, with about 20 tokens for each parameter.
 # Hence **Chinchilla's rule**:
 #
 # $$N = \sqrt{C / (6 \cdot 20)}, \qquad D = 20\, N.$$
 #
-# Their Chinchilla, with 70 billion parameters, beats Gopher, which has four times as many and read less.
+# Their Chinchilla, with 70 billion parameters, beats Gopher, which has four times as many but was trained on less text.
 
 # %% [markdown]
 # ## The code
@@ -157,7 +157,7 @@ show(objectives.composition, objectives.noise_mask)
 show(objectives.replace_tokens)
 
 # %% [markdown]
-# Do the counts come out? BERT's on 200,000 tokens, and ELECTRA's, whose code draws positions *with replacement*, so that some are drawn twice:
+# Do the counts come out right? Here are BERT's on 200,000 tokens, and ELECTRA's, whose code draws positions *with replacement*, so that some are drawn twice:
 
 # %% tags=["nbval-check-output"]
 draws = torch.Generator().manual_seed(0)
@@ -184,19 +184,19 @@ panels.questions(load("mini-5m", device="cpu").model)
 # %% [markdown]
 # Things to try:
 #
-# - with *span corruption*, go from spans of 1 to spans of 10: what becomes of the number of positions computed, and why?
+# - with *span corruption*, go from spans of 1 to spans of 10: what happens to the number of positions computed, and why?
 # - with *MLM*, raise the rate until you could no longer fill in the words yourself;
 # - with *ELECTRA*, go through the draws: does *mini-5m* ever fool you?
 #
-# ELECTRA's task is as hard as its generator is good. Here the three models of this workbook play the generator, and random words for comparison.
+# ELECTRA's task is as hard as its generator is good. Here the three models of this workbook act as the generator, with random words for comparison.
 
 # %%
 panels.fillers()
 
 # %% [markdown]
-# Look at the last number of the list. Most tokens are originals, so a discriminator that says nothing but "original" is nearly always right. Accuracy says little about classes as unequal as these; a better generator makes them more unequal still.
+# Look at the last number of the list. Most tokens are originals, so a discriminator that always says "original" is nearly always right. Accuracy says little about classes as unequal as these; a better generator makes them more unequal still.
 #
-# The third knob is a budget. While the three models were trained, their losses were recorded. Read across at equal compute:
+# The third knob is a budget. While the three models were trained, their losses were recorded. Compare them at equal compute:
 
 # %%
 panels.budgets()
@@ -220,9 +220,9 @@ claims_table(verdicts.s_p1(*verdicts.stored()))
 tables.text_table(runs_stored)
 
 # %% [markdown]
-# Where a trained network is below the untrained one, training has so far moved its features towards its own question and away from the probe's. The runs are short: about a thirtieth of the text that `mini-300k` read.
+# Where a trained network is below the untrained one, training has so far moved its features towards its own question and away from the probe's. The runs are short: each reads a small part of the text that `mini-300k` read.
 #
-# **Equal compute.** An objective whose steps are cheap may take more of them. Each gets the operations that CLM had:
+# **Equal compute.** An objective whose steps are cheap may take more of them. Here each gets as many operations as CLM had:
 
 # %% tags=["nbval-check-output"]
 compute = tables.stored("compute").data
@@ -251,7 +251,7 @@ print(tables.repeats_said(repeats))
 tables.repeats_table(repeats)
 
 # %% [markdown]
-# A network that always sees the same holes learns the answers by heart, and a low loss says nothing any more.
+# A network that always sees the same gaps learns the answers by heart, and its low loss then says nothing.
 
 # %% [markdown]
 # **Chinchilla's rule on three sizes.** The records of `mini-300k`, `mini-1m` and `mini-5m`, at the constant learning rate that all of them had for three quarters of their training:
@@ -266,12 +266,12 @@ print(scaling.judged())
 scaling.slices_table()
 
 # %% [markdown]
-# As evidence this does not go far: there are three sizes, of which often only two can be compared. The models also differ in the sequences of a step, and a fifth of their sequences are exercises in recall, not text.
+# As evidence this does not go far: there are three sizes, and often only two of them can be compared. The models also differ in the number of sequences per step, and some of their sequences are exercises in recall, not text.
 
 # %% [markdown]
 # ## What it costs and saves
 #
-# The operations that were counted above, beside time on your machine. The two agree as far as arithmetic is what takes the time. The optimizer costs every objective the same, and ELECTRA runs two networks, one after the other.
+# Here are the operations counted above, beside the time on your machine. The two agree as far as arithmetic is what takes the time. The optimizer costs every objective the same, and ELECTRA runs two networks, one after the other.
 
 # %%
 from effnb.chapters.pretraining.objectives import live
@@ -279,12 +279,12 @@ from effnb.chapters.pretraining.objectives import live
 live.timed_steps()
 
 # %% [markdown]
-# At run time objectives differ as well. A network trained by CLM writes text, token by token, and keeps the keys and values of what it wrote. One trained by MLM or ELECTRA reads a finished text and has no use for a cache. Which objective is cheaper depends on what the network is for.
+# Objectives also differ at run time. A network trained by CLM writes text, token by token, and keeps the keys and values of what it wrote. One trained by MLM or ELECTRA reads a finished text and has no use for a cache. Which objective is cheaper depends on what the network is for.
 
 # %% [markdown]
 # ## On a real model
 #
-# The same probe on the same descriptions, for the models of this workbook and for two that others trained. They differ in size, text and much else, so this shows where our short runs stand, and not which objective is best:
+# The same probe on the same descriptions, for the models of this workbook and for two that others trained. They differ in size, text and much else, so this shows what our short runs have reached, and not which objective is best:
 
 # %% tags=["nbval-check-output"]
 real = tables.stored("real").data
@@ -305,10 +305,10 @@ else:
 # %% [markdown]
 # ## Where it breaks
 #
-# **Losses that are compared.** The table of mask rates has two columns of losses. Only the right one asks all networks the same. The left one mixes what a network has learned with how hard its own question is, and the more is hidden, the harder it is to answer. The same holds, even more so, for MLM beside CLM, and
-# for ELECTRA, whose loss is that of a yes or no.
+# **Losses that are compared.** The table of mask rates has two columns of losses. Only the right one asks all networks the same question. The left one mixes what a network has learned with how hard its own question is, and the more is hidden, the harder it is to answer. The same holds, even more so, for MLM beside CLM, and
+# for ELECTRA, whose loss is that of a yes-or-no question.
 #
-# **A mean over everything.** If the loss is averaged over all positions instead of those that are asked, it shrinks with the rate, and the gradient with it. Here is one batch with two rates:
+# **A mean over everything.** If the loss is averaged over all positions instead of those that are asked, it shrinks with the rate, and the gradient with it. Here is one batch at two rates:
 
 # %% tags=["nbval-check-output"]
 from effnb.chapters.pretraining.objectives import runs
@@ -328,7 +328,7 @@ print("all three:", scaling.law_said(scaling.fitted()))
 print("two      :", scaling.law_said(scaling.fitted(["mini-300k", "mini-5m"])))
 
 # %% [markdown]
-# The last number says how far a record lies from the fit at most. A fit that is not far off still gives advice that is worthless: the advice rests on sizes and budgets that were never tried. Chinchilla's parameters came from hundreds of runs of many sizes, and each with a learning rate that ended where its text did.
+# The last number is the largest distance of any record from the fit. Even a close fit can give worthless advice, because the advice rests on sizes and budgets that were never tried. Chinchilla's constants came from hundreds of runs of many sizes, each with a learning rate that reached its end where the text did.
 #
 # **Bad input** is answered with one sentence, before any work starts:
 
@@ -427,14 +427,14 @@ exercises.rule.solution()
 # %% [markdown]
 # ## Gallery
 #
-# **Prefix LM** (Liu et al., 2018; Raffel et al., 2019) is in the panel and in the tables. Position $i$ sees position $j$ if $j \le \max(i, P - 1)$, and only what follows the prefix is asked: half of the text, if the split is drawn evenly. Use it where an input is complete before the answer begins, as in translation, and one stack of layers is to do both.
+# **Prefix LM** (Liu et al., 2018; Raffel et al., 2019) is in the panel and in the tables. Position $i$ sees position $j$ if $j \le \max(i, P - 1)$, and only what follows the prefix is asked: half of the text, if the split is drawn evenly. Use it where an input is complete before the answer begins, as in translation, and one stack of layers has to do both.
 #
 # **Dynamic masking** (RoBERTa; Liu et al., 2019) costs nothing but a draw. Use it always; `static_masking` is in the package to show why.
 #
-# **Replace MLM and all-tokens MLM** (Clark et al., 2020) are ablations of ELECTRA. The first puts the generator's tokens in the place of mask tokens and asks for the originals at those positions; on the GLUE tasks that is hardly better than BERT. The second asks for them everywhere, and comes close to ELECTRA:
+# **Replace MLM and all-tokens MLM** (Clark et al., 2020) are ablations of ELECTRA. The first replaces mask tokens by the generator's tokens and asks for the originals at those positions; on the GLUE tasks that is hardly better than BERT. The second asks for them everywhere, and comes close to ELECTRA:
 # most of the gain comes from asking everywhere. Use neither; they explain why ELECTRA works.
 #
-# **Which one?** To write text, CLM. To read it, the papers choose an encoder that is asked everywhere (ELECTRA) or masked at more than 15 %, and trained on far more text than here; the tables above say what little text gives. One network for both: spans, or a prefix. Spend the budget near 20 tokens for each parameter, and on a smaller network with more text if it will be used much. The evidence of this page comes from
+# **Which one?** To write text, CLM. To read it, the papers choose an encoder that is asked everywhere (ELECTRA) or masked at more than 15 %, and trained on far more text than here; the tables above show what little text achieves. One network for both: spans, or a prefix. Spend the budget near 20 tokens for each parameter, and on a smaller network with more text if it will be used much. The evidence of this page comes from
 # networks of 300 thousand parameters: measure on yours.
 #
 # ## Further reading

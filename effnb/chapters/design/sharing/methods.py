@@ -436,6 +436,8 @@ def compressed(model: nn.Module, ids: Int[Tensor, "batch time"]) -> list[tuple[s
     new = {
         "rounded to 4 bits": quantization.rtn(model, 4),
         "GPTQ": quantization.gptq(model, ids, 4),
+        "AWQ": quantization.awq(model, ids, 4, group_size=32, grid=5),
+        "rotated": quantization.rotate(model),
         "pruned by Wanda": pruning.wanda(model, ids, 0.5),
         "SVD": low_rank.svd(model, 0.5),
         "LoRA attached": lora.attach(model, rank=4),
