@@ -14,9 +14,16 @@ import torch
 from effnb.core.deltas import delta_parameters, detach
 from effnb.core.modules import clone
 from effnb.core.sublayers import find_sublayers
-from effnb.design.sharing import factorize_embedding, share_layers, shared_places, unshare_layers
+from effnb.design.sharing import (
+    factorize_embedding,
+    load_shared,
+    save_shared,
+    share_layers,
+    shared_places,
+    unshare_layers,
+)
 from effnb.finetuning import lora
-from effnb.inference import pruning, quantization
+from effnb.inference import low_rank, pruning, quantization
 
 GAINS = "is used in several blocks, and the gains of .* and .* differ"
 LAST = "is used by several blocks, so that training the last ones would change"
@@ -181,6 +188,41 @@ def error_of_attention(model, changed, ids):
         for layer, (arguments, keywords, truth) in zip(changed.model.layers, kept, strict=True)
     ]
     return torch.stack(errors).mean().double()
+
+
+STORED = {
+    "model": (save_shared, lambda model, path: load_shared(path)),
+    "quantized": (quantization.save_quantized, quantization.load_quantized),
+    "factorized": (low_rank.save_factorized, low_rank.load_factorized),
+}
+"""How results are stored, by the kind of file that the table of methods names."""
+
+
+@pytest.mark.parametrize("loaded_into", ["shared", "apart"])
+@pytest.mark.parametrize(
+    "name", [n for n, m in methods.METHODS.items() if m.file in STORED and n not in UNFIT]
+)
+def test_what_was_compressed_is_saved_once_and_loaded_into_all_places(name, loaded_into, tmp_path):
+    method, batch = methods.METHODS[name], architectures.batch("Llama")
+    if method.file == "model" and loaded_into == "apart":
+        loaded_into = "shared"  # such a file builds its model itself
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = method.run(built(), batch)
+    save, load = STORED[method.file]
+    path = tmp_path if method.file == "model" else tmp_path / "file.safetensors"
+    save(result, path)
+    other = architectures.build("Llama", seed=3)
+    again = load(share_layers(other) if loaded_into == "shared" else other, path)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again(**batch).logits, result(**batch).logits, atol=1e-5, rtol=1e-5
+        )
+    layers = again.model.layers
+    for part in ("mlp.up_proj", "self_attn.o_proj"):
+        assert layers[0].get_submodule(part) is layers[1].get_submodule(part)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (again, result)]
+    assert sizes[0] == sizes[1]
 
 
 def test_scores_of_shared_layers_decide_together():
