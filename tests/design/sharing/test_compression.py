@@ -14,6 +14,7 @@ import torch
 from effnb.core.deltas import delta_parameters, detach
 from effnb.core.modules import clone
 from effnb.core.sublayers import find_sublayers
+from effnb.core.training import train
 from effnb.design.sharing import (
     factorize_embedding,
     load_shared,
@@ -24,6 +25,7 @@ from effnb.design.sharing import (
 )
 from effnb.finetuning import lora
 from effnb.inference import low_rank, pruning, quantization
+from effnb.inference import self_distilled_quantization as sdq
 
 GAINS = "is used in several blocks, and the gains of .* and .* differ"
 LAST = "is used by several blocks, so that training the last ones would change"
@@ -190,6 +192,84 @@ def error_of_attention(model, changed, ids):
     return torch.stack(errors).mean().double()
 
 
+def by_sensitivity(model, batch):
+    """Bits by the error of each layer's outputs, as many bytes as 3 bits everywhere would take."""
+    sizes = quantization.layer_bytes(model, (2, 3, 4))
+    costs = quantization.output_sensitivity(model, [batch], (2, 3, 4))
+    budget = sum(size[3] for size in sizes.values())
+    return quantization.mixed_precision(model, quantization.allocate(costs, sizes, budget))
+
+
+def by_spectrum(model, batch):
+    """Ranks by what each layer's outputs would lose."""
+    whole = low_rank.decompose_svd_llm(model, [batch])
+    ranks = low_rank.allocate_by_spectrum(whole, 0.6).ranks
+    return low_rank.truncate(model, whole, rank=ranks)
+
+
+def lottery_ticket(model, batch):
+    """The ticket after one round."""
+    steps = methods.STEPS
+    return pruning.lottery(model, lambda _: batch, steps, rounds=1, loss=methods.loss)[-1].model
+
+
+def imitated(model, batch):
+    """LLM-QAT: trained to imitate the model that it was."""
+    prepared = quantization.prepare_qat(model, 8)
+    train(prepared, lambda _: batch, methods.STEPS, loss=quantization.imitation_loss(model))
+    return quantization.convert(prepared)
+
+
+def noisy(model, batch):
+    """Quant-Noise, trained and converted."""
+    prepared = sdq.prepare_quant_noise(model, 8)
+    train(prepared, lambda _: batch, methods.STEPS, loss=methods.loss)
+    return sdq.convert_noise(prepared)
+
+
+OTHERS = {
+    "sensitivity": by_sensitivity,
+    "spectrum": by_spectrum,
+    "lottery ticket": lottery_ticket,
+    "LLM-QAT": imitated,
+    "Quant-Noise": noisy,
+    "iPQ": lambda m, b: (
+        sdq.iterative_product_quantization(
+            m, lambda _: b, methods.STEPS, loss=methods.loss, block_size=4, centroids=16
+        ).model
+    ),
+    "iPQ with SDQ": lambda m, b: (
+        sdq.iterative_product_quantization(
+            m, lambda _: b, methods.STEPS, loss=sdq.sdq(m), block_size=4, centroids=16
+        ).model
+    ),
+    "LoSparse": lambda m, b: low_rank.losparse(
+        m, lambda _: b, methods.STEPS, 0.6, loss=methods.loss
+    )[0],
+}
+"""Methods of the workbook that are not in the table, because they join or train others."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_methods_that_join_or_train_others_keep_the_sharing(name):
+    shared, batch = built(), architectures.batch("Llama")
+    places = shared_places(shared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = OTHERS[name](shared, batch)
+    changed = 0
+    for first, others in places.items():
+        for other in others:
+            assert result.get_submodule(first) is result.get_submodule(other), other
+        old, new = shared.get_submodule(first), result.get_submodule(first)
+        changed += type(old) is not type(new) or not torch.equal(old.weight, new.weight)
+    assert changed >= 7
+    with torch.no_grad():
+        before, after = shared(**batch).logits, result(**batch).logits
+    moved = float((after - before).norm() / before.norm())
+    assert 0 < moved < 2
+
+
 STORED = {
     "model": (save_shared, lambda model, path: load_shared(path)),
     "quantized": (quantization.save_quantized, quantization.load_quantized),
@@ -198,14 +278,19 @@ STORED = {
 """How results are stored, by the kind of file that the table of methods names."""
 
 
-@pytest.mark.parametrize("loaded_into", ["shared", "apart"])
 @pytest.mark.parametrize(
-    "name", [n for n, m in methods.METHODS.items() if m.file in STORED and n not in UNFIT]
+    ("name", "loaded_into"),
+    [
+        (name, kind)
+        for name, method in methods.METHODS.items()
+        if method.file in STORED and name not in UNFIT and name not in REFUSED
+        for kind in ("shared", "apart")
+        if method.file != "model" or kind == "shared"  # a model's file builds its model itself
+    ]
+    + [("rotation", "shared")],
 )
 def test_what_was_compressed_is_saved_once_and_loaded_into_all_places(name, loaded_into, tmp_path):
     method, batch = methods.METHODS[name], architectures.batch("Llama")
-    if method.file == "model" and loaded_into == "apart":
-        loaded_into = "shared"  # such a file builds its model itself
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = method.run(built(), batch)
