@@ -18,42 +18,44 @@ for LLM Compression and Acceleration", 2023, arXiv 2306.00978.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from effnb.core.calibration import (
     Calibration,
     CalibrationLike,
     Call,
-    Hessian,
     block_linears,
-    main_output,
     unpadded_batches,
     visit_blocks_of,
 )
 from effnb.core.checks import check_finite
-from effnb.core.folding import Fold, find_folds, joined, scaled_together, set_parameters
+from effnb.core.folding import find_folds, joined, scaled_together, set_parameters
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import (
     LayerChoice,
     Model,
     chooses_layers,
-    find_stacks,
     first_names,
     matches,
     put_modules,
     share,
 )
-from effnb.core.padding import gaps, masked_rows
-from effnb.core.passage import Arguments
-from effnb.core.watching import Run, block_users, watch_runs
+from effnb.core.padding import gaps
+from effnb.core.watching import Run, block_users
+from effnb.inference.quantization.awq_places import (
+    Inputs,
+    Place,
+    Seen,
+    judges_of,
+    module_loss,
+    watch_places,
+)
 from effnb.inference.quantization.formats import fake_quantize_on, quantize_on
 from effnb.inference.quantization.grid import Granularity, Grid
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
@@ -144,7 +146,7 @@ def awq_scales(
             f"inputs has shape {tuple(inputs.shape)}; it must be (tokens, {weight.shape[1]})."
         )
     check_finite(inputs, "inputs")
-    seen = _Inputs(weight.shape[1], weight.device)
+    seen = Inputs(weight.shape[1], weight.device)
     seen.update(inputs)
     rounding = partial(_round, grid=Grid(bits, group_size, symmetric))
     return search_scales(seen.magnitude, _own_loss([(weight, seen.value)], rounding), grid)
@@ -274,13 +276,13 @@ def awq(
     chosen = {result.get_submodule(name) for name in wanted}
     first = first_names(result)
 
-    def observe(names: set[str], judges: list[nn.Module], runs: list[Run], alone: bool) -> _Seen:
+    def observe(names: set[str], judges: list[nn.Module], runs: list[Run], alone: bool) -> Seen:
         observers = {}
         for name in names:
             layer = result.get_submodule(name)
-            observers[name] = _Inputs(layer.in_features, layer.weight.device)
+            observers[name] = Inputs(layer.in_features, layer.weight.device)
         # Layers that other blocks use may read different tensors there.
-        return _observe(result, observers, judges, runs, shared=alone)
+        return watch_places(result, observers, judges, runs, shared=alone)
 
     def visit(prefix: str, block: nn.Module, calls: list[Call]) -> None:
         mine = {
@@ -289,13 +291,13 @@ def awq(
             if isinstance(m, nn.Linear) and f"{prefix}.{name}" in wanted
         }
         places = [
-            _Place(joint, {first[r] for f in joint for r in f.readers}, _judges(result, joint))
+            Place(joint, {first[r] for f in joint for r in f.readers}, judges_of(result, joint))
             for joint in joints
             if joint[0].source.startswith(f"{prefix}.")
         ]
         places = [p for p in places if any(result.get_submodule(n) in chosen for n in p.readers)]
         here = [(call.mask, partial(call.run, block)) for call in calls]
-        seen = _Seen({}, {})
+        seen = Seen({}, {})
         for alone, runs in ((True, here), (False, everywhere)):
             joined_here = [place for place in places if (len(place.folds) == 1) is alone]
             names = {n for n in mine if (len(users[result.get_submodule(n)]) == 1) is alone}
@@ -303,12 +305,12 @@ def awq(
             judges = [judge for place in joined_here for judge in place.judges]
             if names:
                 seen = seen.and_what(observe(names, judges, runs, alone))
-        found: list[tuple[_Place, Tensor]] = []
+        found: list[tuple[Place, Tensor]] = []
         for place in places:  # all on the unchanged block
             readers = {n: result.get_submodule(n) for n in sorted(place.readers)}
             readers = {name: layer for name, layer in readers.items() if layer in chosen}
             if place.judges:
-                loss = _module_loss(place.judges, list(readers.values()), seen.runs, rounding)
+                loss = module_loss(place.judges, list(readers.values()), seen.runs, rounding)
             else:
                 each = [(m.weight, seen.inputs[name].value) for name, m in readers.items()]
                 loss = _own_loss(each, rounding)
@@ -337,22 +339,6 @@ def awq(
     return result
 
 
-class _Inputs(Hessian):
-    """The Hessian of a layer's inputs, and the mean magnitude of each."""
-
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(features, device)
-        self._sum = torch.zeros(features, device=device)
-
-    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
-        super().update(inputs)
-        self._sum += inputs.float().abs().sum(0)
-
-    @property
-    def magnitude(self) -> Float[Tensor, "in"]:
-        return self._sum / max(self.tokens, 1)
-
-
 def _round(weight: Tensor, grid: Grid) -> Tensor:
     """What rounding to the stored format would leave of a weight."""
     return fake_quantize_on(weight.float(), grid, half_scales=True)
@@ -377,133 +363,6 @@ def _own_loss(
         return float(torch.cat(errors).mean())
 
     return loss
-
-
-_Kept = tuple[Tensor | None, tuple, Mapping, Tensor]
-"""A batch's mask, a module's arguments for it, positional and by name, and its output."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Folds that get the same scales: one, or several whose layers stand in several blocks.
-
-    Attributes:
-        folds: The folds, by their places in the model.
-        readers: Their readers, by their first names.
-        judges: The modules whose outputs tell how good scales are; none for the readers' own.
-    """
-
-    folds: tuple[Fold, ...]
-    readers: set[str]
-    judges: tuple[nn.Module, ...]
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What the data showed: of layers their inputs, of judges their arguments and outputs."""
-
-    inputs: dict[str, _Inputs]
-    runs: dict[nn.Module, list[_Kept]]
-
-    def and_what(self, other: _Seen) -> _Seen:
-        """Both."""
-        return _Seen(self.inputs | other.inputs, self.runs | other.runs)
-
-    def magnitude(self, place: _Place, first: Mapping[str, str]) -> Float[Tensor, "in"]:
-        """The mean magnitude of each channel, over all folds of a place."""
-        one_each = dict.fromkeys(first[fold.readers[0]] for fold in place.folds)
-        seen = [self.inputs[name] for name in one_each]
-        tokens = sum(observer.tokens for observer in seen)
-        return sum(observer.magnitude * (observer.tokens / max(tokens, 1)) for observer in seen)
-
-
-def _module_loss(
-    judges: Iterable[nn.Module],
-    readers: list[nn.Module],
-    runs: Mapping[nn.Module, list[_Kept]],
-    rounding: Callable[[Tensor], Tensor],
-) -> Callable[[Tensor], float]:
-    """The mean squared error of the judges' outputs when the readers inside are rounded."""
-    inside = {
-        judge: {f"{n}.weight": m for n, m in judge.named_modules() if m in readers and n}
-        for judge in judges
-    }
-
-    def loss(scales: Tensor) -> float:
-        rounded = {}
-        for layer in readers:
-            weight = layer.weight
-            rounded[layer] = (rounding(weight.float() * scales) / scales).to(weight.dtype)
-        total, count = 0.0, 0
-        for judge, layers in inside.items():
-            new = {name: rounded[layer] for name, layer in layers.items()}
-            for mask, arguments, keywords, truth in runs[judge]:
-                output = main_output(functional_call(judge, new, arguments, dict(keywords)))
-                difference = masked_rows(output - truth, mask).float()
-                total += float(difference.square().sum())
-                count += difference.numel()
-        return total / max(count, 1)
-
-    return loss
-
-
-def _observe(
-    model: nn.Module,
-    observers: dict[str, _Inputs],
-    judges: Iterable[nn.Module],
-    runs: list[Run],
-    shared: bool,
-) -> _Seen:
-    """Let the data run once; see the layers' inputs and what the judges compute."""
-    kept: dict[nn.Module, list[_Kept]] = {judge: [] for judge in judges}
-    masks: list[Tensor | None] = []
-
-    def keep(judge: nn.Module):
-        def hook(module, arguments, keywords, output):
-            given = Arguments.of(arguments, keywords)
-            entry = (masks[-1], given.positional, given.keywords, main_output(output))
-            kept[judge].append(entry)
-
-        return hook
-
-    def noting(mask: Tensor | None, run: Callable[[], Any]) -> Callable[[], None]:
-        def noted() -> None:
-            masks[:] = [mask]
-            run()
-
-        return noted
-
-    hooks = [judge.register_forward_hook(keep(judge), with_kwargs=True) for judge in kept]
-    try:
-        noted = [(mask, noting(mask, run)) for mask, run in runs]
-        return _Seen(watch_runs(model, observers, noted, shared), kept)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _judges(model: nn.Module, joint: Iterable[Fold]) -> tuple[nn.Module, ...]:
-    """The modules whose outputs tell how good scales are; none for the readers' own outputs."""
-    found = []
-    for fold in joint:
-        judge = _judge(model, fold)
-        if judge is None or isinstance(model.get_submodule(fold.source), nn.Linear):
-            return ()
-        found.append(judge)
-    return tuple(dict.fromkeys(found))
-
-
-def _judge(model: nn.Module, fold: Fold) -> nn.Module | None:
-    """The module that holds all readers; None for a reader that the block itself holds."""
-    parents = [name.rpartition(".")[0].split(".") for name in fold.readers]
-    common: list[str] = []
-    for level in zip(*parents, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    judge = model.get_submodule(".".join(common))
-    blocks = [block for stack in find_stacks(model).values() for block in stack]
-    return None if len(fold.readers) == 1 and judge in blocks else judge
 
 
 def _short(model: nn.Module, calibration: CalibrationLike) -> dict[str, Tensor]:
