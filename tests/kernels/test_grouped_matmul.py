@@ -150,3 +150,25 @@ def test_what_does_not_fit_is_refused(proof):
     with pytest.raises(ValueError, match="the kernel takes up to 1024"):
         grouped_matmul(x, many, last, backend="triton")
     assert not bool(grouped_matmul(x, many, last).any())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [[0, 5, 0, 1], [17, 1, 40], [0, 0], [7]])
+def test_the_reference_without_gradients_is_the_same(kind, sizes):
+    """There each product is written where it belongs, past the rows of no expert."""
+    x = torch.randn(sum(sizes) + 3, 6).to(kind)
+    weight = torch.randn(len(sizes), 5, 6).to(kind)
+    before = x.clone(), weight.clone()
+    with torch.no_grad():
+        found = reference(x, weight, ends_of(sizes, "cpu"))
+    expected = reference(x, weight.requires_grad_(), ends_of(sizes, "cpu"))
+    assert found.dtype == kind and not bool(found[sum(sizes) :].any())
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(x, before[0]) and torch.equal(weight, before[1])
+
+
+def test_the_reference_under_autocast():
+    x, weight, ends = torch.randn(6, 8), torch.randn(2, 4, 8), ends_of([2, 4], "cpu")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = reference(x, weight, ends)
+    torch.testing.assert_close(found, reference(x, weight, ends), rtol=0.05, atol=0.1)

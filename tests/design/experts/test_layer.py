@@ -285,3 +285,21 @@ def test_fused_experts_are_compressed_like_any_layer(name):
             for stack in layer.experts.parameters():
                 assert float((stack == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
     assert all(torch.equal(p, before[n]) for n, p in sparse.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["switch", "top-k", "expert choice", "entmax"])
+def test_reading_in_place_computes_what_training_does(method):
+    """Without gradients the layer writes into its own tensors, and into no one else's."""
+    torch.manual_seed(0)
+    layer = ExpertLayer(8, 12, 4, RoutingSettings(method, 1 if method != "top-k" else 2)).eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 9, 8)
+    before = x.clone(), copy.deepcopy(layer.state_dict())
+    expected = layer(x).detach()
+    with torch.no_grad():
+        found = layer(x)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(x, before[0])
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[1][name]), name

@@ -1,5 +1,6 @@
 """Routers: exact values, seats, padding, balance, drops, the leak of expert choice, bad input."""
 
+import dataclasses
 import importlib
 import math
 
@@ -260,3 +261,24 @@ def test_what_cannot_be_is_refused(unchecked):
         gshard(logits, draws=torch.rand(8))
     with pytest.raises(ValueError, match="there are 0 tokens"):
         leak_rate(0, 3, 4)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("capacity", [None, 4])
+def test_a_table_that_is_in_order_is_that_of_sorting(k, capacity):
+    """Choices that every token has as many of need no sort; places without a seat stay open."""
+    text = torch.ones(3, 10, dtype=torch.bool)
+    text[1, 6:] = False
+    routing = top_k(scores(3, 10, 5), k, text=text, capacity=capacity)
+    assert routing.choices == k
+    found, gates = routing.table()
+    sorted_ones, sorted_gates = dataclasses.replace(routing, choices=None).table()
+    assert found.shape == gates.shape == (30, k) and sorted_ones.shape[0] == 30
+    for token in range(30):
+        mine, theirs = (
+            {e: g for e, g in zip(a[token].tolist(), b[token].tolist(), strict=True) if e < 5}
+            for a, b in ((found, gates), (sorted_ones, sorted_gates))
+        )
+        assert mine == theirs
+    assert not bool(gates[found == 5].any())
+    assert bool((found == 5).any()) and bool((found[text.flatten()] < 5).any())
