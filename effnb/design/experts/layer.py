@@ -176,7 +176,10 @@ class FusedExperts(nn.Module):
         gates = weights.flatten()[order, None].to(y.dtype)
         if torch.is_grad_enabled():
             return torch.zeros_like(hidden_states).index_add(0, token, y * gates)
-        return torch.zeros_like(hidden_states).index_add_(0, token, y.mul_(gates))
+        if len(order) < chosen.numel():
+            return torch.zeros_like(hidden_states).index_add_(0, token, y.mul_(gates))
+        places_of = torch.empty_like(y).index_copy_(0, order, y.mul_(gates))
+        return places_of.view(len(chosen), places, -1).sum(1)
 
 
 class ExpertLayer(nn.Module):
