@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from baselines import HELD_OUT, encode, load_tokenizer
 
-from effnb.lab import corpora, results
+from effnb.lab import corpora, planes, results
 from effnb.lab._files import data_folder
 from effnb.lab.models import SHIPPED, SIBLINGS, TWINS, WEIGHTS
 
@@ -366,7 +366,7 @@ def table_models() -> list[str]:
                 f"`{name}`", f"{run['parameters']:,}", config["num_hidden_layers"],
                 config["hidden_size"], config["intermediate_size"],
                 f"{config['num_attention_heads']} / {config['num_key_value_heads']}",
-                _mib(sum(about["bytes"] for about in manifest[name].values())),
+                _mib(sum(a["bytes"] for f, a in manifest[name].items() if f != planes.PACKED)),
             )
         )  # fmt: skip
         last = run["held out"][-1]

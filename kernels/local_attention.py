@@ -137,10 +137,11 @@ def local_attention_tiled(
     kinds = kinds_of(tokens, q.device, **masks)
     schedule = tile_schedule(kinds, *reach, causal, block, block).any(0).cpu()
     index = torch.arange(tokens, device=q.device)
+    tiles = index.split(block)  # once: split again for each tile, it would cost the length squared
     query_tiles = q.unflatten(1, (k.shape[1], -1)).split(block, dim=3)
     outputs = [q[:, :, :0]]
-    for tile, (rows, queries) in enumerate(zip(index.split(block), query_tiles)):
-        columns = torch.cat([index[:0], *(index.split(block)[n] for n in schedule[tile].nonzero())])
+    for seen, rows, queries in zip(schedule, tiles, query_tiles):
+        columns = torch.cat([index[:0], *(tiles[n] for n in seen.nonzero())])
         i, j = rows[:, None], columns[None, :]
         visible = visible_kinds(i, j, kinds[:, i], kinds[:, j], *reach, causal)
         out = _attend(queries, k[:, :, columns], v[:, :, columns], visible[:, None, None], scale)

@@ -36,6 +36,14 @@ settings.register_profile(
 settings.load_profile("effnb")
 
 
+def pytest_configure(config):
+    """The models' weights are unpacked once, before workers or kernels of notebooks want them."""
+    if not hasattr(config, "workerinput"):
+        from effnb.lab.models import unpack_all
+
+        unpack_all()
+
+
 @pytest.fixture(autouse=True)
 def own_record_of_what_was_read(monkeypatch):
     """A test that reads a planted model leaves no trace of it in what later tests store."""

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from effnb.lab import planes
 from effnb.lab._files import DamagedFile, checked_bytes, data_folder, note_use, read_manifest
 
 if TYPE_CHECKING:
@@ -145,12 +146,40 @@ def _shipped_folder(name: str) -> Path:
         raise DamagedFile(
             f"{name} is not listed in models/MANIFEST.json; restore it with `{REMEDY}`."
         )
-    for file, about in manifest[name].items():
-        try:
-            checked_bytes(models / name / file, about["sha256"], about["bytes"], REMEDY)
-        except DamagedFile as error:
-            raise DamagedFile(f"{name} cannot be loaded: {error}") from None
+    try:
+        _check_files(models / name, manifest[name])
+    except DamagedFile as error:
+        raise DamagedFile(f"{name} cannot be loaded: {error}") from None
     return models / name
+
+
+def _check_files(folder: Path, listed: dict, *, packed: bool = False) -> None:
+    """Check a folder's files against the manifest; weights that are missing are unpacked.
+
+    The packed weights themselves are read where they are needed, or asked for.
+    """
+    needed = planes.PACKED in listed and not (folder / planes.WEIGHTS).exists()
+    for file, about in sorted(listed.items()):  # the packed weights come before the weights
+        remedy = REMEDY
+        if file == planes.PACKED and not (needed or packed):
+            continue
+        if file == planes.WEIGHTS and planes.PACKED in listed:
+            remedy = f"rm data/models/{folder.name}/{file}"  # what is gone is unpacked again
+        content = checked_bytes(folder / file, about["sha256"], about["bytes"], remedy)
+        if file == planes.PACKED and needed:
+            planes.unpack(folder, content)
+
+
+def unpack_all() -> None:
+    """Unpack the weights of every model that ships, where they are not yet.
+
+    Raises:
+        DamagedFile: When a file is missing or damaged.
+    """
+    models = data_folder() / "models"
+    for name, listed in read_manifest(models / "MANIFEST.json", REMEDY).items():
+        if planes.PACKED in listed and not (models / name / planes.WEIGHTS).exists():
+            _shipped_folder(name)
 
 
 def twin_folder(name: str) -> Path:
@@ -587,8 +616,13 @@ def load(
 
 
 def write_manifest() -> dict:
-    """Write sizes and checksums of every file of the shipped models to models/MANIFEST.json."""
+    """Write sizes and checksums of every file of the shipped models to models/MANIFEST.json.
+
+    Weights are packed first: git keeps `model.planes.xz`, and not what is unpacked from it.
+    """
     models = data_folder() / "models"
+    for weights in sorted(models.glob(f"*/{planes.WEIGHTS}")):
+        planes.pack(weights.parent)
     manifest = {
         folder.name: {
             file.name: {
@@ -616,8 +650,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_manifest()
     manifest = read_manifest(data_folder() / "models" / "MANIFEST.json", REMEDY)
     for name, files in manifest.items():
-        _shipped_folder(name)
-        size = sum(about["bytes"] for about in files.values())
+        _check_files(data_folder() / "models" / name, files, packed=True)
+        size = sum(about["bytes"] for file, about in files.items() if file != planes.PACKED)
         print(f"{name:12} {len(files)} files {size / 2**20:6.2f} MiB, as in the manifest")
 
 

@@ -352,10 +352,11 @@ def test_the_command_writes_and_checks_the_manifest(shipped, capsys):
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]
+    "file", ["model.planes.xz", "config.json", "tokenizer.json", "tokenizer_config.json"]
 )
 @pytest.mark.parametrize("damage", ["missing", "truncated", "one bit"])
 def test_damaged_file_is_named_with_its_remedy(shipped, file, damage):
+    (shipped / "mini-300k" / "model.safetensors").unlink()
     path = shipped / "mini-300k" / file
     content = bytearray(path.read_bytes())
     if damage == "missing":
@@ -370,6 +371,30 @@ def test_damaged_file_is_named_with_its_remedy(shipped, file, damage):
     message = str(caught.value)
     assert one_sentence(message)
     assert all(words in message for words in ("mini-300k", file, "git checkout -- data/models"))
+
+
+def test_weights_that_are_missing_are_unpacked(shipped):
+    path = shipped / "mini-300k" / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    load("mini-300k", device="cpu")
+    assert path.read_bytes() == content
+    path.unlink()
+    models.unpack_all()
+    assert path.read_bytes() == content
+
+
+def test_weights_of_someone_s_own_are_kept(shipped):
+    """Other weights in the place of ours are refused, and nothing overwrites them."""
+    path = shipped / "mini-300k" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    own = path.read_bytes()
+    models.unpack_all()
+    remedy = r"`rm data/models/mini-300k/model\.safetensors`"
+    with pytest.raises(DamagedFile, match=remedy) as caught:
+        load("mini-300k", device="cpu")
+    assert one_sentence(str(caught.value))
+    assert path.read_bytes() == own
 
 
 def test_a_model_that_is_not_there_yet(shipped):
@@ -663,7 +688,8 @@ def with_twin(shipped):
 def test_a_twin_is_a_checked_folder_of_safetensors(with_twin):
     folder = models.twin_folder("retnet-300k")
     assert folder == with_twin / "retnet-300k"
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    files = {"config.json", "model.safetensors", "model.planes.xz"}
+    assert {path.name for path in folder.iterdir()} == files
     weights = (folder / "model.safetensors").read_bytes()
     assert models.sha256("retnet-300k") == hashlib.sha256(weights).hexdigest()
     assert _files.in_use()["model retnet-300k"] == models.sha256("retnet-300k")
