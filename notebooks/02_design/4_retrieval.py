@@ -23,10 +23,10 @@
 # After this chapter you can
 #
 # - give a decoder a memory of any text, without training anything;
-# - choose the memory's share, its neighbours and its temperature, and say on which text;
+# - choose the memory's share, its neighbours and its temperature, and say on which texts to choose them;
 # - state which token may read which retrieved chunk, and find the off-by-one that leaks the future;
 # - say how many parameters a datastore is worth, and where that number stops being measured;
-# - tell memory from copying: check how much of the test text stands in the datastore.
+# - tell memory from copying: check how much of the test text is in the datastore.
 #
 # You need the tour (`00_start_here`), softmax and cross-attention. kNN-LM and RETRO are taught in depth; a gallery near the end introduces the relatives.
 
@@ -45,7 +45,7 @@ run_time("02_design/4_retrieval")
 # %% [markdown]
 # ## The picture
 #
-# Our three decoders were trained on the same text and differ in size. They read descriptions of software packages that they have never seen. Each also reads them with a **datastore**: a list of other descriptions, in which it looks up what followed the contexts most like the present one. **Loss** is the mean negative logarithm of the probability of the token that came, in **nats**; lower is better.
+# Our three decoders were trained on the same text and differ in size. They read descriptions of software packages that they have never seen. Each also reads them with a **datastore**: a list of other descriptions, in which it looks up what followed the contexts most like the current one. **Loss** is the mean negative logarithm of the probability of the token that came, in **nats**; lower is better.
 
 # %%
 from effnb.chapters.design.retrieval import drawings, tables
@@ -64,7 +64,7 @@ print(tables.worth_said(sizes))
 #
 # ### Keys and values
 #
-# A decoder turns a context $c$ into a vector $f(c)$. Contexts that are continued alike get similar vectors, since one output layer has to read them all. **kNN-LM** (Khandelwal et al., 2020) uses that. It runs the decoder once over a text and keeps, for every token, a **key**, the vector of the context, and a **value**, the token that came next. As the key it takes the input of the last feed-forward, after its norm.
+# A decoder turns a context $c$ into a vector $f(c)$. Contexts that continue alike get similar vectors, because one output layer has to read them all. **kNN-LM** (Khandelwal et al., 2020) uses that. It runs the decoder once over a text and keeps, for every token, a **key**, the vector of the context, and a **value**, the token that came next. As the key it takes the input of the last feed-forward layer, after its norm.
 #
 # To predict, it finds the $k$ keys $k_i$ nearest to $f(c)$ by the squared distance $d$, and lets their values $v_i$ vote, near ones more than far ones:
 #
@@ -91,11 +91,11 @@ for lam in (0.0, 0.25, 1.0):
     print(f"share {lam:4}: cat {p[CAT]:.2f}, dog {p[DOG]:.2f}, fox {p[FOX]:.2f}")
 
 # %% [markdown]
-# A share of 1 gives the fox no probability at all. No neighbour has said it, and if it comes, the loss is infinite. That is why the decoder keeps a part of the prediction.
+# With a share of 1 the fox gets no probability at all, because no neighbour said it; if it comes, the loss is infinite. That is why the decoder keeps a share of the prediction.
 #
 # ### Chunks
 #
-# kNN-LM changes the prediction and leaves the network alone. **RETRO** (Borgeaud et al., 2022) lets the network *read* what is found. It cuts a text into chunks of $m$ tokens, and looks for each chunk's nearest chunks in other documents. A **neighbour** is such a chunk with what followed it, $r = 2m$ tokens. A small encoder reads the neighbours of chunk $C_u$ in both directions, in the light of the decoder's rows $H_u$ of that chunk, and gives $E_u$. In some layers, between attention and feed-forward, the decoder attends to them:
+# kNN-LM changes the prediction and leaves the network alone. **RETRO** (Borgeaud et al., 2022) lets the network *read* what is found. It cuts a text into chunks of $m$ tokens, and looks for each chunk's nearest chunks in other documents. A **neighbour** is such a chunk with what followed it, $r = 2m$ tokens. A small encoder reads the neighbours of chunk $C_u$ in both directions, attends to the decoder's rows $H_u$ of that chunk, and gives $E_u$. In some layers, between attention and feed-forward, the decoder attends to them:
 #
 # $$H \leftarrow H + \operatorname{CCA}(H, E).$$
 #
@@ -126,7 +126,7 @@ from effnb.design.retrieval import chunked_attention
 show(chunked_attention.attending_groups, chunked_attention.from_groups)
 
 # %% [markdown]
-# In the tests, exact search finds what scikit-learn's and FAISS's brute force find, and the shift gives what a row-by-row writing of the definition gives. Here is the datastore of this page, built now:
+# In the tests, exact search finds what scikit-learn's and FAISS's brute force find, and the shift gives what the definition gives, row by row. Here is the datastore of this page, built now:
 
 # %%
 from effnb.chapters.design.retrieval import live
@@ -135,7 +135,7 @@ here = live.live()
 here
 
 # %% [markdown]
-# Two checks. A share of 0 is the decoder; and a text that lies in the datastore, asked with one neighbour and a share of 1, is certain:
+# Two checks: a share of 0 gives the plain decoder, and a text that is in the datastore, looked up with one neighbour and a share of 1, is predicted with certainty.
 
 # %% tags=["nbval-check-output"]
 known = torch.tensor([here.shelf[0][:40]])
@@ -146,7 +146,7 @@ print("a share of 0 is the decoder:", torch.equal(joined(known).logits, alone))
 print(f"its own text, share 1: loss {joined.look_up(known).losses(1.0).mean():.3f}")
 
 # %% [markdown]
-# And the gradient says which token reads which neighbours; chunks have 4 tokens:
+# The gradient shows which token reads which neighbours. Chunks have 4 tokens here:
 
 # %% tags=["nbval-check-output"]
 torch.manual_seed(0)
@@ -173,9 +173,9 @@ panels.memory(here)
 #
 # - raise the share to 0.95. Why does the loss rise although many tokens gain?
 # - with one neighbour, which share is best? And with 64?
-# - go from 1,000 over 5,000 to 30,000 entries. Each step is a factor of five or six: does each bring the same?
+# - go from 1,000 to 5,000 and to 30,000 entries. Each step is a factor of five or six: does each bring the same gain?
 #
-# Many tokens lose a little: the neighbours' share is taken from them. A few gain much. One of them:
+# Many tokens lose a little: the neighbours' share is taken from them. A few gain a lot. Here is one of them:
 
 # %%
 print(live.example_said(here))
@@ -198,13 +198,13 @@ from effnb.lab import claims_table
 claims_table(verdicts.s_m7(*verdicts.stored()))
 
 # %% [markdown]
-# **What a datastore is worth.** A fitted curve answers: where on the line of plain decoders lies this loss? Beyond the largest decoder the answer is a bound.
+# **What a datastore is worth.** A fitted curve tells where on the line of plain decoders a loss lies. Beyond the largest decoder the answer is only a bound.
 
 # %% tags=["nbval-check-output"]
 tables.worth_table(sizes)
 
 # %% [markdown]
-# **Size.** kNN-LM's loss is often close to a straight line over the logarithm of the entries. If so, each *doubling* brings the same, and each costs twice as much as the last:
+# **Size.** kNN-LM's loss is often close to a straight line over the logarithm of the entries. If so, each *doubling* brings the same gain, and costs twice as much as the last:
 
 # %% tags=["nbval-check-output"]
 print(tables.growth_said(sizes))
@@ -221,7 +221,7 @@ print(tables.knobs_said(knobs))
 print(tables.keys_said(tables.stored("keys").data["table"]))
 
 # %% [markdown]
-# **Another domain.** None of our decoders was trained on German. The datastore is, as it were, all the German that it gets:
+# **Another domain.** None of our decoders was trained on German. The datastore is all the German that they get:
 
 # %% tags=["nbval-check-output"]
 print(tables.adaptation_said(tables.measured("adaptation").data["table"]))
@@ -236,7 +236,7 @@ tables.neighbours_table(tables.stored("neighbours").data["table"])
 # %% [markdown]
 # ## What it costs and saves
 #
-# The table above has the bill: the datastore of a small decoder weighs many times as much as its weights. An entry of `mini-300k` has 64 numbers of 2 bytes and a token. What is saved is not memory but *arithmetic* and *training*: the multiplications of a larger decoder, and the time to train it. The search has to be paid as well. A query compares its $D$ numbers with $N$ keys:
+# The table above shows the bill: the datastore of a small decoder takes many times as many bytes as its weights. An entry of `mini-300k` has 64 numbers of 2 bytes and a token. What is saved is not memory but *arithmetic* and *training*: the multiplications of a larger decoder, and the time to train it. The search has to be paid for as well. A query compares its $D$ numbers with $N$ keys:
 
 # %% tags=["nbval-check-output"]
 for N in (30_000, 200_000, 100_000_000):
@@ -244,7 +244,7 @@ for N in (30_000, 200_000, 100_000_000):
 print(f"mini-300k itself: {336_192 / 1e6:.1f} million")
 
 # %% [markdown]
-# So nobody searches exactly. FAISS divides the keys among lists, and a query looks at the nearest few (the chapter on Matryoshka explains how). What does the loss say about the neighbours that are missed?
+# So large datastores are not searched exactly. FAISS divides the keys among lists, and a query looks into the nearest few (the chapter on Matryoshka explains how). What do the neighbours cost that are missed?
 
 # %% tags=["nbval-check-output"]
 tables.approximate_table(tables.stored("approximate").data["table"])
@@ -266,7 +266,7 @@ else:
 # %% [markdown]
 # ## Where it breaks
 #
-# **The test text is in the datastore.** Then the nearest key is the text itself, and the loss measures copying. It need not be a mistake that one sees: corpora repeat themselves. So report the gain beside the longest run of tokens that a chunk shares with the datastore:
+# **The test text is in the datastore.** Then the nearest key is the text itself, and the loss measures copying. The mistake is easy to overlook, because corpora repeat themselves. So report the gain beside the longest run of tokens that a chunk shares with the datastore:
 
 # %% tags=["nbval-check-output"]
 overlap = tables.stored("overlap").data["table"]
@@ -353,7 +353,7 @@ _ = exercises.mixing.check(mix)
 exercises.mixing.solution()
 
 # %% [markdown]
-# **3.** Of which chunk may this token read the neighbours? Answer −1 where it may read none.
+# **3.** Which chunk's neighbours may this token read? Answer −1 where it may read none.
 
 
 # %% tags=["exercise", "nbval-check-output"]
@@ -384,7 +384,7 @@ exercises.alignment.solution()
 #
 # **Retrieval in the prompt** (RAG; Lewis et al., 2020). Found passages are put before the question: $p(y \mid x) \approx \sum_z p(z \mid x)\, p(y \mid z, x)$. Use it with a model that you cannot change; it takes context instead of new layers.
 #
-# **Which one?** To adapt a decoder to a text at once, and to see exactly what it looked up, take kNN-LM. If you can train a few new layers and want each found chunk to serve many tokens, RETRO. If you can only send a prompt, put what you find into it. In all three, check the overlap before you believe the gain.
+# **Which one?** To adapt a decoder to a text at once, and to see exactly what it looked up, take kNN-LM. If you can train a few new layers and want each found chunk to serve many tokens, take RETRO. If you can only send a prompt, put what you find into it. In all three, check the overlap before you believe the gain.
 #
 # ## Further reading
 #
