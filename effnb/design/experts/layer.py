@@ -149,8 +149,7 @@ class FusedExperts(nn.Module):
 
     def _apply_gate(self, inner: Float[Tensor, "rows twice"]) -> Float[Tensor, "rows width"]:
         gate, up = inner.chunk(2, dim=-1)
-        inner = self.act_fn(gate)
-        return inner * up if torch.is_grad_enabled() else inner.mul_(up)
+        return self.act_fn(gate) * up
 
     def forward(
         self,
@@ -171,15 +170,13 @@ class FusedExperts(nn.Module):
         if ends.device.type == "cpu":  # a GPU would have to wait for the number
             order = order[: int(ends[-1])]
         token = order // places
-        inner = self._apply_gate(grouped_matmul(hidden_states[token], self.gate_up_proj, ends))
+        rows = hidden_states.index_select(0, token)
+        inner = self._apply_gate(grouped_matmul(rows, self.gate_up_proj, ends))
         y = grouped_matmul(inner, self.down_proj, ends)
         gates = weights.flatten()[order, None].to(y.dtype)
         if torch.is_grad_enabled():
             return torch.zeros_like(hidden_states).index_add(0, token, y * gates)
-        if len(order) < chosen.numel():
-            return torch.zeros_like(hidden_states).index_add_(0, token, y.mul_(gates))
-        places_of = torch.empty_like(y).index_copy_(0, order, y.mul_(gates))
-        return places_of.view(len(chosen), places, -1).sum(1)
+        return torch.zeros_like(hidden_states).index_add_(0, token, y.mul_(gates))
 
 
 class ExpertLayer(nn.Module):
