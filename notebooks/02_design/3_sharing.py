@@ -160,9 +160,7 @@ show(sharing.adaptive_computation_time, sharing.Perceiver.forward)
 # %% tags=["nbval-check-output"]
 import transformers
 
-albert = transformers.AlbertConfig(
-    hidden_size=768, num_attention_heads=12, intermediate_size=3072
-)
+albert = transformers.AlbertConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072)
 perceiver = sharing.PerceiverConfig(768, 256, 1280, 26, heads=8, cross_heads=8)
 with torch.device("meta"):
     theirs = [
