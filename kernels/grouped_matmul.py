@@ -347,9 +347,9 @@ def compile_cases() -> list[CompileCase]:
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:
-    """The first product of Mixtral's experts: 8 tokens with two experts each, and a prompt."""
+    """The first product of Mixtral's experts: a row, 8 tokens with two experts each, prompts."""
     experts, n, k = (4, 48, 32) if small else (8, 14336, 4096)
-    return [_bench_case(m, experts, n, k) for m in ([12] if small else [16, 512, 8192])]
+    return [_bench_case(m, experts, n, k) for m in ([12] if small else [1, 16, 512, 8192])]
 
 
 def _bench_case(m: int, experts: int, n: int, k: int) -> BenchCase:
