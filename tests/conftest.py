@@ -20,7 +20,7 @@ beartype.lenient = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=
 _hook = install_import_hook(
     [
         *("effnb.core", "effnb.design", "effnb.inference", "effnb.evaluation"),
-        *("effnb.finetuning", "effnb.hardware"),
+        *("effnb.finetuning", "effnb.hardware", "effnb.pretraining"),
     ],
     "beartype.lenient",
 )

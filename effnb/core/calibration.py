@@ -14,6 +14,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from effnb.core.modules import (
 from effnb.core.observers import Hessian, InputNorm, InputSample, Observer
 from effnb.core.padding import gaps, is_per_row, masked_rows, without_padding
 from effnb.core.passage import Arguments, Passage, without_caches
+from effnb.core.watching import block_users, by_inputs, by_users, watch_runs
 
 __all__ = [
     "Calibration",
@@ -48,6 +50,7 @@ __all__ = [
     "main_output",
     "unpadded_batches",
     "visit_blocks",
+    "visit_blocks_of",
     "watch",
 ]
 
@@ -200,8 +203,26 @@ def visit_blocks(
     Raises:
         ValueError: No calibration data, or sequences beyond the context.
     """
-    batches, report = unpadded_batches(model, calibration), Calibration.of(calibration).report
+    batches = unpadded_batches(model, calibration)
     result = share(model).eval()
+    visit_blocks_of(result, batches, visit, Calibration.of(calibration).report)
+    return result
+
+
+def visit_blocks_of(
+    result: nn.Module,
+    batches: list[dict[str, Tensor]],
+    visit: Callable[[str, nn.Module, list[Call]], None],
+    report: Callable[[int, int], None],
+) -> None:
+    """What `visit_blocks` does, to a model that may change: for visits that look beyond a block.
+
+    Args:
+        result: The model, in evaluation mode.
+        batches: What it reads, as from `unpadded_batches`.
+        visit: See `visit_blocks`.
+        report: Called with (blocks done, blocks).
+    """
     names: dict[nn.Module, str] = {}  # a block that is used twice goes by its first place
     for prefix, stack in find_stacks(result).items():
         for index, block in enumerate(stack):
@@ -234,7 +255,6 @@ def visit_blocks(
         finally:
             for passage in passages:
                 passage.cancel()
-    return result
 
 
 def _used_again(
@@ -356,8 +376,9 @@ def layerwise(
 ) -> Model:
     """Visit the blocks in order; observe, compress and replace their linear layers.
 
-    A layer that several blocks use is compressed on what the first of them reads, and replaced in
-    all of them.
+    A layer that several blocks use is compressed once, when the first of them is visited, on what
+    it reads in all of them, and replaced in all of them. What the later blocks give it is seen in
+    forward passes of the model as it is at that moment: compressed in front of the first place.
 
     Args:
         model: A transformer whose blocks `effnb.core.modules.find_blocks` finds. Not changed.
@@ -381,6 +402,10 @@ def layerwise(
             `compress` refuses, with the layer's name.
     """
     wanted = block_linears(model, layers)
+    batches = unpadded_batches(model, calibration)
+    result = share(model).eval()
+    users_of = block_users(result)
+    everywhere = [(gaps(batch), partial(result, **batch)) for batch in batches]
     reached: set[str] = set()
     changed: dict[nn.Module, nn.Module] = {}  # a layer may be used in a later block again
 
@@ -392,7 +417,6 @@ def layerwise(
             raise ValueError(f"{name}: {problem}") from None
 
     def visit(prefix: str, block: nn.Module, calls: list[Call]) -> None:
-        exchange(block, changed)
         names = [
             name
             for name, m in block.named_modules()
@@ -401,23 +425,24 @@ def layerwise(
         if not names:  # none wanted here, or a block that occurs in the list a second time
             return
         shortest = min(calls, key=lambda call: call.hidden.numel())
-        for group in _groups(block, names, shortest) if true_sequential else [names]:
+        here = [(call.mask, partial(call.run, block)) for call in calls]
+        first = partial(shortest.run, block)
+        for group in by_inputs(block, names, first) if true_sequential else [names]:
             observers = {
                 name: observe(f"{prefix}.{name}", block.get_submodule(name)) for name in group
             }
-            for name, observer in watch(block, observers, calls, share_observers).items():
+            used: dict[str, Observer] = {}
+            for users, some in by_users(block, observers, users_of).items():
+                runs = everywhere if len(users) > 1 else here
+                used |= watch_runs(block, some, runs, share_observers)
+            for name, observer in used.items():
                 layer = block.get_submodule(name)
                 new = named(f"{prefix}.{name}", layer, observer)
                 if new is not None and new is not layer:
                     changed[layer] = new
-            exchange(block, changed)
+            exchange(result, changed)  # in all places, also of blocks that come later
 
-    result = visit_blocks(
-        model,
-        calibration,
-        visit,
-    )
-    exchange(result, changed)
+    visit_blocks_of(result, batches, visit, Calibration.of(calibration).report)
     missed = {name: layer for name, layer in wanted.items() if name not in reached}
     if not unreached:
         names = [glob.escape(name) for name in missed]
@@ -441,56 +466,5 @@ def watch(
     Returns:
         The observers, in the order in which their layers ran; layers that did not run are left out.
     """
-    used: dict[str, Observer] = {}
-    seen: list[tuple[Tensor, Observer]] = []  # in the current batch
-    current: list[Call] = []
-
-    def hook_for(name: str):
-        def hook(module, arguments):
-            inputs = arguments[0]
-            same = [observer for tensor, observer in seen if tensor is inputs] if shared else []
-            observer = used.setdefault(name, same[0] if same else observers[name])
-            if any(observer is other for other in same):
-                return  # it has taken these inputs in already
-            seen.append((inputs, observer))
-            observer.update(current[0].text(inputs))
-
-        return hook
-
-    hooks = [
-        block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in observers
-    ]
-    try:
-        for call in calls:
-            current[:], seen[:] = [call], []
-            call.run(block)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return used
-
-
-def _groups(block: nn.Module, names: list[str], call: Call) -> list[list[str]]:
-    """The layers of a block as they run, those that read the very same tensor together."""
-    order: list[tuple[str, Tensor]] = []
-
-    def hook_for(name: str):
-        return lambda module, arguments: order.append((name, arguments[0]))
-
-    hooks = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
-    try:
-        call.run(block)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    groups: list[list[str]] = []
-    inputs: list[Tensor] = []
-    for name, tensor in order:
-        for group, known in zip(groups, inputs, strict=True):
-            if known is tensor and name not in group:
-                group.append(name)
-                break
-        else:
-            groups.append([name])
-            inputs.append(tensor)
-    return groups
+    runs = [(call.mask, partial(call.run, block)) for call in calls]
+    return watch_runs(block, observers, runs, shared)

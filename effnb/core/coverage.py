@@ -60,9 +60,9 @@ def coverage(
     done |= {
         id(p)
         for module in model.modules()
-        if type(module).__module__.startswith("effnb.")
+        if type(module).__module__.startswith("effnb.") and not _own(module)
         for part in module.modules()
-        if not isinstance(part, nn.Linear)
+        if not isinstance(part, nn.Linear) and not _own(part)
         for p in part.parameters(recurse=False)
     }
     left: dict[str, int] = {}
@@ -75,6 +75,11 @@ def coverage(
                 left[name] = parameter.numel()
     ordered = dict(sorted(left.items(), key=lambda item: -item[1]))
     return Coverage(sum(p.numel() for p in model.parameters()), ordered)
+
+
+def _own(module: nn.Module) -> bool:
+    """Whether a module of this package holds weights of the model, as an architecture's does."""
+    return getattr(module, "holds_own_weights", False)
 
 
 def report(found: Coverage, why: str) -> None:

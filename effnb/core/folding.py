@@ -12,6 +12,7 @@ copy of the block, and see whether its output stays. So there are no lists of ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnb.core.calibration import CalibrationLike, Call, visit_blocks
-from effnb.core.modules import Model, share
+from effnb.core.modules import Model, find_stacks, first_names, share
 from effnb.core.proof import ROUNDED, Probe
+from effnb.core.watching import block_users
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,74 @@ def fold_scales(model: Model, fold: Fold, scales: Float[Tensor, "*channels"]) ->
     result = share(model)
     set_parameters(result, scaled(result, fold, scales))
     return result
+
+
+def scaled_together(
+    model: nn.Module, folds: Sequence[Fold], scales: Float[Tensor, " channels"]
+) -> dict[str, Tensor]:
+    """The same for folds that must have the same scales; a module in several places has one name.
+
+    Raises:
+        ValueError: When the new gains of a norm cannot be stored in its type.
+    """
+    first = first_names(model)
+    new: dict[str, Tensor] = {}
+    for fold in folds:
+        source, readers = first[fold.source], tuple(first[name] for name in fold.readers)
+        new |= scaled(model, Fold(source, readers, fold.offset), scales)
+    return new
+
+
+def joined(model: nn.Module, folds: Sequence[Fold]) -> list[tuple[Fold, ...]]:
+    """Folds that must have the same scales because they have a module in common.
+
+    A layer that stands in several blocks has its channels divided in all of them: by whatever norm
+    or layer makes them in each. Folds with a module that is used anywhere else, where nothing can
+    take the scales in, are left out.
+
+    Args:
+        model: The model.
+        folds: What `find_folds` gave, of the same model or of one that shares its modules alike.
+
+    Returns:
+        Groups in the order of their first folds. Where nothing is shared, each fold is alone.
+    """
+    blocks = {
+        f"{path}.{i}": block
+        for path, stack in find_stacks(model).items()
+        for i, block in enumerate(stack)
+    }
+    users = block_users(model)
+    inside = tuple(f"{name}." for name in blocks)
+    outside = {
+        module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if not name.startswith(inside)
+    }
+
+    def roles(fold: Fold) -> list[tuple[str, nn.Module]]:
+        """What a fold makes of modules: a layer may make the channels of one, and read another."""
+        readers = [("reads", model.get_submodule(name)) for name in fold.readers]
+        return [("makes", model.get_submodule(fold.source)), *readers]
+
+    groups: list[list[Fold]] = []
+    for fold in folds:
+        mine = set(roles(fold))
+        alike = [group for group in groups if any(mine & set(roles(other)) for other in group)]
+        groups = [group for group in groups if group not in alike]
+        groups.append([*(other for group in alike for other in group), fold])
+    found = []
+    for group in groups:
+        where: dict[tuple[str, nn.Module], set[nn.Module]] = {}
+        for fold in group:
+            block = next(b for name, b in blocks.items() if fold.source.startswith(f"{name}."))
+            for role in roles(fold):
+                where.setdefault(role, set()).add(block)
+        if all(
+            there == users[module] and module not in outside for (_, module), there in where.items()
+        ):
+            found.append(tuple(group))
+    return sorted(found, key=lambda group: folds.index(group[0]))
 
 
 def find_folds(model: nn.Module, calibration: CalibrationLike) -> list[Fold]:

@@ -363,3 +363,34 @@ def in_several_blocks(model: nn.Module) -> list[str]:
             for module in block.modules():
                 users.setdefault(module, set()).add(block)
     return [names[module] for module, blocks in users.items() if len(blocks) > 1]
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Of every place in a model, the first name of the module there: its own, or another's."""
+    first: dict[nn.Module, str] = {}
+    return {
+        name: first.setdefault(module, name)
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+def parted(model: Model) -> Model:
+    """A copy with a module for each place, where one stands in several; tensors stay shared.
+
+    For what tells places apart by the modules in them: each can be hooked alone.
+    """
+    result = share(model)
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module) -> None:
+        for leaf, child in list(module._modules.items()):
+            if child is None:
+                continue
+            if child in seen:
+                child = share(child)
+                setattr(module, leaf, child)
+            seen.add(child)
+            visit(child)
+
+    visit(result)
+    return result

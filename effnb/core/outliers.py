@@ -23,7 +23,8 @@ def norm_readers(model: nn.Module, ids: Tensor) -> dict[str, list[str]]:
     """Which linear layers read each normalization layer's output directly.
 
     Found by running the model once and comparing tensors by identity, so that it holds for any
-    architecture. A norm whose output something else uses too is still listed.
+    architecture. A norm whose output something else uses too is still listed. What stands in
+    several places goes by the name of the first, and is listed once.
 
     Args:
         model: Any model that runs on token ids.
@@ -38,8 +39,8 @@ def norm_readers(model: nn.Module, ids: Tensor) -> dict[str, list[str]]:
     def before(name):
         def hook(module, arguments):
             for norm, output in outputs:
-                if arguments[0] is output:
-                    readers.setdefault(norm, []).append(name)
+                if arguments[0] is output and name not in readers.setdefault(norm, []):
+                    readers[norm].append(name)
 
         return hook
 

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from effnb.core.modules import Model, find_blocks, share
+from effnb.core.modules import Model, find_blocks, first_names, share
 
 TOKENS = 16
 """Tokens that a model is run on."""
@@ -225,11 +225,13 @@ def check_kept(
             the old ones.
 
     Raises:
-        ValueError: When a block would compute something else, or parameters lie outside the blocks
-            that run; when rounding to the model's type would change too much.
+        ValueError: When a block would compute something else (each that uses a module is looked
+            at), or parameters lie outside the blocks that run; when rounding to the model's type
+            would change too much.
     """
     known = dict(model.named_parameters())
     stored = {n: v.to(known[n].dtype) for n, v in new.items()} if stored is None else stored
+    new, half, stored = (_in_all_places(model, given) for given in (new, half, stored))
     left = set(new)
     for probe in probes(model):
         mine = inside(probe.name, new)
@@ -244,6 +246,17 @@ def check_kept(
         probe.check_rounding(inside(probe.name, stored))
     if left:
         raise ValueError(f"{what} would change {min(left)}, which no block uses as expected.")
+
+
+def _in_all_places(model: nn.Module, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters under the names of all places of their modules: other blocks may use them too."""
+    found = dict(new)
+    for place, first in first_names(model).items():
+        if place != first:
+            for leaf in model.get_submodule(first)._parameters:
+                if f"{first}.{leaf}" in new:
+                    found[f"{place}.{leaf}"] = new[f"{first}.{leaf}"]
+    return found
 
 
 def with_parameters(model: Model, new: Mapping[str, Tensor]) -> Model:

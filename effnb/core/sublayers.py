@@ -28,7 +28,13 @@ from effnb.core.context import PROBE
 from effnb.core.delta_hosts import WithDeltas
 from effnb.core.delta_kinds import Delta
 from effnb.core.deltas import attached, linear_layers, modules_by_name, set_active
-from effnb.core.modules import Layers, find_stacks, refuse_encoder_decoder, share
+from effnb.core.modules import (
+    Layers,
+    find_stacks,
+    first_names,
+    parted,
+    refuse_encoder_decoder,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ def _some(path: str, layers: dict[str, nn.Module]) -> str:
 def find_sublayers(model: nn.Module, *needed: str) -> list[Sublayers]:
     """The parts of every block of a model with one stack of blocks.
 
+    A layer that several blocks use has its first name in all of them.
+
     Args:
         model: Anything that runs on `input_ids` alone; deltas on it are left out of the trial.
         needed: Names of fields that must be found.
@@ -77,7 +85,8 @@ def find_sublayers(model: nn.Module, *needed: str) -> list[Sublayers]:
     """
     check_loaded(model)
     refuse_encoder_decoder(model, "what reads a block's parts by running it")
-    quiet = share(set_active(model) if attached(model) else model).eval()
+    names = first_names(model)
+    quiet = parted(set_active(model) if attached(model) else model).eval()
     stacks = find_stacks(quiet)
     if len(stacks) > 1:
         raise ValueError(f"the model has several stacks of blocks: {', '.join(stacks)}.")
@@ -101,8 +110,18 @@ def find_sublayers(model: nn.Module, *needed: str) -> list[Sublayers]:
                     "experts, are not understood)."
                 )
             tried[alike] = found
-        result.append(_moved(tried[alike], path))
+        result.append(_named(_moved(tried[alike], path), names))
     return result
+
+
+def _named(found: Sublayers, names: dict[str, str]) -> Sublayers:
+    """The same parts by the first names of their modules; the block keeps its place."""
+    others = {
+        field.name: names.get(value, value)
+        for field in fields(found)
+        if field.name != "block" and isinstance(value := getattr(found, field.name), str)
+    }
+    return replace(found, **others)
 
 
 def _moved(found: Sublayers, path: str) -> Sublayers:

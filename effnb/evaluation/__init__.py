@@ -21,6 +21,7 @@ from effnb.evaluation.long_context import (
     position_losses,
     recall_grid,
 )
+from effnb.evaluation.probe import Probe, linear_probe
 from effnb.evaluation.quality import (
     Choice,
     Perplexity,
@@ -36,6 +37,7 @@ __all__ = [
     "Cost",
     "Perplexity",
     "PositionLosses",
+    "Probe",
     "RankedChoice",
     "RecallGrid",
     "Retrieval",
@@ -46,6 +48,7 @@ __all__ = [
     "file_bytes",
     "flops",
     "latency",
+    "linear_probe",
     "measure",
     "parameter_count",
     "peak_memory",

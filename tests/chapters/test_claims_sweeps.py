@@ -19,7 +19,8 @@ from effnb.lab.claims import chosen, ledger
 
 SWEEPS = Path(__file__).resolve().parents[2] / "data" / "sweeps"
 FOLDERS = [
-    str(SWEEPS / name) for name in ("02_design", "04_finetuning", "05_inference", "06_hardware")
+    str(SWEEPS / name)
+    for name in ("02_design", "03_pretraining", "04_finetuning", "05_inference", "06_hardware")
 ]
 MODULES = {
     "pruning": "1_pruning_claims",
@@ -34,7 +35,11 @@ MODULES = {
     "retention": "5_retention_claims",
     "context": "6_context_claims",
     "attention": "1_attention_claims",
+    "retrieval": "4_retrieval_claims",
+    "experts": "2_experts_claims",
     "multitask": "3_multitask_claims",
+    "objectives": "1_objectives_claims",
+    "sharing": "3_sharing_claims",
 }
 NAMES = tuple(MODULES)
 
@@ -273,6 +278,14 @@ def test_context(small, monkeypatch):
     assert set(tuned) == {8 * script.TARGET}
 
 
+def test_experts(small, monkeypatch):
+    script = small.experts
+    monkeypatch.setattr(script, "documents", lambda: list(ids(0, 2, 24)))
+    monkeypatch.setattr(script, "batches", lambda seed: [ids(seed, 2, 16)])
+    rows = measured(small, "experts", list(script.PARTS))
+    assert wanting(rows, "02_design/2_experts") == {}
+
+
 def test_attention(small, monkeypatch):
     script, real = small.attention, load("mini-300k", device="cpu")
     for name, value in {
@@ -297,6 +310,51 @@ def test_attention(small, monkeypatch):
     assert len({row["training_characters"] for row in rows if "training_characters" in row}) == 1
 
 
+def test_retrieval(small, monkeypatch):
+    script, real = small.retrieval, load("mini-300k", device="cpu")
+    shelf = [ids(number, 70).tolist() for number in range(6)]
+    some = [ids(10 + number, 70).tolist() for number in range(3)]
+    for name, value in {"load": lambda name, device: real, "RETRO_STEPS": 2}.items():
+        monkeypatch.setattr(script, name, value)
+    for name, found in {"library": shelf, "german": shelf, "texts": some}.items():
+        monkeypatch.setattr(script.texts, name, lambda *_, found=found: found)
+    monkeypatch.setattr(script.fitting, "LENGTH", 64)
+    monkeypatch.setattr(script.fitting.course, "__defaults__", (64,))
+    monkeypatch.setattr(script.memory.look_up, "__kwdefaults__", {"k": 4, "at": "feedforward"})
+    monkeypatch.setattr(script.memory, "LAMS", (0.2, 0.5))
+    rows = measured(small, "retrieval", script.PARTS)
+    assert wanting(rows, "02_design/4_retrieval") == {}
+    alone, joined = (
+        chosen(rows, {"table": "knn", "size": "mini-5m", "method": name})[0]
+        for name in ("alone", "kNN-LM")
+    )
+    assert len(alone["documents"]) == len(joined["documents"]) == 3
+    assert joined["entries"] == 6 * 69
+    none, plain = (
+        chosen(rows, {"table": "retro", "seed": 0, "read": "none"})[0],
+        chosen(rows, {"table": "retro", "method": "alone"})[0],
+    )
+    assert none["documents"] == pytest.approx(plain["documents"], abs=1e-4)
+
+
+def test_sharing(small, monkeypatch):
+    script = small.sharing
+    for name, value in {
+        "ROUNDS": 1, "STEPS": 2, "SHAPE": (2, 16), "MASKED_STEPS": 2, "MASKED_SHAPE": (2, 256),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script, "documents", lambda count, length: [ids(n, 24) for n in range(3)])
+    monkeypatch.setattr(
+        script, "training_batches",
+        lambda tokenizer, seed, steps, shape: [ids(seed + n, *shape) for n in range(steps)],
+    )  # fmt: skip
+    monkeypatch.setattr(script.methods, "_stream", lambda split: torch.randint(0, 97, (5000,)))
+    rows = measured(small, "sharing", list(script.PARTS))
+    assert wanting(rows, "02_design/3_sharing") == {}
+    sizes = {row["method"]: row["parameters"] for row in rows if row["table"] == "shared"}
+    assert sizes["all"] == sizes["one layer"] < sizes["none"]
+
+
 def test_every_form_of_attention_is_timed_on_the_same_numbers(sweeps):
     script = sweeps.attention
     shapes = {name: call() for name, call in script.calls_of(1024).items()}
@@ -306,6 +364,26 @@ def test_every_form_of_attention_is_timed_on_the_same_numbers(sweeps):
                                rtol=1e-4)  # fmt: skip
     assert script.pairs_of("ETC", 1024) < script.pairs_of("full, fused", 1024)
     assert script.pairs_of("LSH", 1024) is None
+
+
+def test_objectives(small, monkeypatch):
+    script = small.objectives
+    for name, value in {"STEPS": 2, "SHAPE": (2, 24)}.items():
+        monkeypatch.setattr(script.runs, name, value)
+    monkeypatch.setattr(script.runs.trained, "__kwdefaults__", {
+        **script.runs.trained.__kwdefaults__, "steps": 2
+    })  # fmt: skip
+    monkeypatch.setattr(script.runs, "text_windows", lambda seed, *shape: ids(seed, *shape))
+    monkeypatch.setattr(script, "documents_of", lambda *_: [ids(number, 24) for number in range(3)])
+    monkeypatch.setattr(
+        script.probing, "probed", lambda read, tokenizer: [len(read([ids(0, 9)])) == 1] * 96
+    )
+    rows = measured(small, "objectives", script.PARTS)
+    assert wanting(rows, "03_pretraining/1_objectives") == {}
+    assert {row["method"] for row in rows} == {*script.runs.ALL, "untrained"}
+    trained = [row for row in rows if row["method"] != "untrained"]
+    assert {row["training_tokens"] for row in trained} == {2 * 2 * 24}
+    assert {len(row["probe_groups"]) for row in rows} == {script.probing.GROUPS}
 
 
 def test_codesign(small):

@@ -7,7 +7,10 @@ from planted_rows import planted_groups, planted_rows, stored
 
 from effnb.chapters.design.attention import verdicts as attention
 from effnb.chapters.design.context import verdicts as context
+from effnb.chapters.design.experts import verdicts as expert_routing
 from effnb.chapters.design.retention import verdicts as retention
+from effnb.chapters.design.retrieval import verdicts as retrieval
+from effnb.chapters.design.sharing import verdicts as sharing
 from effnb.chapters.hardware.codesign import verdicts as codesign
 from effnb.chapters.inference.adaptive_computation import verdicts as adaptive
 from effnb.chapters.inference.distillation import verdicts as distillation
@@ -17,6 +20,7 @@ from effnb.chapters.inference.pruning import verdicts as pruning
 from effnb.chapters.inference.quantization import verdicts as quantization
 from effnb.chapters.inference.retrieval_distillation import verdicts as retrievers
 from effnb.chapters.inference.self_distilled_quantization import verdicts as self_distilled
+from effnb.chapters.pretraining.objectives import verdicts as pretraining
 from effnb.lab.claims import FAILS, HOLDS, IN_PART, OPEN, UNTESTED, ledger
 from effnb.lab.results import NotMeasured
 
@@ -31,9 +35,14 @@ JUDGES = {
     "S-M1": attention.s_m1,
     "S-M2": attention.s_m2,
     "S-M3": attention.s_m3,
+    "S-M7": retrieval.s_m7,
+    "S-M5": sharing.s_m5,
+    "S-M6": sharing.s_m6,
+    "S-M4": expert_routing.s_m4,
     "Y-1": context.y_1,
     "Y-2": context.y_2,
     "Y-3": context.y_3,
+    "S-P1": pretraining.s_p1,
     "S-I2": distillation.s_i2,
     "C-2": distillation.c_2,
     "G-1": distillation.g_1,
@@ -54,6 +63,7 @@ def test_every_registered_claim_has_a_function():
     others = {n for n, one in ledger().items() if one.parts and not n.startswith("D-")}
     assert others == {*JUDGES, "C-7", "S-H4", "S-F1", "S-F2"}
     assert quantization.c_7 is pruning.c_7
+    assert expert_routing.s_i4 is adaptive.s_i4
 
 
 @pytest.mark.parametrize("name", JUDGES)

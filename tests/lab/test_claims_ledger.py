@@ -65,7 +65,7 @@ def stored_ledger():
 
 def test_registrations_are_as_they_were_dated():
     assert claims.changed_registrations() == []
-    assert sum(bool(one.parts) for one in ledger().values()) == 49
+    assert sum(bool(one.parts) for one in ledger().values()) == 54
 
 
 @pytest.mark.parametrize(

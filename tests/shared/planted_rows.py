@@ -89,7 +89,10 @@ def _drawn(about):
     """Whether a method draws anything: text to calibrate or to train with, or the choice itself."""
     if "choose" in about:
         return about["choose"] == "random"
-    if about.get("table") in ("recurrence", "needle", "patterns"):
+    training = ("recurrence", "needle", "patterns", "shared", "masked", "training", "by input")
+    if about.get("table") in training:
+        return True
+    if about.get("method") == "RETRO":
         return True
     fixed = ("original", "SVD", "RTN", "bits", "packed int4")
     return about.get("method") not in fixed and "table" not in about

@@ -85,7 +85,7 @@ def read(path: Path = FILE) -> dict[str, Paper]:
         found[name] = Paper(
             entry[2],
             tuple(fields["author"].split(" and ")),
-            fields["title"].replace(r"\&", "&"),
+            fields["title"].replace(r"\&", "&").replace(r"\%", "%"),
             int(fields["year"]),
             fields.get("eprint", ""),
             fields.get("doi", ""),

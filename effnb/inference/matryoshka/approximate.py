@@ -12,44 +12,17 @@ Douze et al., "The Faiss library", 2024, arXiv 2401.08281.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from effnb.core.faiss_threads import one_thread, open_faiss
 from effnb.inference.matryoshka.checks import check_count, check_vectors
 from effnb.inference.matryoshka.losses import prefix
 from effnb.inference.matryoshka.retrieval import Found
-
-
-def _faiss() -> Any:
-    """The library, or one sentence.
-
-    Raises:
-        ModuleNotFoundError: When it is not installed.
-    """
-    try:
-        import faiss
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "approximate search needs FAISS: install it with `python -m pip install faiss-cpu`."
-        ) from None
-    return faiss
-
-
-@contextmanager
-def _one_thread(faiss: Any) -> Iterator[None]:
-    """FAISS on one thread: links that several threads make at once differ from run to run."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def _rows(vectors: Tensor, dims: int) -> np.ndarray:
@@ -63,7 +36,7 @@ class _Index:
         check_vectors(documents, documents)
         self.documents = len(documents)
         self.dims = documents.shape[1] if dims is None else dims
-        self.faiss = _faiss()
+        self.faiss = open_faiss()
 
     def _search(
         self,
@@ -80,7 +53,7 @@ class _Index:
             )
         check_count("k", k, self.documents, "documents in the collection")
         rows, counts = [], []
-        with _one_thread(self.faiss):
+        with one_thread(self.faiss):
             for query in _rows(queries, self.dims):
                 reset()
                 rows.append(self.index.search(query[None], k)[1][0])
@@ -127,7 +100,7 @@ class Hnsw(_Index):
         faiss = self.faiss
         self.index = faiss.IndexHNSWFlat(self.dims, links, faiss.METRIC_INNER_PRODUCT)
         self.index.hnsw.efConstruction = construction
-        with _one_thread(faiss):
+        with one_thread(faiss):
             self.index.add(_rows(documents, self.dims))
 
     def search(self, queries: Float[Tensor, "queries dim"], k: int = 10, *, ef: int) -> Found:
@@ -181,7 +154,7 @@ class Ivf(_Index):
         self.index.cp.seed = seed + 1
         self.index.cp.min_points_per_centroid = 1
         rows = _rows(documents, self.dims)
-        with _one_thread(faiss):
+        with one_thread(faiss):
             self.index.train(rows)
             self.index.add(rows)
 

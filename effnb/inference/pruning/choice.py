@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from effnb.inference.pruning.structures import Anatomy, anatomy, check_kind
+from effnb.inference.pruning.structures import UNITS, Anatomy, anatomy, check_kind
 
 Scores = Mapping[str, Tensor]
 """By kind, higher is kept: "heads" (layers, heads) or (layers, key-value heads), "neurons"
@@ -88,6 +88,9 @@ def choose(
 ) -> Kept:
     """Keep the structures with the highest scores; of equal ones, the first.
 
+    Layers that share weights lose the same structures, those with the lowest sums over these
+    layers: what is cut from a weight is cut in all its places.
+
     Args:
         model: A Llama-like model.
         scores: By kind.
@@ -105,7 +108,35 @@ def choose(
         TypeError: When an amount is no number.
     """
     shape = anatomy(model)
+    for kind in remove:
+        check_kind(kind, _KINDS)
+        if kind in scores and kind in ("heads", "neurons"):
+            values = _checked(shape, kind, scores[kind])
+            scores = {**scores, kind: _summed(values, layers_in_common(model, kind))}
     return choose_kept(shape, scores, remove, unit=unit, scope=scope, protect=protect)
+
+
+def layers_in_common(model: nn.Module, kind: str) -> list[int]:
+    """For each layer, the first layer with which it shares a weight that has heads or neurons."""
+    shape = anatomy(model)
+    parts = UNITS["groups" if kind == "heads" else kind]
+    first: dict[nn.Module, int] = {}
+    result: list[int] = []
+    for layer in range(shape.layers):
+        modules = [model.get_submodule(shape.name(layer, part)) for part in parts]
+        earlier = {result[first[module]] for module in modules if module in first}
+        root = min(earlier, default=layer)
+        result = [root if number in earlier else number for number in result] + [root]
+        for module in modules:
+            first.setdefault(module, layer)
+    return result
+
+
+def _summed(values: Tensor, common: list[int]) -> Tensor:
+    """The scores of layers in common added up, in each of their rows."""
+    groups = torch.tensor(common, device=values.device)
+    sums = torch.zeros_like(values).index_add(0, groups, values)
+    return sums[groups]
 
 
 def choose_kept(

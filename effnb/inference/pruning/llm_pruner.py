@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnb.core.gradients import Batches, fisher_diagonal, mean_gradients
+from effnb.core.modules import first_names
 from effnb.core.training import Loss
 from effnb.inference.pruning.choice import check_unit, removals
 from effnb.inference.pruning.shrink import Pruned, prune_structures
@@ -121,8 +122,10 @@ def llm_pruner_scores(
             model, calibration, loss=loss, layers=inside,
         )  # fmt: skip
 
+    first = first_names(model)
+
     def change(layer: int, part: str) -> Tensor:
-        name = shape.name(layer, part)
+        name = first[shape.name(layer, part)]  # what several layers use has one gradient
         return weight_change(
             model.get_submodule(name).weight,
             gradients[name] if gradients else None,

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from effnb.core.deltas import hosts, set_trainable
 from effnb.core.gradients import Batches as Samples
 from effnb.core.gradients import each_gradient, loss_batches
+from effnb.core.modules import first_names
 from effnb.core.training import (
     Batches,
     Loss,
@@ -307,9 +308,9 @@ class _Pruning:
             for part, kind in (("self_attn.o_proj", "heads"), ("mlp.down_proj", "neurons")):
                 host = working.get_submodule(shape.name(layer, part))
                 host.register_forward_pre_hook(self._mask(kind, layer))
-        carriers = hosts(working, _NAME)
+        carriers, first = hosts(working, _NAME), first_names(working)
         for layer, part in self.average.wanted():
-            host = carriers[shape.name(layer, part)]
+            host = carriers[first[shape.name(layer, part)]]
             self._watch(layer, part, host.deltas[_NAME], host.base)
 
     def _mask(self, kind: str, layer: int):

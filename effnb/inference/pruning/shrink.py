@@ -191,6 +191,7 @@ def shrink(model: nn.Module, kept: Kept, *, rescale_norms: bool = True) -> nn.Mo
         small = kind(config)
     new = _cut_parameters(model, shape, kept, rescale_norms)
     small.load_state_dict(new, strict=True, assign=True)
+    _join(small)
     prefix = shape.embedding.rpartition(".")[0]
     rotary = share(model.get_submodule(f"{prefix}.rotary_emb" if prefix else "rotary_emb"))
     rotary.config = config
@@ -198,6 +199,16 @@ def shrink(model: nn.Module, kept: Kept, *, rescale_norms: bool = True) -> nn.Mo
     if getattr(model, "generation_config", None) is not None:
         small.generation_config = copy.deepcopy(model.generation_config)
     return small.train(model.training)
+
+
+def _join(small: nn.Module) -> None:
+    """Let layers with the very same parameters be one module, as they were in the original."""
+    known: dict[tuple, nn.Module] = {}
+    for module in list(small.modules()):
+        for leaf, child in module._modules.items():
+            own = tuple(id(p) for p in child.parameters()) if child is not None else ()
+            if own and not any(True for _ in child.children()):
+                module._modules[leaf] = known.setdefault((type(child), own), child)
 
 
 def _equal(shape: Anatomy, kept: Kept) -> dict[str, int]:

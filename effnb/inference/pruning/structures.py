@@ -339,11 +339,13 @@ def replace_parameters(model: Model, new: dict[str, Tensor]) -> Model:
 
 
 def masks_from(model: nn.Module, slices: Iterable[Slice]) -> dict[str, Tensor]:
-    """By parameter: True where one of the slices lies."""
-    parameters = dict(model.named_parameters())
+    """By parameter, under its first name: True where one of the slices lies."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(p), name) for name, p in parameters.items()}
     places: dict[tuple[str, int], list[int]] = {}
     for part in slices:
-        places.setdefault((part.parameter, part.dim), []).extend(part.indices)
+        places.setdefault((names[part.parameter], part.dim), []).extend(part.indices)
     marked: dict[str, Tensor] = {}
     for (name, dim), indices in places.items():
         like = parameters[name]

@@ -18,36 +18,43 @@ for LLM Compression and Acceleration", 2023, arXiv 2306.00978.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from effnb.core.calibration import (
     Calibration,
     CalibrationLike,
     Call,
-    Hessian,
     block_linears,
-    main_output,
     unpadded_batches,
-    visit_blocks,
-    watch,
+    visit_blocks_of,
 )
 from effnb.core.checks import check_finite
-from effnb.core.folding import Fold, find_folds, scaled, set_parameters
+from effnb.core.folding import find_folds, joined, scaled_together, set_parameters
 from effnb.core.linear_form import in_linear_form
 from effnb.core.modules import (
     LayerChoice,
     Model,
     chooses_layers,
-    in_several_blocks,
+    first_names,
     matches,
     put_modules,
+    share,
+)
+from effnb.core.padding import gaps
+from effnb.core.watching import Run, block_users
+from effnb.inference.quantization.awq_places import (
+    Inputs,
+    Place,
+    Seen,
+    judges_of,
+    module_loss,
+    watch_places,
 )
 from effnb.inference.quantization.formats import fake_quantize_on, quantize_on
 from effnb.inference.quantization.grid import Granularity, Grid
@@ -139,10 +146,10 @@ def awq_scales(
             f"inputs has shape {tuple(inputs.shape)}; it must be (tokens, {weight.shape[1]})."
         )
     check_finite(inputs, "inputs")
-    seen = _Inputs(weight.shape[1], weight.device)
+    seen = Inputs(weight.shape[1], weight.device)
     seen.update(inputs)
     rounding = partial(_round, grid=Grid(bits, group_size, symmetric))
-    return search_scales(seen.magnitude, _own_loss([weight], seen.value, rounding), grid)
+    return search_scales(seen.magnitude, _own_loss([(weight, seen.value)], rounding), grid)
 
 
 def awq_clip(
@@ -225,6 +232,9 @@ def awq(
     none, as in front of a BERT block's query, whose norm also feeds the residual stream, or between
     value and output under grouped-query attention, a layer is clipped and rounded without scales.
 
+    A layer that several blocks use gets one set of scales, chosen on what it reads in all of them
+    and by the outputs of all of them; the norm of each block takes them in.
+
     The search runs the calibration data `grid` times through each attention and feed-forward part,
     so that it takes about `grid` times as long as evaluating the data.
 
@@ -256,75 +266,77 @@ def awq(
             check_matrix(layer.weight)
         except ValueError as problem:
             raise ValueError(f"{name}: {problem}") from None
-    twice = set(in_several_blocks(model)) & set(wanted)
-    if twice:
-        raise ValueError(
-            f"{min(twice)} is used in several blocks; AWQ scales each layer for what one block "
-            "reads, so exclude it."
-        )
-    folds = find_folds(model, [_short(model, calibration)])
+    joints = joined(model, find_folds(model, [_short(model, calibration)]))
     steps = Grid(bits, group_size, symmetric)
     rounding = partial(_round, grid=steps)
+    batches = unpadded_batches(model, calibration)
+    result = share(model).eval()
+    users = block_users(result)
+    everywhere = [(gaps(batch), partial(result, **batch)) for batch in batches]
+    chosen = {result.get_submodule(name) for name in wanted}
+    first = first_names(result)
+
+    def observe(names: set[str], judges: list[nn.Module], runs: list[Run], alone: bool) -> Seen:
+        observers = {}
+        for name in names:
+            layer = result.get_submodule(name)
+            observers[name] = Inputs(layer.in_features, layer.weight.device)
+        # Layers that other blocks use may read different tensors there.
+        return watch_places(result, observers, judges, runs, shared=alone)
 
     def visit(prefix: str, block: nn.Module, calls: list[Call]) -> None:
-        linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        chosen = [name for name in linears if f"{prefix}.{name}" in wanted]
-        places = [_inside(prefix, fold) for fold in folds if fold.source.startswith(prefix + ".")]
-        places = [fold for fold in places if set(fold.readers) & set(chosen)]
-        judges = {fold: _judge(block, fold) for fold in places}
-        observers = {n: _Inputs(m.in_features, m.weight.device) for n, m in linears.items()}
-        seen, runs = _observe(
-            block, observers, calls, {j for j in judges.values() if j is not None}
-        )
-        found: dict[Fold, Tensor] = {}
-        for fold in places:  # all on the unchanged block
-            readers = [name for name in fold.readers if name in chosen]
-            if judges[fold] is None:
-                weights = [linears[name].weight for name in readers]
-                loss = _own_loss(weights, seen[readers[0]].value, rounding)
+        mine = {
+            f"{prefix}.{name}"
+            for name, m in block.named_modules()
+            if isinstance(m, nn.Linear) and f"{prefix}.{name}" in wanted
+        }
+        places = [
+            Place(joint, {first[r] for f in joint for r in f.readers}, judges_of(result, joint))
+            for joint in joints
+            if joint[0].source.startswith(f"{prefix}.")
+        ]
+        places = [p for p in places if any(result.get_submodule(n) in chosen for n in p.readers)]
+        here = [(call.mask, partial(call.run, block)) for call in calls]
+        seen = Seen({}, {})
+        for alone, runs in ((True, here), (False, everywhere)):
+            joined_here = [place for place in places if (len(place.folds) == 1) is alone]
+            names = {n for n in mine if (len(users[result.get_submodule(n)]) == 1) is alone}
+            names = names.union(*(place.readers for place in joined_here))
+            judges = [judge for place in joined_here for judge in place.judges]
+            if names:
+                seen = seen.and_what(observe(names, judges, runs, alone))
+        found: list[tuple[Place, Tensor]] = []
+        for place in places:  # all on the unchanged block
+            readers = {n: result.get_submodule(n) for n in sorted(place.readers)}
+            readers = {name: layer for name, layer in readers.items() if layer in chosen}
+            if place.judges:
+                loss = module_loss(place.judges, list(readers.values()), seen.runs, rounding)
             else:
-                judge = judges[fold]
-                loss = _module_loss(block, judge, readers, runs[judge], rounding)
-            search = search_scales(seen[readers[0]].magnitude, loss, grid)
-            found[fold] = search.scales
-            if report:
-                report(f"{prefix}.{fold.source}", search)
-        hessians = {name: observer.value for name, observer in seen.items() if name in chosen}
-        for fold, scales in found.items():
-            set_parameters(block, scaled(block, fold, scales))
-            for name in set(fold.readers) & set(hessians):
+                each = [(m.weight, seen.inputs[name].value) for name, m in readers.items()]
+                loss = _own_loss(each, rounding)
+            search = search_scales(seen.magnitude(place, first), loss, grid)
+            found.append((place, search.scales))
+            for source in dict.fromkeys(first[fold.source] for fold in place.folds):
+                if report:
+                    report(source, search)
+        hessians = {name: seen.inputs[name].value for name in mine if name in seen.inputs}
+        for place, scales in found:
+            set_parameters(result, scaled_together(result, place.folds, scales))
+            for name in place.readers & hessians.keys():
                 hessians[name] = hessians[name] / torch.outer(scales, scales)
-        for name in chosen:
-            layer = linears[name]
+        new: dict[str, nn.Module] = {}
+        for name in mine:
+            layer = result.get_submodule(name)
             weight = layer.weight.detach()
-            if clip and name in hessians and not matches(f"{prefix}.{name}", unclipped):
+            if clip and name in hessians and not matches(name, unclipped):
                 weight = awq_clip(
                     weight, hessians[name], bits, group_size=group_size, symmetric=symmetric
                 )
-            stored = quantize_on(weight, steps)
-            put_modules(block, {name: QuantizedLinear(stored, layer.bias)})
+            new[name] = QuantizedLinear(quantize_on(weight, steps), layer.bias)
+        put_modules(result, new)
 
-    return visit_blocks(
-        model,
-        calibration,
-        visit,
-    )
-
-
-class _Inputs(Hessian):
-    """The Hessian of a layer's inputs, and the mean magnitude of each."""
-
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(features, device)
-        self._sum = torch.zeros(features, device=device)
-
-    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
-        super().update(inputs)
-        self._sum += inputs.float().abs().sum(0)
-
-    @property
-    def magnitude(self) -> Float[Tensor, "in"]:
-        return self._sum / max(self.tokens, 1)
+    visit_blocks_of(result, batches, visit, Calibration.of(calibration).report)
+    return result
 
 
 def _round(weight: Tensor, grid: Grid) -> Tensor:
@@ -333,92 +345,24 @@ def _round(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def _own_loss(
-    weights: list[Tensor], hessian: Tensor, rounding: Callable[[Tensor], Tensor]
+    layers: list[tuple[Tensor, Tensor]], rounding: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], float]:
-    """The mean squared error of the layers' own outputs, as a function of the scales."""
+    """The mean squared error of the layers' own outputs, as a function of the scales.
+
+    Args:
+        layers: Weights, each with the Hessian of its inputs.
+        rounding: What rounding leaves of a weight.
+    """
 
     def loss(scales: Tensor) -> float:
         # The mean of |(Q(W diag(s)) diag(s)^-1 - W) x|^2 over the inputs x.
         errors = [
             output_error(rounding(weight.float() * scales) / scales - weight.float(), hessian)
-            for weight in weights
+            for weight, hessian in layers
         ]
         return float(torch.cat(errors).mean())
 
     return loss
-
-
-_Run = tuple[Call, tuple, Mapping, Tensor]  # a batch, a module's arguments for it, its output
-
-
-def _module_loss(
-    block: nn.Module,
-    judge: str,
-    readers: list[str],
-    runs: list[_Run],
-    rounding: Callable[[Tensor], Tensor],
-) -> Callable[[Tensor], float]:
-    """The mean squared error of a module's output when the readers inside are rounded."""
-    module = block.get_submodule(judge)
-    inside = {name: name[len(judge) + 1 if judge else 0 :] + ".weight" for name in readers}
-
-    def loss(scales: Tensor) -> float:
-        new = {}
-        for name, parameter in inside.items():
-            weight = block.get_submodule(name).weight
-            new[parameter] = (rounding(weight.float() * scales) / scales).to(weight.dtype)
-        total, count = 0.0, 0
-        for call, arguments, keywords, truth in runs:
-            output = main_output(functional_call(module, new, arguments, dict(keywords)))
-            difference = call.text(output - truth).float()
-            total += float(difference.square().sum())
-            count += difference.numel()
-        return total / max(count, 1)
-
-    return loss
-
-
-def _observe(
-    block: nn.Module, observers: dict[str, _Inputs], calls: list[Call], judges: set[str]
-) -> tuple[dict[str, _Inputs], dict[str, list[_Run]]]:
-    """Run the data through a block once; see the layers' inputs and what the judges compute."""
-    runs: dict[str, list[_Run]] = {name: [] for name in judges}
-
-    def keep(name: str):
-        def hook(module, arguments, keywords, output):
-            call = calls[len(runs[name])]
-            runs[name].append((call, arguments, keywords, main_output(output)))
-
-        return hook
-
-    hooks = [
-        block.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True)
-        for name in judges
-    ]
-    try:
-        return watch(block, observers, calls, shared=True), runs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _judge(block: nn.Module, fold: Fold) -> str | None:
-    """The module whose output tells how good scales are; None for the layer's own output."""
-    parents = [name.rpartition(".")[0].split(".") for name in fold.readers]
-    shared: list[str] = []
-    for level in zip(*parents, strict=False):
-        if len(set(level)) > 1:
-            break
-        shared.append(level[0])
-    judge = ".".join(shared)
-    single = len(fold.readers) == 1 and not judge
-    return None if isinstance(block.get_submodule(fold.source), nn.Linear) or single else judge
-
-
-def _inside(prefix: str, fold: Fold) -> Fold:
-    """The same fold, with names as the block knows them."""
-    cut = len(prefix) + 1
-    return Fold(fold.source[cut:], tuple(name[cut:] for name in fold.readers), fold.offset)
 
 
 def _short(model: nn.Module, calibration: CalibrationLike) -> dict[str, Tensor]:

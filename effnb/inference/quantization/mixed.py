@@ -25,6 +25,7 @@ from effnb.core.modules import (
     Layers,
     Model,
     chooses_layers,
+    first_names,
     linears,
     replace_modules,
     share,
@@ -155,7 +156,9 @@ def mixed_precision(
 
 def _check_rest(model: nn.Module, part: nn.Module, names: list[str]) -> None:
     """Refuse a model of which more than the named layers is new."""
-    mine = tuple(f"{name}." for name in names)
+    first = first_names(model)
+    chosen = {first[name] for name in names}  # with all places of layers that have several
+    mine = tuple(f"{name}." for name, source in first.items() if source in chosen)
     before = model.state_dict(keep_vars=True)
     after = part.state_dict(keep_vars=True)
     for name in {**before, **after}:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,11 +33,13 @@ from effnb.core.modules import (
     Model,
     chooses_layers,
     find_blocks,
+    put_modules,
     refuse_encoder_decoder,
     share,
 )
 from effnb.core.outliers import norm_offset, norm_readers
 from effnb.core.proof import EXACT, ROUNDED, InFloat64, Probe, exact, probes
+from effnb.core.watching import block_users
 from effnb.inference.quantization.activations import check_inputs, quantize_inputs
 from effnb.inference.quantization.formats import Granularity, check_bits, check_granularity
 from effnb.inference.quantization.hadamard import check_order, hadamard_transform, random_signs
@@ -132,9 +134,10 @@ class _Stream:
         """What the rotated model has in the place of some hidden states."""
         return self.turn(self.centre(hidden))
 
-    def within(self, name: str) -> _Stream:
-        """The part of one block."""
-        inside = lambda n: n.startswith(f"{name}.")  # noqa: E731
+    def within(self, blocks: Iterable[str]) -> _Stream:
+        """The part of some blocks."""
+        starts = tuple(f"{name}." for name in blocks)
+        inside = lambda n: n.startswith(starts)  # noqa: E731
         norms = {n: r for n, r in self.norms.items() if inside(n)}
         return replace(
             self, norms=norms, writers=[n for n in self.writers if inside(n)], embeddings=[]
@@ -207,19 +210,20 @@ class _Weights:
 
 def _fold_norms(result: nn.Module, stream: _Stream, weights: _Weights) -> None:
     """Move gains and biases into the readers; turn LayerNorm into RMSNorm of a centred stream."""
+    folded: set[str] = set()  # layers behind the norms of several blocks, whose gains are equal
     for name, readers in stream.norms.items():
         norm = result.get_submodule(name)
         offset = norm_offset(norm)
         gain, bias = exact(norm.weight) + offset, getattr(norm, "bias", None)
-        for layer in map(result.get_submodule, readers):
+        for layer in [result.get_submodule(n) for n in readers if n not in folded]:
             W = exact(layer.weight)
             if bias is not None:
                 old = 0 if layer.bias is None else exact(layer.bias)
                 weights.set(layer, "bias", old + W @ exact(bias))
             weights.set(layer, "weight", W * gain)
+        folded |= set(readers)
         if isinstance(norm, nn.LayerNorm):
-            parent, _, leaf = name.rpartition(".")
-            setattr(result.get_submodule(parent), leaf, PlainRMSNorm(norm.eps))
+            put_modules(result, {name: PlainRMSNorm(norm.eps)})
             result.save_pretrained = _refuse_to_save
         else:
             weights.set(norm, "weight", torch.ones_like(gain) - offset)
@@ -231,6 +235,46 @@ def _fold_norms(result: nn.Module, stream: _Stream, weights: _Weights) -> None:
             weights.set(layer, "weight", stream.centre(exact(layer.weight).T).T)
             if layer.bias is not None:
                 weights.set(layer, "bias", stream.centre(exact(layer.bias)))
+
+
+def _check_gains(model: nn.Module, stream: _Stream) -> None:
+    """Refuse a layer behind norms of different gains: it cannot take in all of them.
+
+    Raises:
+        ValueError: The sentence names the layer and two norms.
+    """
+    behind: dict[str, str] = {}
+    for norm, readers in stream.norms.items():
+        mine = model.get_submodule(norm)
+        for reader in readers:
+            other = behind.setdefault(reader, norm)
+            first = model.get_submodule(other)
+            if not all(
+                torch.equal(value, first.get_parameter(name))
+                for name, value in mine.named_parameters()
+            ):
+                raise ValueError(
+                    f"{reader} is used in several blocks, and the gains of {other} and {norm} "
+                    "differ: a rotation moves the gain of a norm into the layers behind it, and "
+                    "one weight cannot take in two. Share the norms too (share_layers with what "
+                    '"all"), or give every block weights of its own (unshare_layers).'
+                )
+
+
+def _connected(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each block the names of those that it has modules in common with: they turn together."""
+    prefix, blocks = find_blocks(model)
+    users = block_users(model)
+    groups: list[set[nn.Module]] = []
+    for together in {users[module] for block in blocks for module in block.modules()}:
+        alike = [group for group in groups if group & together]
+        groups = [group for group in groups if group not in alike]
+        groups.append(set(together).union(*alike))
+    found = {}
+    for group in groups:
+        names = tuple(f"{prefix}.{i}" for i, block in enumerate(blocks) if block in group)
+        found |= dict.fromkeys(names, names)
+    return found
 
 
 def _head_sizes(model: nn.Module) -> dict[str, int]:
@@ -245,15 +289,15 @@ def _head_sizes(model: nn.Module) -> dict[str, int]:
 
 def _rotate_heads(result: nn.Module, sizes: dict[str, int], weights: _Weights) -> None:
     """Hadamard within each head on values, undone in the output layer."""
-    for name, size in sizes.items():
-        attention = result.get_submodule(name)
-        v, o = attention.v_proj, attention.o_proj
+    attentions = [(result.get_submodule(name), size) for name, size in sizes.items()]
+    for v, size in {attention.v_proj: size for attention, size in attentions}.items():
         for key in ("weight", "bias"):
             old = getattr(v, key)
             if old is not None:
                 rows = exact(old).view(-1, size, *old.shape[1:])
                 new = hadamard_transform(rows.transpose(1, -1)).transpose(1, -1)
                 weights.set(v, key, new.reshape(old.shape))
+    for o, size in {attention.o_proj: size for attention, size in attentions}.items():
         heads = exact(o.weight).unflatten(1, (-1, size))
         weights.set(o, "weight", hadamard_transform(heads).flatten(1))
 
@@ -264,7 +308,7 @@ def _rotate_part(
     """Rewrite the layers of one part of the stream, in float64."""
     weights = _Weights()
     _fold_norms(result, stream, weights)
-    for name in [*stream.embeddings, *itertools.chain(*stream.norms.values())]:
+    for name in dict.fromkeys([*stream.embeddings, *itertools.chain(*stream.norms.values())]):
         layer = result.get_submodule(name)
         weights.set(layer, "weight", stream.turn(exact(layer.weight)))
     for layer in map(result.get_submodule, stream.writers):
@@ -275,35 +319,55 @@ def _rotate_part(
     for name, block in online.items():
         layer = result.get_submodule(name)
         weights.set(layer, "weight", _mix(exact(layer.weight), block))
-        parent, _, leaf = name.rpartition(".")
-        setattr(result.get_submodule(parent), leaf, HadamardInputs(layer, block))
+        put_modules(result, {name: HadamardInputs(layer, block)})
     return weights
 
 
-def _check_part(
-    what: str, own: float, expected: Tensor, run: Callable[[], Tensor], weights: _Weights
-) -> None:
-    """Refuse a part that computes something else, in float64 or once its weights are rounded.
+@dataclass(frozen=True)
+class _Part:
+    """A block, or the output head, that has been rotated.
 
-    Args:
-        what: The part, for the sentence.
-        own: The norm of what the part adds.
+    Attributes:
+        name: What it is called.
+        kind: The class of its model.
+        own: The norm of what it adds.
         expected: What it should give.
         run: Runs it as it is now.
+    """
+
+    name: str
+    kind: str
+    own: float
+    expected: Tensor
+    run: Callable[[], Tensor]
+
+    @property
+    def what(self) -> str:
+        """The part, for sentences."""
+        return f"{self.name} of {self.kind}"
+
+
+def _check_parts(parts: Iterable[_Part], weights: _Weights) -> None:
+    """Refuse parts that compute something else, in float64 or once their weights are rounded.
+
+    Args:
+        parts: Those that have some of the weights.
         weights: What was rewritten; rounded on return.
     """
-    if not float((run() - expected).norm()) <= EXACT * own:
-        raise ValueError(
-            f"{what} would compute something else; its architecture is not that of a plain "
-            "pre-norm transformer."
-        )
+    for part in parts:
+        if not float((part.run() - part.expected).norm()) <= EXACT * part.own:
+            raise ValueError(
+                f"{part.what} would compute something else; its architecture is not that of a "
+                "plain pre-norm transformer."
+            )
     weights.round()
-    part = float((run() - expected).norm()) / own if own else 0.0
-    if not part <= ROUNDED:
-        raise ValueError(
-            f"{what}: rounding the rotated weights to the model's type would change {part:.0%} of "
-            "what it computes; convert the model to float32 first."
-        )
+    for part in parts:
+        moved = float((part.run() - part.expected).norm()) / part.own if part.own else 0.0
+        if not moved <= ROUNDED:
+            raise ValueError(
+                f"{part.what}: rounding the rotated weights to the model's type would change "
+                f"{moved:.0%} of what it computes; convert the model to float32 first."
+            )
 
 
 def rotate(model: Model, seed: int = 0, *, heads: bool = True, online: bool = False) -> Model:
@@ -331,11 +395,13 @@ def rotate(model: Model, seed: int = 0, *, heads: bool = True, online: bool = Fa
         ValueError: A model that is quantized already, an architecture that is not as described, a
             width for which there is no Hadamard matrix here, or a model that would compute
             something else: block by block that is tried in float64, and once more with the weights
-            rounded to their type.
+            rounded to their type. Also a layer that several blocks use behind norms of different
+            gains, which one weight cannot take in.
     """
     refuse_quantized(model)
     refuse_encoder_decoder(model, "rotation")
     stream = _stream(model, seed)
+    _check_gains(model, stream)
     sizes = _head_sizes(model) if heads else {}
     for name, size in sizes.items():
         check_order(size, f"the width of a head in {name}")
@@ -346,38 +412,49 @@ def rotate(model: Model, seed: int = 0, *, heads: bool = True, online: bool = Fa
     result = share(model)
     kind = type(model).__name__
     with torch.inference_mode(False):  # its parameters can be trained, wherever this is called
-        first = last = None
+        start = last = None
+        connected, waiting = _connected(model), []
         for probe in probes(model):
-            part = stream.within(probe.name)
+            start = probe.arguments[0] if start is None else start
+            last = probe.truth
+            waiting.append(_rotated(probe, result, stream, kind))
+            group = connected[probe.name]
+            if probe.name != group[-1]:  # a later block has modules of this one
+                continue
+            part = stream.within(group)
+            inside = tuple(f"{name}." for name in group)
             weights = _rotate_part(
                 result,
                 part,
-                {n: size for n, size in sizes.items() if n.startswith(f"{probe.name}.")},
+                {n: size for n, size in sizes.items() if n.startswith(inside)},
                 {n: blocks[n] for n in part.writers} if online else {},
             )
-            block = result.get_submodule(probe.name)
-            run = partial(_run, probe, result, stream.moved(probe.arguments[0]))
-            _check_part(
-                f"{probe.name} of {kind}", probe.own, stream.moved(probe.truth), run, weights
-            )
-            first, last = first or probe, probe
+            _check_parts([block for block in waiting if block.name in group], weights)
+            waiting = [block for block in waiting if block.name not in group]
         ends = stream.outside()
         (norm, (head,)), *_ = ends.norms.items()
-        logits = _head_output(model, norm, head, last.truth)
+        logits = _head_output(model, norm, head, last)
         weights = _rotate_part(result, ends, {}, {})
-        run = partial(_head_output, result, norm, head, stream.moved(last.truth))
-        _check_part(f"the output head of {kind}", float(logits.norm()), logits, run, weights)
+        run = partial(_head_output, result, norm, head, stream.moved(last))
+        end = _Part("the output head", kind, float(logits.norm()), logits, run)
+        _check_parts([end], weights)
     if getattr(getattr(result, "config", None), "tie_word_embeddings", False):
         result.config.tie_word_embeddings = False
-    _check_start(model, stream.moved(first.arguments[0]), next(probes(result)).arguments[0])
+    _check_start(model, stream.moved(start), next(probes(result)).arguments[0])
     check_same_function(model, result)
     return result
 
 
-def _run(probe: Probe, result: nn.Module, hidden: Tensor) -> Tensor:
-    """What the rotated block of the same name gives for other hidden states."""
-    block = result.get_submodule(probe.name)
-    return Probe.of(probe.name, block, (hidden, *probe.arguments[1:]), probe.keywords).truth
+def _rotated(probe: Probe, result: nn.Module, stream: _Stream, kind: str) -> _Part:
+    """A block once it is rotated, and what it should give; the float64 copy is let go."""
+    given = (stream.moved(probe.arguments[0]), *probe.arguments[1:])
+    run = partial(_run, result, probe.name, given, probe.keywords)
+    return _Part(probe.name, kind, probe.own, stream.moved(probe.truth), run)
+
+
+def _run(model: nn.Module, name: str, arguments: tuple, keywords: dict[str, Any]) -> Tensor:
+    """What the block of that name gives in float64."""
+    return Probe.of(name, model.get_submodule(name), arguments, keywords).truth
 
 
 def _head_output(model: nn.Module, norm: str, head: str, hidden: Tensor) -> Tensor:

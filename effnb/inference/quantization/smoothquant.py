@@ -18,7 +18,7 @@ for Large Language Models", 2022, arXiv 2211.10438, eq. 4.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -136,6 +136,7 @@ def smoothable(
     """The normalization layers of a model's blocks that can take factors in, and their readers.
 
     A norm can if nothing but linear layers reads its output, and all of these fit the patterns.
+    Norms of several blocks that one layer reads can do so together, or not at all.
 
     Raises:
         ValueError: When there is none.
@@ -146,9 +147,11 @@ def smoothable(
     shared = _used_elsewhere(model, ids, readers)
     wanted = Layers.of(layers).on(model)
     fitting = {
-        norm: names
-        for norm, names in readers.items()
-        if norm not in shared and all(wanted.fit(n) for n in names)
+        norm: readers[norm]
+        for norms in _together(readers)
+        if not shared & set(norms)
+        for norm in norms
+        if all(wanted.fit(n) for other in norms for n in readers[other])
     }
     if not fitting:
         raise ValueError(
@@ -156,6 +159,17 @@ def smoothable(
             "fit the patterns; there is nothing to fold the factors into."
         )
     return fitting
+
+
+def _together(readers: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """Norms in groups: those that one layer reads, because it stands behind each of them."""
+    groups: list[tuple[list[str], set[str]]] = []
+    for norm, names in readers.items():
+        alike = [group for group in groups if group[1] & set(names)]
+        groups = [group for group in groups if group not in alike]
+        norms = [other for group in alike for other in group[0]]
+        groups.append(([*norms, norm], set(names).union(*(group[1] for group in alike))))
+    return [norms for norms, _ in groups]
 
 
 def check_same_function(model: nn.Module, changed: nn.Module) -> None:
@@ -193,7 +207,9 @@ def smooth(
 
     For every norm with gain $g$ (and bias $b$) and the weights $W$ that read it:
     $g \leftarrow g / s$, $b \leftarrow b / s$, $W \leftarrow W \operatorname{diag}(s)$. That the
-    function stays is proven block by block in float64, also for gains stored less 1 (Gemma).
+    function stays is proven block by block in float64, also for gains stored less 1 (Gemma). Where
+    several blocks use one layer, the norms in front of it get the same $s$, by the largest inputs
+    of all places.
 
     Args:
         model: A transformer whose blocks normalize before their linear layers; it is not changed.
@@ -214,7 +230,7 @@ def smooth(
     refuse_encoder_decoder(model, "smoothing")
     batches_of(calibration)  # says at once if there is none
     norms = smoothable(model, layers=layers)
-    first = [readers[0] for readers in norms.values()]
+    first = list(dict.fromkeys(readers[0] for readers in norms.values()))
     maxima = input_maxima(
         model,
         calibration,
@@ -222,15 +238,18 @@ def smooth(
     )
     new: dict[str, Tensor] = {}
     stored: dict[str, Tensor] = {}
-    for name, readers in norms.items():
-        norm = model.get_submodule(name)
+    for group in _together(norms):  # one norm; several if a layer stands behind each of them
+        readers = list(dict.fromkeys(itertools.chain(*(norms[name] for name in group))))
         weights = [model.get_submodule(reader).weight for reader in readers]
-        s = smooth_scales(maxima[readers[0]], weights, alpha)
-        fold = Fold(name, tuple(readers), norm_offset(norm))
-        stored |= scaled(model, fold, s)
-        new[f"{name}.weight"] = (exact(norm.weight) + fold.offset) / exact(s) - fold.offset
-        if getattr(norm, "bias", None) is not None:
-            new[f"{name}.bias"] = exact(norm.bias) / exact(s)
+        most = torch.stack([maxima[norms[name][0]] for name in group]).amax(0)
+        s = smooth_scales(most, weights, alpha)
+        for name in group:
+            norm = model.get_submodule(name)
+            fold = Fold(name, tuple(readers), norm_offset(norm))
+            stored |= scaled(model, fold, s)
+            new[f"{name}.weight"] = (exact(norm.weight) + fold.offset) / exact(s) - fold.offset
+            if getattr(norm, "bias", None) is not None:
+                new[f"{name}.bias"] = exact(norm.bias) / exact(s)
         for reader, weight in zip(readers, weights, strict=True):
             new[f"{reader}.weight"] = exact(weight) * exact(s)
     undone = {f"{r}.weight": new[f"{r}.weight"] for r in itertools.chain(*norms.values())}

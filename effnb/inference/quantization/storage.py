@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from effnb.core.linear_form import linear_form, restore
-from effnb.core.modules import Model, replace_modules, settle_tying
+from effnb.core.modules import Model, first_names, replace_modules, settle_tying
 from effnb.inference.quantization.extreme import BinaryTensor, TernaryTensor
 from effnb.inference.quantization.formats import QuantizedTensor
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
@@ -35,7 +35,8 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
     """Write a model with `QuantizedLinear` layers, of one format or several, to a file.
 
     What is wrapped around such a layer, like one that rounds its inputs, is not described: a model
-    to load into must have it already.
+    to load into must have it already. A layer that is used in several places is written once, and
+    loaded into all of them.
 
     Args:
         model: The model.
@@ -46,8 +47,13 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
             stored weight alone does not give.
     """
     layers = {}
-    for name, module in model.named_modules():
-        if type(module) is QuantizedLinear:
+    places: dict[str, str] = {}
+    for name, first_name in first_names(model).items():
+        module = model.get_submodule(name)
+        if name != first_name:
+            if type(module) is QuantizedLinear:
+                places[name] = first_name
+        elif type(module) is QuantizedLinear:
             layers[name] = module.description
         elif hasattr(type(module), "quantized"):
             raise ValueError(
@@ -67,7 +73,7 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
             continue
         first[key] = name
         kept[name] = tensor.detach().cpu().contiguous().clone()
-    description = {"version": VERSION, "layers": layers, "aliases": aliases}
+    description = {"version": VERSION, "layers": layers, "aliases": aliases, "places": places}
     save_file(kept, str(path), metadata={"format": "pt", KEY: json.dumps(description)})
 
 
@@ -96,7 +102,7 @@ def load_quantized(model: Model, path: str | Path) -> Model:
         if target not in tensors:
             raise ValueError(f"{path} is damaged: {name} shares {target}, which is not in it.")
         tensors[name] = tensors[target]
-    known = dict(model.named_modules())
+    known = dict(model.named_modules(remove_duplicate=False))
     layers: dict[str, nn.Module] = {}
     for name, parts in description["layers"].items():
         layer = known.get(name)
@@ -117,6 +123,14 @@ def load_quantized(model: Model, path: str | Path) -> Model:
                 f"{tuple(layer.weight.shape)} in the model."
             )
         layers[name] = QuantizedLinear(stored, layer.bias)
+    for place, name in description.get("places", {}).items():
+        if name not in layers or not isinstance(known.get(place), nn.Linear):
+            raise ValueError(
+                f"{path} is of another architecture: the model has no linear layer {place}."
+            )
+        for part in description["layers"][name]["tensors"]:
+            tensors.pop(f"{place}.{part}", None)
+        layers[place] = layers[name]
     result = replace_modules(model, layers)
     _assign(result, tensors, set(layers), path)
     return settle_tying(restore(result, made))

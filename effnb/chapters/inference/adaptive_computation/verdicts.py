@@ -9,11 +9,14 @@ from __future__ import annotations
 from effnb.lab.claims import Verdict, available, judge
 from effnb.lab.results import StoredResult
 
-TABLES = tuple(
-    f"05_inference/7_adaptive_computation_claims/{part}"
-    for part in ("read", "sections", "calm", "time", "defer")
+TABLES = (
+    *(
+        f"05_inference/7_adaptive_computation_claims/{part}"
+        for part in ("read", "sections", "calm", "time", "defer")
+    ),
+    "02_design/2_experts_claims/by_input",
 )
-"""The stored tables that the verdicts rest on."""
+"""The stored tables that the verdicts rest on; the last is of the chapter on experts."""
 
 
 def stored() -> list[StoredResult]:
@@ -22,14 +25,20 @@ def stored() -> list[StoredResult]:
 
 
 def s_i4(*stored: StoredResult) -> Verdict:
-    """Early exits let a model spend more on hard inputs and less on easy ones."""
+    """Early exits and experts let a model spend more on hard inputs and less on easy ones.
+
+    The claim is measured by two chapters and gets one verdict: give the stored tables of both.
+    """
     return judge(
         "S-I4",
         *stored,
-        note="The exit half of the claim: the chapter on experts measures the other. mini-5m-exits "
+        note="One verdict for exits and experts. mini-5m-exits "
         "reads held-out chapters; MiniLM reads package descriptions, with heads trained on five "
         "draws. The same exits, given to other tokens or texts, cost the same and ignore the "
-        "input. Thresholds were chosen on text that is not judged.",
+        "input. Thresholds were chosen on text that is not judged. Experts: small decoders whose "
+        "router gives each token a number of its own; exchanged among the tokens of a text, the "
+        "same numbers cost the same. A token that gets more than it asked for gains nothing by "
+        "construction, so that part shows what the others lose.",
     )
 
 

@@ -1,0 +1,1 @@
+"""Companion of the chapter on sharing."""

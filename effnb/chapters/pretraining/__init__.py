@@ -1,0 +1,1 @@
+"""Companions of the chapter on pre-training."""
