@@ -22,8 +22,8 @@ The paper gives head $h$ the decay $\gamma_h = 1 - 2^{-5-h}$ (`retention_decay`)
 remembers about 32 tokens, each next one twice as many. Group norm, gate and the rotation of queries
 and keys belong to the layer around this function.
 
-**Two kernels.** One walks over the chunks and writes the state before each of them; all tiles of
-all states run side by side. The other computes the outputs, all chunks at once. A
+**Two kernels.** One walks over the chunks and writes the state before each of them. The other
+computes the outputs of a chunk: scores once, then some of the value's dimensions after the other. A
 token that a query does not see has no part in its output, not even as an infinite number: see
 `_masked` for the second launch that this takes, of programs that read a byte and end.
 
@@ -34,20 +34,27 @@ $$\nabla q_n = s \sum_{m \le n} \gamma^{n-m} (g_n \cdot v_m)\, k_m, \quad
   \nabla k_m = s \sum_{n \ge m} \gamma^{n-m} (v_m \cdot g_n)\, q_n, \quad
   \nabla v_m = s \sum_{n \ge m} \gamma^{n-m} (k_m \cdot q_n)\, g_n.$$
 
-The first is the retention of $(g, v, k)$; the other two are the retentions of $(v, g, q)$ and
-$(k, q, g)$ with time running backwards, and the state that arrives at the start is the gradient of
-the initial state.
+The first is the retention of $(g, v, k)$, whose states are those of the forward pass, transposed:
+they are kept and read again. The other two, of $(v, g, q)$ and $(k, q, g)$ with time running
+backwards, have one set of states between them, likewise transposed for the first. The state that
+arrives at the start is the gradient of the initial state.
+
+**Numbers.** States add up over a whole text, so a program holds its state in float32, and the
+weighted keys of an added chunk with all their digits: bfloat16 holds eight, so three such products
+make one. What is stored for the outputs is rounded to bfloat16 once, at most by $2^{-8}$ of each
+number, as the outputs are. Bfloat16 inputs are multiplied in bfloat16 on the tensor cores, sums
+being float32. What is between the products of float16 may be beyond its range and needs three
+digits more: states are float32, and products TF32. Float32 keeps float32 states and products.
 
 **Bytes and operations** of one head, for $T$ tokens of $b$ bytes a number. Queries, keys, values
 and outputs must move once: $2 T (d_k + d_v)\, b$ bytes. Stored states add a second read of keys and
-values, $T (d_k + d_v)\, b$ (tiles of a state share them through the cache), and are written and
-read in float32: $8\, d_k d_v\, T / C$. Operations are $2 T C (d_k + d_v)$ within chunks and
-$4\, T d_k d_v$ through states. At $d_k = d_v = 128$, $C = 64$ and 16 bits, that makes 98,304
-operations on 3,584 bytes per token, 27 per byte, where GPUs with tensor cores can do many more. So
-memory is the bound, $t \ge T\,[3 (d_k + d_v)\, b + 8\, d_k d_v / C] / B$ at $B$ bytes per second,
-and there is room for exactness: 16-bit inputs are multiplied in TF32, which holds all their digits
-and keeps the range of float32. States, which add up over a whole text, take three TF32 products
-each, and come close to float32.
+values, $T (d_k + d_v)\, b$, and are written and read: $2 b\, d_k d_v\, T / C$.
+Operations are $2 T C (d_k + d_v)$ within chunks and $8\, T d_k d_v$ through states. At
+$d_k = d_v = 128$, $C = 128$ and 16 bits, that makes 196,608 operations on 2,048 bytes per token, 96
+per byte, where GPUs with tensor cores can do 150 to 300. So memory is the bound, $t \ge T b\,
+[3 (d_k + d_v) + 2 d_k d_v / C] / B$ at $B$ bytes per second. Backward, states of the future and
+three outputs take $T b\, [7 (d_k + d_v) + 4 d_k d_v / C]$. `bytes_moved` counts what programs ask
+for; wider heads, and few of them, read something twice.
 
 The **step** of decoding reads and writes the state, $8\, d_k d_v$ bytes per head, for
 $5\, d_k d_v$ operations, however long the past is.
@@ -421,8 +428,8 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _state_type(dtype: torch.dtype) -> torch.dtype:
-    """In which states are stored, for inputs of a type: 16 bits with the range of float32."""
-    return torch.float32 if dtype == torch.float32 else torch.bfloat16
+    """In which states are stored: what rounds as the inputs do, with the range of float32."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _settings(
@@ -680,19 +687,20 @@ def _obstacle(gamma: Tensor) -> str:
 # ---------------------------------------------------------------- for the compiler and the clock
 
 
-def bytes_moved(kernel: str, settings: dict[str, int], tokens: int, size: int) -> int:
-    """Bytes that the programs of one head read and write, for numbers of `size` bytes.
+def bytes_moved(kernel: str, settings: dict[str, int], tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that the programs of one head read and write.
 
     What several programs read is counted for each of them.
     """
     dim_k, dim_v, chunk = (settings[x] for x in ("DIM_K", "DIM_V", "CHUNK"))
     walks_k, walks_v = (cdiv(settings[f"DIM_{x}"], settings[f"BLOCK_{x}"]) for x in "KV")
-    states = cdiv(tokens, chunk) * dim_k * dim_v * (2 if size == 2 else 4)
+    size = dtype.itemsize
+    states = cdiv(tokens, chunk) * dim_k * dim_v * _state_type(dtype).itemsize
     if kernel == "states":  # keys for every block of values, and the other way round
         first_and_last = 2 * 4 * dim_k * dim_v + 4 * walks_k * walks_v
         return tokens * (dim_k * walks_v + dim_v * walks_k) * size + states + first_and_last
     queries = 1 if walks_k == 1 else 1 + walks_v  # wider ones again for every block of values
-    decays_and_flags = 5 * cdiv(tokens, chunk)
+    decays_and_flags = 6 * cdiv(tokens, chunk)  # a flag is written and read
     return tokens * (dim_k * (queries + 1) + 2 * dim_v) * size + states + decays_and_flags
 
 
@@ -707,7 +715,7 @@ def compile_cases() -> list[CompileCase]:
     for texts, dim_k, dim_v, chunk, reverse, kind in uses:
         types = dict.fromkeys(("query", "key", "value", "out"), f"*{kind}")
         types |= dict.fromkeys(("log2_gamma", "initial", "final"), "*fp32")
-        types |= {"states": "*fp32" if kind == "fp32" else "*bf16"}
+        types |= {"states": "*bf16" if kind == "bf16" else "*fp32"}
         types |= {"flags": "*i8", "heads": "i32", "tokens": "i32", "scale": "fp32"}
         about = f"{kind} {dim_k}x{dim_v} chunk {chunk}"
         about += reverse * " backward" + (texts == 1) * " one text"
@@ -723,7 +731,7 @@ def compile_cases() -> list[CompileCase]:
                     f"retention: {name} {about}" + again * " again", kernel, types,
                     strides | settings | {"AGAIN": again},
                     mma=kind != "fp32", warps=warps, stages=stages,
-                    work=_work(name, settings, KINDS[kind].itemsize, texts),
+                    work=_work(name, settings, KINDS[kind], texts),
                 )  # fmt: skip
                 found.append(case)
     for kind in ("fp32", "bf16"):
@@ -749,14 +757,14 @@ def compile_cases() -> list[CompileCase]:
     return found
 
 
-def _work(name: str, settings: dict[str, int], size: int, texts: int) -> Work:
+def _work(name: str, settings: dict[str, int], dtype: torch.dtype, texts: int) -> Work:
     """16,384 tokens in one text or several, 16 heads."""
     heads, chunk, tokens = 16, settings["CHUNK"], 16384
     dim_k, dim_v, k, v = (settings[x] for x in ("DIM_K", "DIM_V", "BLOCK_K", "BLOCK_V"))
-    chunks, state = tokens // chunk, 2 if size == 2 else 4
+    chunks, size, state = tokens // chunk, dtype.itemsize, _state_type(dtype).itemsize
     of = f"{texts} texts of {tokens // texts}" if texts > 1 else f"{tokens}"
     what = f"{of} tokens, {heads} heads of {dim_k} x {dim_v}"
-    moved = heads * texts * bytes_moved(name, settings, tokens // texts, size)
+    moved = heads * texts * bytes_moved(name, settings, tokens // texts, dtype)
     if name == "states":
         return Work(
             what=what,
@@ -766,7 +774,8 @@ def _work(name: str, settings: dict[str, int], size: int, texts: int) -> Work:
             programs=heads * texts * (dim_v // v) * (dim_k // k),
             fetched=chunk * (k + v) * size,
             bytes=moved,
-            flops=2 * heads * tokens * dim_k * dim_v,
+            # A product of all digits is three of bfloat16, and of TF32 three at half the rate.
+            flops=2 * heads * tokens * dim_k * dim_v * (1 if size == 4 else 3 * state // 2),
         )
     # Queries that are wider than a block come again with every block of the state.
     turns = (dim_v // v) * (dim_k // k)
