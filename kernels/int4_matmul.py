@@ -34,6 +34,7 @@ Large Language Models", 2024, arXiv 2408.11743. QLoRA: Dettmers et al., 2023, ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -59,6 +60,7 @@ from effnb.kernels._launch import (
     rows_of,
     tl,
 )
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, chosen, key_of
 from effnb.kernels.bench import BenchCase, absent
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.report import Work
@@ -385,7 +387,7 @@ class Blocks:
 
 
 def blocks_for(rows: int, weight: Int4Weight, dtype: torch.dtype) -> Blocks:
-    """A fair choice by the sizes alone, the same on every machine, in which registers suffice.
+    """A fair choice by the sizes alone, in which registers suffice; where none was measured.
 
     Products of float32 run without tensor cores, on small blocks.
     """
@@ -399,6 +401,22 @@ def blocks_for(rows: int, weight: Int4Weight, dtype: torch.dtype) -> Blocks:
     m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     n = 64 if m == 16 else 128
     return Blocks(m, n, _parts(cdiv(weight.shape[0], n) * cdiv(rows, m), units))
+
+
+def _numbers(blocks: Blocks) -> Numbers:
+    return blocks.m, blocks.n, blocks.parts, blocks.warps
+
+
+def _key(rows: int, weight: Int4Weight, dtype: torch.dtype) -> str:
+    n, k = weight.shape
+    kind = "grid" if weight.table is None else "table"
+    return f"{kind} {key_of(dtype, rows=rows, n=n, k=k, group=weight.group_size)}"
+
+
+def _chosen(rows: int, weight: Int4Weight, dtype: torch.dtype, device: torch.device) -> Blocks:
+    """What was measured on this device, or else `blocks_for`."""
+    own = blocks_for(rows, weight, dtype)
+    return Blocks(*chosen("int4_matmul", _key(rows, weight, dtype), device, _numbers(own)))
 
 
 def _parts(programs: int, turns: int) -> int:
@@ -446,7 +464,7 @@ def _forward(x: Tensor, weight: Int4Weight, bias: Tensor | None, blocks: Blocks 
     if rows >= LIBRARY_ROWS and blocks is None and weight.fits(x.dtype):
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, written_out(weight, x.dtype), bias)
-    blocks = blocks or blocks_for(rows, weight, x.dtype)
+    blocks = blocks or _chosen(rows, weight, x.dtype, x.device)
     single = rows == 1 and blocks.m == 1
     units = UNITS if single else 1
     turns = cdiv(cdiv(k, UNIT), units)
@@ -544,7 +562,8 @@ def int4_matmul(
             table; where one is asked for, PyTorch computes.
         bias: (N,) in any of these types; it is added in float32 (float64) before the one rounding.
         backend: None: Triton on a GPU, the reference elsewhere; or "triton" or "torch".
-        blocks: How to cut the product into programs, in place of `blocks_for`.
+        blocks: How to cut the product into programs, in place of what was measured on this device
+            or, where nothing was, of `blocks_for`.
 
     Returns:
         (..., N) in the type of x.
@@ -641,6 +660,54 @@ def _work(kernel: Any, kind: dict[str, Any], m: int, n: int, size: int) -> tuple
         flops=2 * rows * width * width,
     )
     return work, parts
+
+
+CANDIDATES = (
+    Candidate((1, 16, 4, 4), "one row: a half of the registers, more programs on a multiprocessor"),
+    Candidate((1, 32, 4, 4), "one row: an input that was converted serves four weights of a thread"),
+    Candidate((1, 32, 8, 4), "the same in twice as many programs, each with half as many turns"),
+    Candidate((1, 64, 8, 8), "one row: twice the threads, and as many registers each"),
+    Candidate((16, 64, 8, 4), "up to 16 rows: 512 programs at n = 4096, 4 KiB of codes each"),
+    Candidate((16, 32, 4, 4), "up to 16 rows: half the registers, programs of twice the turns"),
+    Candidate((32, 128, 16, 4), "up to 32 rows: what was unpacked serves more of them"),
+    Candidate((64, 128, 16, 4), "up to 64 rows: 64 sums in a thread"),
+    Candidate((64, 64, 8, 4), "up to 64 rows: 32 sums in a thread, two programs fit"),
+)
+"""Rows, outputs, parts of the inputs, warps: few, each for a kind of sizes."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """One row, some, and the most before the library takes over, for both kinds of weights."""
+    layers, rows = [(4096, 4096), (11008, 4096), (4096, 11008)], [1, 16, 32, 64]
+    if small:
+        layers, rows = [(32, 256)], [1, 3]
+    return [
+        _tune_case(m, n, k, small, nf4=nf4) for n, k in layers for m in rows for nf4 in (False, True)
+    ]
+
+
+def _tune_case(m: int, n: int, k: int, small: bool, *, nf4: bool) -> TuneCase:
+    dtype, group = torch.float16 if small else torch.bfloat16, 64 if nf4 else 128
+
+    @lru_cache(maxsize=1)
+    def inputs(device: torch.device) -> tuple[Tensor, Int4Weight]:
+        draw = torch.Generator().manual_seed(0)
+        codes = torch.randint(0, 16, (n, k), generator=draw, dtype=torch.uint8).to(device)
+        scales = torch.rand(n, k // group, generator=draw).to(device)
+        table = torch.linspace(-1, 1, 16, device=device) if nf4 else None
+        scales = scales if nf4 else scales.half()
+        weight = pack_int4(codes, scales, group_size=group, table=table)
+        return torch.randn(m, k, generator=draw).to(device, dtype), weight
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        x, weight = inputs(device)
+        return lambda: _forward(x, weight, None, Blocks(*numbers))
+
+    _, weight = inputs(torch.device("cpu"))
+    fit = tuple(c for c in CANDIDATES if (c.numbers[0] == 1) == (m == 1))
+    fit = tuple(c for c in fit if c.numbers[0] < 2 * max(m, 16))
+    default = _numbers(blocks_for(m, weight, dtype))
+    return TuneCase("int4_matmul", _key(m, weight, dtype), default, fit, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

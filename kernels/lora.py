@@ -20,7 +20,8 @@ LoRA: Hu et al., 2021, arXiv 2106.09685.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from effnb.kernels._launch import (
     tl,
     wide_precision,
 )
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, chosen, key_of
 from effnb.kernels.bench import OTHER, BenchCase, absent
 from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
@@ -171,7 +173,7 @@ EXACT = Tile(16, 32, 32, 4)
 
 
 def tile_for(rows: int, n: int, dtype: torch.dtype) -> Tile:
-    """The largest tile of which there are enough; by the sizes alone, the same on every machine."""
+    """The largest tile of which there are enough; by the sizes alone, where none was measured."""
     if dtype == torch.float32:
         return EXACT
     for tile in (LARGE, MIDDLE):
@@ -181,6 +183,14 @@ def tile_for(rows: int, n: int, dtype: torch.dtype) -> Tile:
     narrow = cdiv(rows, m) * cdiv(n, 32) < PROGRAMS
     # Memory is waited for: 128 inputs of 32 outputs are 8 KiB, of which two stages are under way.
     return Tile(m, 16 if narrow else 32, 128 if m <= 32 else 64, 4, 4 if narrow else 3)
+
+
+def _tile(rows: int, n: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """What was measured on this device, or else `tile_for`; float32 has one tile."""
+    own = tile_for(rows, n, dtype)
+    if dtype == torch.float32:
+        return own
+    return Tile(*chosen("lora", key_of(dtype, rows=rows, n=n), device, astuple(own)))
 
 
 def _inner_settings(rows: int, k: int, rank: int, dtype: torch.dtype) -> dict[str, int]:
@@ -200,8 +210,9 @@ def _inner_settings(rows: int, k: int, rank: int, dtype: torch.dtype) -> dict[st
 
 
 def _run_layer(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch: x (M, K), weight (N, K), A (r, K), B (N, r), with any strides; y, and h in parts."""
     (rows, k), n, rank = x.shape, len(weight), len(A)
     how = _inner_settings(rows, k, rank, x.dtype)
@@ -213,7 +224,7 @@ def _run_layer(
             _inner, (cdiv(rows, how["BLOCK_M"]), parts), x, A, h, rows, *x.stride(), *A.stride(),
             **how, WIDE=wide, num_warps=4, num_stages=3,
         )  # fmt: skip
-    tile = tile_for(rows, n, x.dtype)
+    tile = tile or _tile(rows, n, x.dtype, x.device)
     bias = None if bias is None else bias.contiguous()
     out = empty((rows, n), x.dtype, x.device)
     launch(
@@ -418,6 +429,46 @@ def _inner_work(rows: int, inner: dict[str, int], parts: int, size: int, width: 
         bytes=rows * WIDTH * size + rank * WIDTH * width + 4 * parts * rows * rank,
         flops=2 * rows * WIDTH * rank,
     )
+
+
+CANDIDATES = (
+    Candidate((128, 128, 64, 8, 3), "64 sums in a thread; 64 KiB of two stages under way"),
+    Candidate((128, 128, 64, 8, 4), "the same with a stage more under way, 128 KiB"),
+    Candidate((128, 256, 64, 8, 3), "128 sums in a thread: a third fewer bytes for an operation"),
+    Candidate((64, 128, 64, 4, 3), "64 sums in a thread, twice as many programs"),
+    Candidate((64, 64, 64, 4, 3), "32 sums in a thread, four times as many programs"),
+    Candidate((64, 32, 64, 4, 3), "up to 64 rows: one program for each multiprocessor at n = 4096"),
+    Candidate((32, 32, 128, 4, 3), "up to 32 rows: 32 KiB of two stages under way"),
+    Candidate((16, 32, 128, 4, 3), "up to 16 rows: 24 KiB of two stages under way"),
+    Candidate((16, 16, 128, 4, 4), "twice as many programs, 24 KiB of three stages under way"),
+    Candidate((16, 64, 128, 4, 3), "half as many programs, 40 KiB of two stages under way"),
+)
+"""Rows, outputs and inputs of a tile, warps, stages: few, each for a kind of sizes."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """One row, some, and a prompt, on a square layer and on one that widens."""
+    layers, rows, rank = [(4096, 4096), (11008, 4096)], [1, 16, 64, 256, 2048], 16
+    if small:
+        layers, rows, rank = [(32, 48)], [3], 2
+    return [_tune_case(m, n, k, rank, small) for n, k in layers for m in rows]
+
+
+def _tune_case(m: int, n: int, k: int, rank: int, small: bool) -> TuneCase:
+    dtype = torch.float16 if small else torch.bfloat16
+    # A tile that is more than half empty cannot win, and need not be tried.
+    fit = tuple(c for c in CANDIDATES if c.numbers[0] < 2 * max(m, 16))
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        draw = torch.Generator(device=device).manual_seed(0)
+        x, w, a, b = (
+            (torch.randn(shape, device=device, generator=draw) / shape[1] ** 0.5).to(dtype)
+            for shape in ((m, k), (n, k), (rank, k), (n, rank))
+        )
+        return lambda: _run_layer(x, w, a, b, 2.0, None, Tile(*numbers))[0]
+
+    default = astuple(tile_for(m, n, dtype))
+    return TuneCase("lora", key_of(dtype, rows=m, n=n), default, fit, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

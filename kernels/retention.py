@@ -94,6 +94,7 @@ from effnb.kernels._masked import (
     visible_products,
     visible_sum,
 )
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, chosen, key_of
 from effnb.kernels.bench import OTHER, BenchCase, Runner, absent
 from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
@@ -602,8 +603,9 @@ def retention(
             (`retention_decay`), in float32 or float64.
         scale: $s$; $1/\sqrt{d_k}$ by default.
         initial_state: $S$ before the first token; zeros by default.
-        chunk_size: 16, 32, 64 or 128 tokens; it changes the speed, not the result. By default 128
-            for 16-bit inputs, where tensor cores multiply, and 64 for others.
+        chunk_size: 16, 32, 64 or 128 tokens; it changes the speed, not the result. By default what
+            was measured on this device or, where nothing was, 128 for 16-bit inputs, which tensor
+            cores multiply, and 64 for others.
         backend: "triton", "torch", or None for the kernels where they can run.
 
     Returns:
@@ -619,7 +621,8 @@ def retention(
     _check(q, k, v, gamma, initial_state, "batch, heads, time, dim")
     scale = None if scale is None else check_number("scale", scale)
     if chunk_size is None:
-        chunk_size = _chunk_size(q.dtype)
+        key = key_of(q.dtype, k=q.shape[-1], v=v.shape[-1])
+        (chunk_size,) = chosen("retention", key, q.device, (_chunk_size(q.dtype),))
     chunk_size = check_whole("chunk_size", chunk_size)
     if chunk_size not in CHUNK_SIZES:
         raise ValueError(f"chunk_size is {chunk_size}; it must be 16, 32, 64 or 128.")
@@ -789,6 +792,36 @@ def _work(name: str, settings: dict[str, int], dtype: torch.dtype, texts: int) -
         bytes=moved,
         flops=2 * heads * tokens * (dim_k * dim_v + chunk * (dim_k + dim_v)),
     )
+
+
+CANDIDATES = (
+    Candidate((128,), "scores of 64 registers a thread on eight warps, and the fewest states"),
+    Candidate((64,), "a quarter of the scores: more programs fit, twice as many states are moved"),
+)
+"""Tokens of a chunk."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """Heads of 128, with values of 128 and of 256."""
+    sizes = [(1, 1, 130, 16, 16)] if small else [(4, 16, 4096, 128, 128), (4, 16, 4096, 128, 256)]
+    return [_tune_case(*one, small=small) for one in sizes]
+
+
+def _tune_case(batch, heads, tokens, dim_k, dim_v, *, small: bool) -> TuneCase:
+    dtype = torch.float16 if small else torch.bfloat16
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        draw = torch.Generator(device=device).manual_seed(0)
+        q, k, v = (
+            torch.randn(batch, heads, tokens, dim, device=device, generator=draw).to(dtype)
+            for dim in (dim_k, dim_k, dim_v)
+        )
+        gamma = retention_decay(heads).to(device)
+        (chunk,) = numbers
+        return lambda: retention(q, k, v, gamma, chunk_size=chunk, backend="triton")[0]
+
+    key, default = key_of(dtype, k=dim_k, v=dim_v), (_chunk_size(dtype),)
+    return TuneCase("retention", key, default, CANDIDATES, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:
