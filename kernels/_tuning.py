@@ -108,14 +108,17 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def chosen(kernel: str, key: str, device: torch.device, default: Numbers) -> Numbers:
+def chosen(
+    kernel: str, key: Callable[[], str], device: torch.device, default: Numbers
+) -> Numbers:
     """What was stored for these sizes on this device, or else the kernel's choice.
 
-    An entry of another length is of an older kernel, and counts as none.
+    The key is asked for where something is stored: a launch has no time for more. An entry of
+    another length is of an older kernel, and counts as none.
     """
     if not _STORED:
         return default
-    found = _STORED.get(device_name(device), {}).get(kernel, {}).get(key, default)
+    found = _STORED.get(device_name(device), {}).get(kernel, {}).get(key(), default)
     return found if len(found) == len(default) else default
 
 
@@ -163,7 +166,7 @@ def tune(
                 refused[one.numbers] = f"its result differs by {off:.2e}, of {largest:.2e}."
                 continue
             seconds[one.numbers] = clock(run)
-        except Exception as problem:  # noqa: BLE001 - too much shared memory, or no compiler's words
+        except Exception as problem:  # noqa: BLE001 - too much shared memory, or anything else
             refused[one.numbers] = f"{type(problem).__name__}: {problem}"[:200]
     best = min(seconds, key=seconds.__getitem__)
     if seconds[best] > (1 - GAIN) * seconds[case.default]:

@@ -1,6 +1,7 @@
 """How fast each kernel is, beside its peers and beside what this GPU can do at all.
 
     python -m effnb.kernels.bench [NAME ...] [--store] [--device cpu --small]
+    python -m effnb.kernels.bench --tune [NAME ...]     # measure block sizes instead; see _tuning
 
 For every case: the median time, bytes and operations per second, and the share of the roofline, by
 the bytes that must be moved and the operations that must be done (each kernel's docstring counts
@@ -20,7 +21,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from typing import Any
 import torch
 
 from effnb.kernels._stored import RESULTS, provenance, write
+from effnb.kernels._tuning import said, tune
+from effnb.kernels._tuning import store as keep
 from effnb.kernels.compile import modules
 
 VERSIONS = (
@@ -258,6 +261,24 @@ def store(result: dict[str, Any], path: Path) -> str:
     return f"Stored in {path.name}."
 
 
+def tune_block_sizes(names: Sequence[str], device: torch.device) -> int:
+    """Measure the candidates of these kernels, print what each took, and store the choices."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        print(
+            "Block sizes are measured on a GPU, and there is none here: kernels keep their own "
+            "choices.",
+            file=sys.stderr,
+        )
+        return 1
+    found = []
+    for name in names or modules():
+        make = getattr(importlib.import_module(f"effnb.kernels.{name}"), "tune_cases", list)
+        found += [tune(case, device, lambda run: median_seconds(run, device)) for case in make()]
+    print(said(found))
+    keep(found, device)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure what can be measured, print the table, store it if asked to."""
     parser = argparse.ArgumentParser(prog="python -m effnb.kernels.bench")
@@ -268,11 +289,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try it out")
     parser.add_argument("--store", action="store_true", help="write data/results/kernels.json")
     parser.add_argument("--output", type=Path, default=RESULT, help="another file to write")
+    parser.add_argument("--tune", action="store_true", help="measure block sizes, and keep them")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.names) - set(modules()))
     if unknown:
         print(f"{unknown[0]} is no kernel: {', '.join(modules())}.", file=sys.stderr)
         return 2
+    if options.tune:
+        return tune_block_sizes(options.names, torch.device(options.device))
     found = cases(*options.names, small=options.small)
     device, ceilings = torch.device(options.device), None
     if device.type == "cuda" and not torch.cuda.is_available():

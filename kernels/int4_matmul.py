@@ -36,7 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -391,32 +391,37 @@ def blocks_for(rows: int, weight: Int4Weight, dtype: torch.dtype) -> Blocks:
 
     Products of float32 run without tensor cores, on small blocks.
     """
-    units = cdiv(weight.shape[1], UNIT)
+    return _blocks(rows, *weight.shape, dtype)
+
+
+def _blocks(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Blocks:
+    units = cdiv(inputs, UNIT)
     if rows == 1:
-        return Blocks(1, 32, _parts(cdiv(weight.shape[0], 32), cdiv(units, UNITS)))
+        return Blocks(1, 32, _parts(cdiv(outputs, 32), cdiv(units, UNITS)))
     if dtype == torch.float32:
         return Blocks(16, 16, warps=8)
     # As wide as registers allow: a weight that was unpacked serves all rows, and four warps share
     # the outputs, since among more of them each would unpack what another one has.
     m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     n = 64 if m == 16 else 128
-    return Blocks(m, n, _parts(cdiv(weight.shape[0], n) * cdiv(rows, m), units))
+    return Blocks(m, n, _parts(cdiv(outputs, n) * cdiv(rows, m), units))
 
 
 def _numbers(blocks: Blocks) -> Numbers:
     return blocks.m, blocks.n, blocks.parts, blocks.warps
 
 
-def _key(rows: int, weight: Int4Weight, dtype: torch.dtype) -> str:
-    n, k = weight.shape
-    kind = "grid" if weight.table is None else "table"
-    return f"{kind} {key_of(dtype, rows=rows, n=n, k=k, group=weight.group_size)}"
+def _key(rows: int, n: int, k: int, group: int, table: bool, dtype: torch.dtype) -> str:
+    kind = "table" if table else "grid"
+    return f"{kind} {key_of(dtype, rows=rows, n=n, k=k, group=group)}"
 
 
 def _chosen(rows: int, weight: Int4Weight, dtype: torch.dtype, device: torch.device) -> Blocks:
     """What was measured on this device, or else `blocks_for`."""
     own = blocks_for(rows, weight, dtype)
-    return Blocks(*chosen("int4_matmul", _key(rows, weight, dtype), device, _numbers(own)))
+    table = weight.table is not None
+    key = partial(_key, rows, *weight.shape, weight.group_size, table, dtype)
+    return Blocks(*chosen("int4_matmul", key, device, _numbers(own)))
 
 
 def _parts(programs: int, turns: int) -> int:
@@ -703,11 +708,10 @@ def _tune_case(m: int, n: int, k: int, small: bool, *, nf4: bool) -> TuneCase:
         x, weight = inputs(device)
         return lambda: _forward(x, weight, None, Blocks(*numbers))
 
-    _, weight = inputs(torch.device("cpu"))
     fit = tuple(c for c in CANDIDATES if (c.numbers[0] == 1) == (m == 1))
     fit = tuple(c for c in fit if c.numbers[0] < 2 * max(m, 16))
-    default = _numbers(blocks_for(m, weight, dtype))
-    return TuneCase("int4_matmul", _key(m, weight, dtype), default, fit, make)
+    default = _numbers(_blocks(m, n, k, dtype))
+    return TuneCase("int4_matmul", _key(m, n, k, group, nf4, dtype), default, fit, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

@@ -20,8 +20,9 @@ LoRA: Hu et al., 2021, arXiv 2106.09685.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,7 +191,8 @@ def _tile(rows: int, n: int, dtype: torch.dtype, device: torch.device) -> Tile:
     own = tile_for(rows, n, dtype)
     if dtype == torch.float32:
         return own
-    return Tile(*chosen("lora", key_of(dtype, rows=rows, n=n), device, astuple(own)))
+    key = partial(key_of, dtype, rows=rows, n=n)
+    return Tile(*chosen("lora", key, device, astuple(own)))
 
 
 def _inner_settings(rows: int, k: int, rank: int, dtype: torch.dtype) -> dict[str, int]:

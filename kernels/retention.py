@@ -63,6 +63,7 @@ $5\, d_k d_v$ operations, however long the past is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -621,7 +622,7 @@ def retention(
     _check(q, k, v, gamma, initial_state, "batch, heads, time, dim")
     scale = None if scale is None else check_number("scale", scale)
     if chunk_size is None:
-        key = key_of(q.dtype, k=q.shape[-1], v=v.shape[-1])
+        key = partial(key_of, q.dtype, k=q.shape[-1], v=v.shape[-1])
         (chunk_size,) = chosen("retention", key, q.device, (_chunk_size(q.dtype),))
     chunk_size = check_whole("chunk_size", chunk_size)
     if chunk_size not in CHUNK_SIZES:
