@@ -368,7 +368,7 @@ def test_states_in_bfloat16_cost_no_more_than_rounding_the_outputs():
 
 
 def test_backward_reads_the_states_of_the_forward_pass(proof, monkeypatch):
-    """Five launches of outputs or states backward would be one more for each set not shared."""
+    """Three outputs, but one set of new states: keys and values share it."""
     started = []
 
     def note(launch):
