@@ -72,7 +72,7 @@ class BenchCase:
     bytes: int
     flops: int
     make: Callable[[torch.device], Mapping[str, Runner]]
-    tolerance: float = 1e-2
+    tolerance: float = 2e-2
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ def measure(case: BenchCase, device: torch.device, ceilings: Ceilings) -> list[T
     """
     about = (case.kernel, case.shape, _name(case), case.bytes, case.flops)
     first, found = dict(case.make(device)), []
-    exact = first.pop(EXACT)
-    exact = exact if isinstance(exact, str) else _tensors(exact())
+    exact = first.pop(EXACT, None)
+    exact = None if exact is None else exact()
     on_gpu = device.type == "cuda"
     copies = copies_for(case.bytes, l2_bytes(device)) if on_gpu else 1
     all_runs = [first, *(dict(case.make(device)) for _ in range(copies - 1))]
@@ -218,7 +218,7 @@ def measure(case: BenchCase, device: torch.device, ceilings: Ceilings) -> list[T
             continue
         try:
             result, off = run(), None
-            if not who.endswith(OTHER) and not isinstance(exact, str):
+            if not who.endswith(OTHER) and exact is not None:
                 off = error(result, exact)
                 if not off <= case.tolerance:
                     raise ValueError(f"its error is {off:.1e}, above {case.tolerance:.1e}")

@@ -51,7 +51,7 @@ from effnb.kernels._launch import (
     tl,
     wide_precision,
 )
-from effnb.kernels.bench import BenchCase
+from effnb.kernels.bench import EXACT, BenchCase, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.lora import too_large
 from effnb.kernels.report import Work
@@ -581,8 +581,13 @@ def _bench_users(m: int, n: int, k: int, r: int, users: int) -> BenchCase:
                 out[mine] += linear(linear(x[mine], a[user]), b[user])
             return out
 
+        def exactly() -> Tensor:
+            wide = (t.double() for t in (x, a, b))
+            return _in_tiles(*wide, batch, s.double(), base.double())
+
         return {
-            "ours": lambda: gathered_lora(x, a, b, batch, s, base),
+            EXACT: exactly,
+            "ours": lambda: gathered_lora(x, a, b, batch, s, base, backend=pinned(device)),
             "torch, user by user": one_by_one,
             "torch, gathered": (
                 (lambda: gathered_reference(x, a, b, index, s, base))

@@ -61,7 +61,7 @@ from effnb.kernels._launch import (
     tl,
 )
 from effnb.kernels._tuning import Candidate, Numbers, TuneCase, chosen, key_of
-from effnb.kernels.bench import BenchCase, absent
+from effnb.kernels.bench import EXACT, BenchCase, Runner, absent, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.report import Work
 
@@ -740,7 +740,8 @@ def _bench_case(m: int, n: int, k: int, group: int, *, nf4: bool) -> BenchCase:
             weight, peers = _affine_peer(x, dense, group)
         written = weight.dequantize(x.dtype)
         return {
-            "ours": lambda: int4_matmul(x, weight),
+            EXACT: lambda: x.double() @ weight.dequantize(torch.float64).T,
+            "ours": lambda: int4_matmul(x, weight, backend=pinned(device)),
             "torch, bfloat16 weight": lambda: torch.nn.functional.linear(x, written),
             "torch, dequantizing": lambda: reference(x, weight),
             **peers,
@@ -759,8 +760,10 @@ def _affine_peer(x: Tensor, dense: Tensor, group: int) -> tuple[Int4Weight, dict
     codes = (grouped / scales.float().unsqueeze(2) + zeros.unsqueeze(2)).round().clamp(0, 15)
     codes = codes.flatten(1).to(torch.uint8)
     weight = pack_int4(codes, scales, zeros, group_size=group)
+    gemlite = absent("gemlite") or _gemlite(x, codes, scales, zeros, group)
     if x.device.type != "cuda":
-        return weight, {"torch int4 (tinygemm)": "torch has it for NVIDIA GPUs and CPUs only."}
+        no = "torch has it for NVIDIA GPUs and CPUs only."
+        return weight, {"torch int4 (tinygemm)": no, "gemlite": gemlite}
     pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
     packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
     s = scales.float()
@@ -768,8 +771,30 @@ def _affine_peer(x: Tensor, dense: Tensor, group: int) -> tuple[Int4Weight, dict
     return weight, {
         "torch int4 (tinygemm)": lambda: torch.ops.aten._weight_int4pack_mm(
             x, packed, group, offsets
-        )
+        ),
+        "gemlite": gemlite,
     }
+
+
+def _gemlite(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Runner:
+    """The same weight in gemlite's own packing, from the same codes, steps and zero points."""
+    if x.device.type != "cuda":
+        return "It is for the GPU here."
+    try:
+        from gemlite.core import DType, GemLiteLinear
+
+        layer = GemLiteLinear(
+            4,
+            group_size=group,
+            in_features=codes.shape[1],
+            out_features=codes.shape[0],
+            input_dtype=DType.BF16,
+            output_dtype=DType.BF16,
+        )
+        layer.pack(codes, scales.to(x.dtype), zeros.to(x.dtype), None)
+    except Exception as problem:  # noqa: BLE001 - another version may ask for other things
+        return f"gemlite does not take this weight ({type(problem).__name__}: {problem})."[:200]
+    return lambda: layer(x)
 
 
 def _nf4_peer(x: Tensor, dense: Tensor, group: int) -> tuple[Int4Weight, dict[str, Any]]:

@@ -47,7 +47,7 @@ from effnb.kernels._launch import (
     wide_precision,
 )
 from effnb.kernels._tuning import Candidate, Numbers, TuneCase, chosen, key_of
-from effnb.kernels.bench import OTHER, BenchCase, absent
+from effnb.kernels.bench import EXACT, OTHER, BenchCase, absent, pinned
 from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
 
@@ -486,7 +486,8 @@ def _bench_layer(m: int, n: int, k: int, r: int) -> BenchCase:
             for shape in ((m, k), (n, k), (r, k), (n, r))
         )
         return {
-            "ours": lambda: lora(x, w, a, b, 2.0),
+            EXACT: lambda: reference(*(t.double() for t in (x, w, a, b)), 2.0),
+            "ours": lambda: lora(x, w, a, b, 2.0, backend=pinned(device)),
             "torch, in turn": lambda: reference(x, w, a, b, 2.0),
             "torch, the layer alone" + OTHER: lambda: linear(x, w),
             "peft": _peft(x, w, a, b),

@@ -96,7 +96,7 @@ from effnb.kernels._masked import (
     visible_sum,
 )
 from effnb.kernels._tuning import Candidate, Numbers, TuneCase, chosen, key_of
-from effnb.kernels.bench import OTHER, BenchCase, Runner, absent
+from effnb.kernels.bench import EXACT, OTHER, BenchCase, Runner, absent, pinned
 from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
 
@@ -859,16 +859,30 @@ def _bench_case(batch, heads, tokens, dim_k, dim_v, *, backward: bool) -> BenchC
                 (lambda: torch.autograd.grad(function(), inputs, d_out)) if backward else function
             )
 
-        def theirs() -> Tensor:
-            # Its layout is (batch, time, heads, dim); its decay is the paper's as well.
+        # Its layout is (batch, time, heads, dim); its decay is the paper's as well.
+        turned = [x.detach().transpose(1, 2).contiguous() for x in (q, k, v, d_out)]
+        own = [x.requires_grad_(backward) for x in turned[:3]]
+
+        def theirs():
             from fla.ops.retention import chunk_retention
 
-            return chunk_retention(*(x.transpose(1, 2) for x in (q, k, v)))[0].transpose(1, 2)
+            out = chunk_retention(*own)[0]
+            if not backward:
+                return out.transpose(1, 2)
+            found = torch.autograd.grad(out, own, turned[3])
+            return [grad.transpose(1, 2) for grad in found]
 
+        def exactly():
+            wide = [x.detach().double().requires_grad_(backward) for x in inputs]
+            out = retention_chunkwise(*wide, gamma.double())[0]
+            return torch.autograd.grad(out, wide, d_out.double()) if backward else out
+
+        how = pinned(device)
         return {
-            "ours": timed(lambda: retention(q, k, v, gamma)[0]),
+            EXACT: exactly,
+            "ours": timed(lambda: retention(q, k, v, gamma, backend=how)[0]),
             "torch, chunkwise": timed(lambda: retention_chunkwise(q, k, v, gamma)[0]),
-            "flash-linear-attention": absent("fla.ops.retention") or timed(theirs),
+            "flash-linear-attention": absent("fla.ops.retention") or theirs,
             "causal attention (SDPA)" + OTHER: timed(
                 lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             ),
@@ -886,7 +900,8 @@ def _step_case(batch, heads, dim_k, dim_v) -> BenchCase:
         state = torch.randn(batch, heads, dim_k, dim_v, device=device)
         inputs = q, k, v, retention_decay(heads).to(device), state
         return {
-            "ours": lambda: retention_step(*inputs),
+            EXACT: lambda: retention_step_reference(*(x.double() for x in inputs)),
+            "ours": lambda: retention_step(*inputs, backend=pinned(device)),
             "torch": lambda: retention_step_reference(*inputs),
         }
 
