@@ -23,7 +23,7 @@ FLUSH_BYTES = 256 * 2**20
 L2_BYTES = 50 * 2**20
 """Of an H100, where PyTorch does not say it."""
 COPIES = 32
-"""Copies of a case at most: below 3 MiB each, three quarters of its bytes at least leave the L2."""
+"""Copies of a case at most; of one that moves less than 3 MiB a part then stays in the L2."""
 REPEATS = 30
 
 Run = Callable[[], Any]
@@ -109,7 +109,7 @@ def captured(runs: Sequence[Run], device: torch.device, *, repeats: int = REPEAT
     """Times of one run, of a CUDA graph in which all of them follow each other.
 
     Raises:
-        RuntimeError: When one cannot be captured, as what waits for the GPU or copies from the host.
+        RuntimeError: When one cannot be captured: it waits for the GPU, or copies from the host.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

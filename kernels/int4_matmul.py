@@ -669,7 +669,7 @@ def _work(kernel: Any, kind: dict[str, Any], m: int, n: int, size: int) -> tuple
 
 CANDIDATES = (
     Candidate((1, 16, 4, 4), "one row: a half of the registers, more programs on a multiprocessor"),
-    Candidate((1, 32, 4, 4), "one row: an input that was converted serves four weights of a thread"),
+    Candidate((1, 32, 4, 4), "one row: a converted input serves four weights of a thread"),
     Candidate((1, 32, 8, 4), "the same in twice as many programs, each with half as many turns"),
     Candidate((1, 64, 8, 8), "one row: twice the threads, and as many registers each"),
     Candidate((16, 64, 8, 4), "up to 16 rows: 512 programs at n = 4096, 4 KiB of codes each"),
@@ -686,9 +686,8 @@ def tune_cases(*, small: bool = False) -> list[TuneCase]:
     layers, rows = [(4096, 4096), (11008, 4096), (4096, 11008)], [1, 16, 32, 64]
     if small:
         layers, rows = [(32, 256)], [1, 3]
-    return [
-        _tune_case(m, n, k, small, nf4=nf4) for n, k in layers for m in rows for nf4 in (False, True)
-    ]
+    kinds = (False, True)
+    return [_tune_case(m, n, k, small, nf4=x) for n, k in layers for m in rows for x in kinds]
 
 
 def _tune_case(m: int, n: int, k: int, small: bool, *, nf4: bool) -> TuneCase:

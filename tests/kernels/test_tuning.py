@@ -88,7 +88,8 @@ def test_without_an_entry_no_key_is_made(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"cpu": []}', '{"cpu": {"lora": {"k": 3}}}', '{"cpu": {"lora": {"k": [0]}}}']
+    "text",
+    ["{", "[]", '{"cpu": []}', '{"cpu": {"lora": {"k": 3}}}', '{"cpu": {"lora": {"k": [0]}}}'],
 )
 def test_a_damaged_file_is_said(tmp_path, text):
     path = tmp_path / "tuned.json"
@@ -126,7 +127,8 @@ def test_every_candidate_computes_the_same(proof, name):
 
 def test_a_stored_choice_is_what_is_launched(proof, monkeypatch):
     lora = importlib.import_module("effnb.kernels.lora")
-    x, w, a, b = (proof.tensor(*s, dtype=torch.float16) for s in ((3, 32), (40, 32), (2, 32), (40, 2)))
+    shapes = (3, 32), (40, 32), (2, 32), (40, 2)
+    x, w, a, b = (proof.tensor(*shape, dtype=torch.float16) for shape in shapes)
     given, plain = [], lora.launch
 
     def launched(kernel, *arguments, **settings):
