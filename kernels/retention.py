@@ -209,16 +209,17 @@ def _states_kernel(
     key_batch, key_head, key_token,  # strides; neighbours of the last dimension touch
     value_batch, value_head, value_token,
     DIM_K: tl.constexpr, DIM_V: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the states of one head: walk over the chunks, storing the state at each."""
+    """One tile of the states of one head: walk over BLOCK_T tokens at a time, storing by chunks."""
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
-    chunks = tl.cdiv(tokens, CHUNK)
-    index = tl.arange(0, CHUNK)
+    chunks, blocks = tl.cdiv(tokens, CHUNK), tl.cdiv(tokens, BLOCK_T)
+    each: tl.constexpr = CHUNK // BLOCK_T
+    index = tl.arange(0, BLOCK_T)
     dim_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     dim_v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_k, in_v = dim_k < DIM_K, dim_v < DIM_V
@@ -226,13 +227,16 @@ def _states_kernel(
     in_tile = in_k[:, None] & in_v[None, :]
     decay = tl.load(log2_gamma + head)
     state = tl.load(initial + row * DIM_K * DIM_V + tile, mask=in_tile, other=0.0)
-    for step in range(chunks):
-        chunk = chunks - 1 - step if REVERSE else step
-        kept = state.to(states.dtype.element_ty)
-        tl.store(states + (row * chunks + chunk) * DIM_K * DIM_V + tile, kept, mask=in_tile)
-        length = tl.minimum(tokens - chunk * CHUNK, CHUNK)
+    for step in range(blocks):
+        block = blocks - 1 - step if REVERSE else step
+        first = (block == blocks - 1) | (block % each == each - 1) if REVERSE else block % each == 0
+        if first:  # of its chunk
+            kept = state.to(states.dtype.element_ty)
+            at = states + (row * chunks + block // each) * DIM_K * DIM_V + tile
+            tl.store(at, kept, mask=in_tile)
+        length = tl.minimum(tokens - block * BLOCK_T, BLOCK_T)
         present = index < length
-        token = (chunk * CHUNK + index).to(tl.int64)
+        token = (block * BLOCK_T + index).to(tl.int64)
         k = tl.load(
             key + token[:, None] * key_token + dim_k[None, :],
             mask=present[:, None] & in_k[None, :],
@@ -243,7 +247,7 @@ def _states_kernel(
             mask=present[:, None] & in_v[None, :],
             other=0.0,
         )
-        # How often each token still decays before the chunk is left: at its end, or, backwards in
+        # How often each token still decays before the block is left: at its end, or, backwards in
         # time, at its start, where the step into the first token counts too.
         left = index + 1 if REVERSE else tl.maximum(length - 1 - index, 0)
         weight = tl.exp2(decay * left.to(tl.float32))
@@ -465,8 +469,9 @@ def _settings(
         REVERSE=reverse,
         PRECISION=how,
         num_warps=8 if large else 4,
-        num_stages=2,
-        **({"TURNED": turned} if kernel == "outputs" else {}),
+        num_stages=3 if kernel == "states" else 2,
+        # 64 tokens of 128 keys and values are 32 KiB, of which two stages are under way.
+        **({"TURNED": turned} if kernel == "outputs" else {"BLOCK_T": min(chunk, 64)}),
     )
 
 
@@ -774,9 +779,9 @@ def _work(name: str, settings: dict[str, int], dtype: torch.dtype, texts: int) -
             what=what,
             item="tile",
             items=1,
-            turns=chunks // texts,
+            turns=tokens // texts // settings["BLOCK_T"],
             programs=heads * texts * (dim_v // v) * (dim_k // k),
-            fetched=chunk * (k + v) * size,
+            fetched=settings["BLOCK_T"] * (k + v) * size,
             bytes=moved,
             # A product of all digits is three of bfloat16, and of TF32 three at half the rate.
             flops=2 * heads * tokens * dim_k * dim_v * (1 if size == 4 else 3 * state // 2),
