@@ -108,9 +108,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def chosen(
-    kernel: str, key: Callable[[], str], device: torch.device, default: Numbers
-) -> Numbers:
+def chosen(kernel: str, key: Callable[[], str], device: torch.device, default: Numbers) -> Numbers:
     """What was stored for these sizes on this device, or else the kernel's choice.
 
     The key is asked for where something is stored: a launch has no time for more. An entry of

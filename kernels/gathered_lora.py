@@ -7,8 +7,8 @@ $$y_m = y_{0,m} + s_u\,(x_m A_u^\top) B_u^\top;$$
 -1 stands for none. Rows are gathered into tiles of one user each, so that a user's matrices are
 read once a tile and multiplied on the tensor cores, in two kernels: $h = x A_u^\top$, then
 $y = y_0 + s_u h B_u^\top$. The first cuts the inputs into parts where there are few tiles, and the
-second adds the parts in a fixed order. Ranks may differ: fill up with zeros (`stack_users`). Rows
-are arranged once a batch, not in every layer: a `UserBatch` is that arrangement.
+parts are added in a fixed order. Ranks may differ: fill up with zeros (`stack_users`). Rows are
+arranged once a batch, not in every layer: a `UserBatch` is that arrangement.
 
 **Bytes**, in 16 bits: $2 U r (K + N) + 2M (K + 2N) + 8Mr$ for U users in the batch.
 **Operations**: $2Mr(K + N)$; of 16-bit numbers, the second product is in TF32, which has the range
@@ -135,14 +135,13 @@ def stack_users(updates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
 @jit
 def _down(
     x, a, rows, users, h, stride_xm, stride_xk, stride_au, stride_ar, stride_ak,
-    K: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
+    K: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): h of the rows of tile i, from the j-th part of the inputs."""
     kind: tl.constexpr = x.dtype.element_ty
     inner: tl.constexpr = kind if a.dtype.element_ty == kind else tl.float32
-    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    EACH: tl.constexpr = (BLOCKS + PARTS - 1) // PARTS
+    each = tl.cdiv((K + BLOCK_K - 1) // BLOCK_K, tl.num_programs(1))
     tile = tl.program_id(0)
     user = tl.load(users + tile).to(tl.int64)
     lines = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -151,8 +150,8 @@ def _down(
     there = (ms >= 0) & (user >= 0)
     a_rows = a + user * stride_au + rs.to(tl.int64)[None, :] * stride_ar
     thin = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for block in range(EACH):
-        first = (tl.program_id(1) * EACH + block) * BLOCK_K
+    for block in range(each):
+        first = (tl.program_id(1) * each + block) * BLOCK_K
         ks = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
         mask = there[:, None] & (ks < K)[None, :]
         part = x + ms[:, None] * stride_xm + ks[None, :] * stride_xk
@@ -168,7 +167,7 @@ def _down(
 @jit
 def _up(
     h, b, rows, users, scaling, base, out, stride_bu, stride_bn, stride_br, stride_0m, stride_0n,
-    N: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, BASE: tl.constexpr,
+    N: tl.constexpr, RANK: tl.constexpr, BASE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): outputs j BLOCK_N ... of the rows of tile i; of no user, the base alone."""
@@ -179,11 +178,7 @@ def _up(
     ms = tl.load(rows + lines).to(tl.int64)
     ns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rs = tl.arange(0, BLOCK_R)
-    thin = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    at = h + lines[:, None] * RANK + rs[None, :]
-    for _ in tl.static_range(PARTS):  # always in the same order
-        thin += tl.load(at, mask=(rs < RANK)[None, :], other=0.0)
-        at += tl.num_programs(0).to(tl.int64) * BLOCK_M * RANK
+    thin = tl.load(h + lines[:, None] * RANK + rs[None, :], mask=(rs < RANK)[None, :], other=0.0)
     mask = (rs < RANK)[:, None] & (ns < N)[None, :] & (user >= 0)
     up = b + user * stride_bu + ns.to(tl.int64)[None, :] * stride_bn
     up += rs.to(tl.int64)[:, None] * stride_br
@@ -274,14 +269,9 @@ class UserBatch:
         return cls(owners.new_zeros(count), 1, rows, owners, ordered=True)
 
 
-MAX_PARTS = 8
-"""Parts of h at most: each program of the outputs adds them up, 8 KiB for a tile of rank 16."""
-
-
 def _parts(tiles: int, k: int, block_k: int) -> int:
     """A few tiles leave most of a GPU idle, which has about 128 multiprocessors: cut the inputs."""
-    wanted = next_power_of_2(cdiv(128, max(tiles, 1)))
-    return max(1, min(wanted, MAX_PARTS, cdiv(k, block_k)))
+    return max(1, min(next_power_of_2(cdiv(128, max(tiles, 1))), cdiv(k, block_k)))
 
 
 @lru_cache(maxsize=64)
@@ -305,13 +295,14 @@ def _run_gathered(
     h = empty((parts, tiles * block_m, rank), torch.float32, x.device)
     launch(
         _down, (tiles, parts), x, A, *lists, h, *x.stride(), *A.stride(),
-        K=k, PARTS=parts, BLOCK_K=block_k, **how, num_warps=4, num_stages=2,
+        K=k, BLOCK_K=block_k, **how, num_warps=4, num_stages=2,
     )  # fmt: skip
+    h = h[0] if parts == 1 else h.sum(0)
     out = empty((count, n), x.dtype, x.device)
     strides = (0, 0) if base is None else base.stride()
     launch(
         _up, (tiles, cdiv(n, block_n)), h, B, *lists, scaling.contiguous(), base, out,
-        *B.stride(), *strides, N=n, PARTS=parts, BASE=base is not None, BLOCK_N=block_n, **how,
+        *B.stride(), *strides, N=n, BASE=base is not None, BLOCK_N=block_n, **how,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
@@ -531,7 +522,6 @@ def compile_cases() -> list[CompileCase]:
             "WIDE": "ieee" if dtype == "fp32" else "tf32",
         }
         constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "BASE": not backward}
-        constants["PARTS"] = _parts(16, 4096, 128)
         name = f"gathered_lora: {dtype} {kernel.__name__.strip('_')} {m}, A and B {ab}, r {rank}"
         name += backward * " backward"
         work = _work(kernel is _down, rank, m, n, k, 4 if dtype == "fp32" else 2)
@@ -543,18 +533,17 @@ def _work(down: bool, rank: int, m: int, n: int, k: int, size: int) -> Work:
     """Sixteen users on a layer of 4,096 by 4,096: 16 rows, or a tile's rows 16 times."""
     users, width = 16, 4096
     rows = users * (1 if m == 16 else m)
-    cut = _parts(users, width, 128)
-    parts = cut if down else width // n
+    parts = _parts(users, width, k) if down else width // n
     return Work(
         what=f"{rows} rows of {users} users, {width} x {width}, rank {rank}",
         item="tile",
         items=1,
         turns=width // k // parts if down else 1,
         programs=users * parts,
-        fetched=(m + rank) * k * size if down else n * (rank + m) * size + 4 * cut * m * rank,
+        fetched=(m + rank) * k * size if down else n * (rank + m) * size,
         bytes=users * rank * width * size
         + rows * width * size * (1 if down else 2)
-        + 4 * users * m * rank * cut,
+        + 4 * users * m * rank * (parts if down else 1),
         flops=2 * rows * rank * width,
     )
 

@@ -340,6 +340,7 @@ def _bench_case(rows: int, outputs: int, inputs: int) -> BenchCase:
 
         known = absent("bitsandbytes")
         on_gpu = device.type == "cuda"
+
         def exactly() -> Tensor:
             a, s = quantize_rows(x)
             total = a.double() @ codes.double().T

@@ -575,6 +575,7 @@ def _bench_case(tokens: int, hidden: int, words: int, *, backward: bool) -> Benc
         plain = absent("liger_kernel")
         if not plain:
             plain = "It gives the mean alone." if not backward else timed(liger)
+
         def exactly():
             wide = [z.detach().double().requires_grad_(backward) for z in (x, w)]
             losses = linear_cross_entropy(*wide, labels, backend="torch")

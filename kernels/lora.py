@@ -74,10 +74,10 @@ def reference(
 @jit
 def _inner(
     x, a, h, M, stride_xm, stride_xk, stride_ar, stride_ak,
-    K: tl.constexpr, RANK: tl.constexpr, PART: tl.constexpr,
+    K: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): h of rows i BLOCK_M ..., from PART blocks of inputs, the j-th part of them.
+    """Program (i, j): h of rows i BLOCK_M ..., from the j-th part of the inputs.
 
     A of another type than x is multiplied in float32.
     """
@@ -88,8 +88,9 @@ def _inner(
     x_rows = x + ms[:, None] * stride_xm
     a_rows = a + rs.to(tl.int64)[None, :] * stride_ar
     thin = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for step in range(PART):
-        first = (tl.program_id(1) * PART + step) * BLOCK_K
+    each = tl.cdiv((K + BLOCK_K - 1) // BLOCK_K, tl.num_programs(1))
+    for step in range(each):
+        first = (tl.program_id(1) * each + step) * BLOCK_K
         ks = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
         mask = (ms < M)[:, None] & (ks < K)[None, :]
         part = tl.load(x_rows + ks[None, :] * stride_xk, mask=mask, other=0.0)
@@ -169,14 +170,14 @@ LARGE = Tile(128, 128, 64, 8)
 """64 sums in each of 256 threads' registers, and 64 operations for each byte that is fetched."""
 MIDDLE = Tile(64, 64, 64, 4)
 """For four times as many programs; a quarter of the sums, by half the threads."""
-EXACT = Tile(16, 32, 32, 4)
+SINGLE = Tile(16, 32, 32, 4)
 """Float32 without tensor cores: both factors of a sum are in registers."""
 
 
 def tile_for(rows: int, n: int, dtype: torch.dtype) -> Tile:
     """The largest tile of which there are enough; by the sizes alone, where none was measured."""
     if dtype == torch.float32:
-        return EXACT
+        return SINGLE
     for tile in (LARGE, MIDDLE):
         if 2 * rows > tile.m and cdiv(rows, tile.m) * cdiv(n, tile.n) >= PROGRAMS:
             return tile
@@ -195,20 +196,14 @@ def _tile(rows: int, n: int, dtype: torch.dtype, device: torch.device) -> Tile:
     return Tile(*chosen("lora", key, device, astuple(own)))
 
 
-def _inner_settings(rows: int, k: int, rank: int, dtype: torch.dtype) -> dict[str, int]:
-    """Constants of the kernel of h: parts of the inputs, so that enough programs run."""
+def _inner_settings(rows: int, k: int, rank: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
+    """Constants of the kernel of h; and parts of the inputs, so that enough programs run."""
     m = max(16, min(next_power_of_2(rows), 64))
     block = 32 if dtype == torch.float32 else 64  # with 64 rows, 8 KiB of x a turn
     turns = max(1, cdiv(k, block))
     each = cdiv(turns, min(MAX_PARTS, turns, cdiv(PROGRAMS, max(1, cdiv(rows, m)))))
-    return {
-        "K": k,
-        "RANK": rank,
-        "PART": each,
-        "BLOCK_M": m,
-        "BLOCK_K": block,
-        "BLOCK_R": max(16, next_power_of_2(rank)),
-    }
+    blocks = {"BLOCK_M": m, "BLOCK_K": block, "BLOCK_R": max(16, next_power_of_2(rank))}
+    return {"K": k, "RANK": rank, **blocks}, cdiv(turns, each)
 
 
 def _run_layer(
@@ -217,8 +212,7 @@ def _run_layer(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch: x (M, K), weight (N, K), A (r, K), B (N, r), with any strides; y, and h in parts."""
     (rows, k), n, rank = x.shape, len(weight), len(A)
-    how = _inner_settings(rows, k, rank, x.dtype)
-    parts = max(1, cdiv(cdiv(k, how["BLOCK_K"]), how["PART"]))
+    how, parts = _inner_settings(rows, k, rank, x.dtype)
     wide = wide_precision(x.dtype)
     h = empty((parts, rows, rank), torch.float32, x.device)
     if rank:
@@ -368,6 +362,7 @@ def compile_cases() -> list[CompileCase]:
         ("bf16", "fp32", 128, 2048, False),
         ("fp16", "fp32", 16, 2048, False),
         ("bf16", "bf16", 16, 64, False),
+        ("bf16", "fp32", 128, 64, False),
         ("fp16", "fp16", 16, 16, False),
         ("fp32", "fp32", 16, 16, False),
         ("fp32", "fp32", 16, 16, True),
@@ -379,8 +374,8 @@ def compile_cases() -> list[CompileCase]:
         types |= {f"stride_{name}": "i32" for name in ("xm", *far)}
         constants = {f"stride_{name}": 1 for name in ("xk", *near)}
         wide, kind = "ieee" if dtype == "fp32" else "tf32", KINDS[dtype]
-        tile, inner = tile_for(rows, WIDTH, kind), _inner_settings(rows, WIDTH, rank, kind)
-        parts = cdiv(WIDTH // inner["BLOCK_K"], inner["PART"])
+        tile = tile_for(rows, WIDTH, kind)
+        inner, parts = _inner_settings(rows, WIDTH, rank, kind)
         layer = {"N": WIDTH, "K": WIDTH, "RANK": rank, "PARTS": parts, "BIAS": not backward}
         layer |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
         layer |= {"BLOCK_R": min(BLOCK_R, inner["BLOCK_R"]), "PRECISION": "ieee", "WIDE": wide}
@@ -425,7 +420,7 @@ def _inner_work(rows: int, inner: dict[str, int], parts: int, size: int, width: 
         what=f"{rows} rows, {WIDTH} inputs, rank {rank}",
         item="tile",
         items=1,
-        turns=inner["PART"],
+        turns=WIDTH // k // parts,
         programs=cdiv(rows, m) * parts,
         fetched=k * (m * size + rank * width),
         bytes=rows * WIDTH * size + rank * WIDTH * width + 4 * parts * rows * rank,
