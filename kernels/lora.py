@@ -3,7 +3,7 @@ r"""A linear layer and its low-rank update in one pass.
 $$y = x W^\top + s\,(x A^\top) B^\top + b$$
 
 with $W$ (N, K), $A$ (r, K), $B$ (N, r). Done in turn, the update reads and writes y once more.
-Here one small kernel computes $h = x A^\top$, once for all outputs, and every program of the layer's
+One small kernel computes $h = x A^\top$, once for all outputs, and every program of the layer's
 product adds $s\,h B^\top$ to its part of y before writing it.
 
 Bytes, in 16 bits for M rows: $2 (NK + rK + Nr + 2MK + MN)$, and h in float32, $8Mr$.

@@ -191,7 +191,7 @@ def retention_step_reference(q, k, v, gamma, state, *, scale=None):
 
 @jit
 def _product(a, b, total, PRECISION: tl.constexpr):
-    """a b + total: in the type of b where that is narrow, else in float32 or what stands for it."""
+    """Add a b to total: in the type of b where that is narrow, else in float32 or its stand-in."""
     if PRECISION == "narrow":
         total = tl.dot(a.to(b.dtype), b, total)
     else:

@@ -353,7 +353,7 @@ def test_states_in_bfloat16_cost_no_more_than_rounding_the_outputs():
     exact, _ = retention_chunkwise(q, k, v, gamma, chunk_size=chunk)
     index = torch.arange(chunk)
     D = scale * (gamma[:, None, None] ** (index[:, None] - index).clamp(min=0)).tril()
-    state, states_size = torch.zeros(1, 2, 32, 32).double(), torch.zeros(1, 2, 32, 32).double()
+    state = torch.zeros(1, 2, 32, 32).double()
     for start in range(0, 512, chunk):
         a, b, c = (x[:, :, start : start + chunk] for x in (q, k, v))
         P = (a @ b.mT) * D

@@ -1,4 +1,4 @@
-"""Block sizes by measurement: what is stored, when it is used, and that every candidate computes."""
+"""Block sizes by measurement: what is stored, when it is used, and what every candidate makes."""
 
 import importlib
 import json
