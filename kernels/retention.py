@@ -415,9 +415,9 @@ BLOCKS = {
     # stages of them and of the state, 64 KiB, leave room for the queries on an A100.
     "narrow": {"states": (128, 128), "outputs": (128, 64)},
     # Twice the bytes a number, and in the states twice the registers for the rest of their digits.
-    "tf32": {"states": (64, 64), "outputs": (64, 32)},
+    "tf32": {"states": (64, 128), "outputs": (128, 32)},
     # Without tensor cores a thread holds two operands of every sum in registers.
-    "exact": {"states": (32, 32), "outputs": (32, 32)},
+    "exact": {"states": (32, 32), "outputs": (64, 32)},
 }
 """Dimensions of keys and of values that a program takes at once, by how it multiplies."""
 
