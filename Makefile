@@ -68,8 +68,8 @@ test-gpu: ## prove the kernels on this machine's GPU, also for accesses out of b
 	EFFNB_GPU=1 $(RUN) .make/sanitize.py
 
 bench-gpu: ## measure the kernels on this machine's GPU beside others', and store the table
-	@$(SETUP) install test
-	$(RUN) -m effnb.kernels.bench --store
+	@$(SETUP) install peers
+	$(RUN) -m effnb.kernels.bench --gpu --store
 
 check: ## lint, format, docstrings, spelling, and whether each chapter agrees with its source
 	@$(SETUP) install test

@@ -32,7 +32,13 @@ START = "00_start_here.ipynb"
 QUIET_WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 """How long OpenMP's threads wait before they sleep, for GNU's and for LLVM's and Intel's library.
 Without it two chapters at once take each other's cores; `effnb/__init__.py` says the same."""
-CONTAINS = {"lab": (), "test": ("lab", "docs"), "data": (), "docs": ()}
+CONTAINS = {
+    "lab": (),
+    "test": ("lab", "docs"),
+    "peers": ("test", "lab", "docs"),
+    "data": (),
+    "docs": (),
+}
 """The extras that can be asked for, and those that each brings with it."""
 SMALLEST_ROOM = 2 * 10**9
 """Bytes that an environment needs at the very least: torch for the CPU, JupyterLab, two models."""

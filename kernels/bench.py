@@ -1,15 +1,19 @@
 """How fast each kernel is, beside its peers and beside what this GPU can do at all.
 
     python -m effnb.kernels.bench [NAME ...] [--store] [--device cpu --small]
+    python -m effnb.kernels.bench --tune [NAME ...]     # measure block sizes instead; see _tuning
 
 For every case: the median time, bytes and operations per second, and the share of the roofline, by
 the bytes that must be moved and the operations that must be done (each kernel's docstring counts
 them) and by two ceilings measured in the same run: the bandwidth of a large copy, and the speed of
-a large matrix product in the case's type. Peers get the same tensors. A peer that is missing or
-refuses says why. Without a GPU nothing is timed: the table has the counts and "not measured".
+a large matrix product in the case's type. Peers get the same numbers, each in the layout that is
+its own, prepared before. What is ours is pinned to the compiled kernel. Everything is compared with
+the same computation in float64 before it is timed: ours must be right, and a peer that is missing,
+refuses or is wrong says why. Without a GPU nothing is timed: the table has the counts and "not
+measured"; with `--gpu`, for those who came to measure, that is an error.
 
-Each run of a case on a GPU is preceded by overwriting a buffer larger than the L2 cache: weights
-come from memory, as in generating text, where a whole model passes between two uses.
+Tensors come from memory, as in generating text, where a whole model passes between two uses, and
+launches are captured where they can be (`_clock`).
 """
 
 from __future__ import annotations
@@ -17,27 +21,29 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from effnb.kernels._clock import clock, copies_for, l2_bytes, machine, on_host, one_at_a_time
 from effnb.kernels._stored import RESULTS, provenance, write
+from effnb.kernels._tuning import said, tune
+from effnb.kernels._tuning import store as keep
 from effnb.kernels.compile import modules
 
 VERSIONS = (
     "torch", "triton", "bitsandbytes", "torchao", "peft", "liger-kernel", "flash-linear-attention",
+    "gemlite",
 )  # fmt: skip
 RESULT = RESULTS / "kernels.json"
-FLUSH_BYTES = 256 * 2**20
 NOT_MEASURED = "not measured"
 
 OTHER = " (for scale)"
+EXACT = "float64"
 
 Runner = Callable[[], Any] | str
 """What to time, or a sentence on why it cannot run here."""
@@ -53,9 +59,11 @@ class BenchCase:
         dtype: Type of the inputs.
         bytes: Bytes that must be moved at least: inputs once, outputs once.
         flops: Operations that must be done at least.
-        make: From a device, the contestants on the same tensors: "ours" first, then peers. What
-            each returns is compared with what ours returns, except for those whose names end in
-            `OTHER`: they compute something else, for scale.
+        make: From a device, the contestants on the same tensors: "ours" first, then peers, and
+            under `EXACT` the same in float64. What each returns is compared with that before it is
+            timed, except for those whose names end in `OTHER`: they compute something else, for
+            scale.
+        tolerance: The largest error, relative to the exact result, that 16 bits, or 8, explain.
     """
 
     kernel: str
@@ -64,6 +72,7 @@ class BenchCase:
     bytes: int
     flops: int
     make: Callable[[torch.device], Mapping[str, Runner]]
+    tolerance: float = 2e-2
 
 
 @dataclass(frozen=True)
@@ -100,8 +109,12 @@ class Timing:
         bytes_per_second: `bytes` by that time.
         flops_per_second: `flops` by that time.
         roofline: Part of the speed that the ceilings allow.
-        difference: Root mean square of the difference from what ours returns, relative to it.
+        difference: Root mean square of its error against float64, relative to that.
         note: Why it was not measured.
+        low: First quartile of the times.
+        high: Third quartile.
+        warm: Median where its tensors were still in the L2 cache.
+        how: How it was timed; see `_clock`.
     """
 
     kernel: str
@@ -116,6 +129,10 @@ class Timing:
     roofline: float | None = None
     difference: float | None = None
     note: str = ""
+    low: float | None = None
+    high: float | None = None
+    warm: float | None = None
+    how: str = ""
 
 
 def _name(case: BenchCase) -> str:
@@ -131,28 +148,15 @@ def absent(package: str) -> str:
     return ""
 
 
-def median_seconds(run: Callable[[], Any], device: torch.device, *, repeats: int = 30) -> float:
-    """The median time of a function, after two runs that are not counted."""
-    for _ in range(2):
-        run()
-    if device.type != "cuda":
-        times = []
-        for _ in range(max(repeats // 10, 3)):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
-    marks = []
-    for _ in range(repeats):
-        flush.zero_()
-        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        pair[0].record()
-        run()
-        pair[1].record()
-        marks.append(pair)
-    torch.cuda.synchronize(device)
-    return statistics.median(start.elapsed_time(end) for start, end in marks) / 1000
+def median_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The median time of a function; on a GPU, of runs that find nothing in the cache."""
+    times = on_host(run) if device.type != "cuda" else one_at_a_time(run, device)
+    return times.seconds
+
+
+def pinned(device: torch.device) -> str | None:
+    """The backend of what is called ours: on a GPU the compiled kernel, or an error."""
+    return "triton" if device.type == "cuda" else None
 
 
 def measure_ceilings(device: torch.device, dtypes: set[torch.dtype], *, small: bool) -> Ceilings:
@@ -178,32 +182,58 @@ def cases(*names: str, small: bool = False) -> list[BenchCase]:
     return found
 
 
-def _flat(result: Any) -> torch.Tensor:
+def _tensors(result: Any) -> list[torch.Tensor]:
     parts = result if isinstance(result, (tuple, list)) else [result]
-    return torch.cat([p.detach().double().flatten() for p in parts if isinstance(p, torch.Tensor)])
+    return [p.detach().double() for p in parts if isinstance(p, torch.Tensor)]
+
+
+def error(result: Any, exact: Any) -> float:
+    """Root mean square of a result's error relative to the exact one; of several, the largest.
+
+    Raises:
+        ValueError: When they differ in number or shape.
+    """
+    mine, right = _tensors(result), _tensors(exact)
+    if [x.shape for x in mine] != [x.shape for x in right]:
+        raise ValueError("its results are of other shapes than the exact ones.")
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in zip(mine, right))
 
 
 def measure(case: BenchCase, device: torch.device, ceilings: Ceilings) -> list[Timing]:
-    """Time ours and every peer on the same tensors."""
+    """Time ours and every peer on the same tensors, each one that is right.
+
+    Raises:
+        ValueError: When what is ours is wrong.
+    """
     about = (case.kernel, case.shape, _name(case), case.bytes, case.flops)
-    found, ours = [], None
-    for who, run in case.make(device).items():
+    first, found = dict(case.make(device)), []
+    exact = first.pop(EXACT, None)
+    exact = None if exact is None else exact()
+    on_gpu = device.type == "cuda"
+    copies = copies_for(case.bytes, l2_bytes(device)) if on_gpu else 1
+    all_runs = [first, *(dict(case.make(device)) for _ in range(copies - 1))]
+    for who, run in first.items():
         if isinstance(run, str):
             found.append(Timing(*about, who, note=run))
             continue
         try:
-            result = _flat(run())
-            ours = result if ours is None else ours
-            fits = result.shape == ours.shape and not who.endswith(OTHER)
-            difference = float((result - ours).norm() / ours.norm()) if fits else None
-            seconds = median_seconds(run, device)
+            result, off = run(), None
+            if not who.endswith(OTHER) and exact is not None:
+                off = error(result, exact)
+                if not off <= case.tolerance:
+                    raise ValueError(f"its error is {off:.1e}, above {case.tolerance:.1e}")
+            del result
+            took = clock([runs[who] for runs in all_runs], device)
         except Exception as problem:
             if who == "ours":
                 raise
             found.append(Timing(*about, who, note=f"{type(problem).__name__}: {problem}"[:200]))
             continue
+        seconds = took.cold.seconds
         rates = (case.bytes / seconds, case.flops / seconds, ceilings.seconds(case) / seconds)
-        found.append(Timing(*about, who, seconds, *rates, difference))
+        more = {"low": took.cold.low, "high": took.cold.high, "how": took.how}
+        more["warm"] = None if took.warm is None else took.warm.seconds
+        found.append(Timing(*about, who, seconds, *rates, off, **more))
     return found
 
 
@@ -216,14 +246,15 @@ def unmeasured(case: BenchCase) -> Timing:
 def table(timings: list[Timing]) -> str:
     """The results for people to read."""
     width = max([len(t.shape) for t in timings] + [5])
-    head = f"{'kernel':<18} {'shape':<{width}} {'type':<8} {'who':<22} {'time':>12} "
-    lines = [head + f"{'GB/s':>7} {'TFLOP/s':>8} {'roof':>5} {'differs':>8}  bytes moved, flops"]
+    head = f"{'kernel':<18} {'shape':<{width}} {'type':<8} {'who':<22} {'median':>12} "
+    lines = [head + f"{'+-':>4} {'GB/s':>7} {'TFLOP/s':>8} {'roof':>5} {'error':>8}  bytes, flops"]
     for t in timings:
         line = f"{t.kernel:<18} {t.shape:<{width}} {t.dtype:<8} {t.who:<22} "
         if t.seconds is None:
-            line += f"{NOT_MEASURED:>12} {'':31}"
+            line += f"{NOT_MEASURED:>12} {'':36}"
         else:
-            line += f"{t.seconds * 1e6:>9.1f} us {t.bytes_per_second / 1e9:>7.0f} "
+            spread = 50 * ((t.high or t.seconds) - (t.low or t.seconds)) / t.seconds
+            line += f"{t.seconds * 1e6:>9.1f} us {spread:>3.0f}% {t.bytes_per_second / 1e9:>7.0f} "
             line += f"{t.flops_per_second / 1e12:>8.2f} {t.roofline:>5.0%} "
             line += f"{t.difference:>8.1e}" if t.difference is not None else f"{'':8}"
         line += f"  {t.bytes / 1e6:.1f} MB, {t.flops / 1e9:.2f} G"
@@ -235,7 +266,7 @@ def content(
     timings: list[Timing], ceilings: Ceilings | None, device: torch.device | None
 ) -> dict[str, Any]:
     """What is stored, with where it comes from, as all stored results of the workbook have it."""
-    name = NOT_MEASURED
+    name, of_gpu = NOT_MEASURED, False
     if device is not None:
         of_gpu = device.type == "cuda"
         name = f"{device.type} ({torch.cuda.get_device_name(device)})" if of_gpu else device.type
@@ -243,6 +274,7 @@ def content(
         "data": {
             "ceilings": None if ceilings is None else asdict(ceilings),
             "timings": [asdict(t) for t in timings],
+            **({"machine": machine()} if of_gpu else {}),
         },
         "provenance": provenance("python -m effnb.kernels.bench --store", name, VERSIONS),
     }
@@ -258,6 +290,24 @@ def store(result: dict[str, Any], path: Path) -> str:
     return f"Stored in {path.name}."
 
 
+def tune_block_sizes(names: Sequence[str], device: torch.device) -> int:
+    """Measure the candidates of these kernels, print what each took, and store the choices."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        print(
+            "Block sizes are measured on a GPU, and there is none here: kernels keep their own "
+            "choices.",
+            file=sys.stderr,
+        )
+        return 1
+    found = []
+    for name in names or modules():
+        make = getattr(importlib.import_module(f"effnb.kernels.{name}"), "tune_cases", list)
+        found += [tune(case, device, lambda run: median_seconds(run, device)) for case in make()]
+    print(said(found))
+    keep(found, device)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure what can be measured, print the table, store it if asked to."""
     parser = argparse.ArgumentParser(prog="python -m effnb.kernels.bench")
@@ -268,14 +318,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try it out")
     parser.add_argument("--store", action="store_true", help="write data/results/kernels.json")
     parser.add_argument("--output", type=Path, default=RESULT, help="another file to write")
+    parser.add_argument("--gpu", action="store_true", help="fail where there is no GPU")
+    parser.add_argument("--tune", action="store_true", help="measure block sizes, and keep them")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.names) - set(modules()))
     if unknown:
         print(f"{unknown[0]} is no kernel: {', '.join(modules())}.", file=sys.stderr)
         return 2
+    if options.tune:
+        return tune_block_sizes(options.names, torch.device(options.device))
     found = cases(*options.names, small=options.small)
     device, ceilings = torch.device(options.device), None
     if device.type == "cuda" and not torch.cuda.is_available():
+        if options.gpu:
+            print("There is no NVIDIA GPU here, and the bench measures on one.", file=sys.stderr)
+            return 1
         print("There is no GPU here: times are not measured.")
         device, timings = None, [unmeasured(case) for case in found]
     else:

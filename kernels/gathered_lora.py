@@ -7,7 +7,8 @@ $$y_m = y_{0,m} + s_u\,(x_m A_u^\top) B_u^\top;$$
 -1 stands for none. Rows are gathered into tiles of one user each, so that a user's matrices are
 read once a tile and multiplied on the tensor cores, in two kernels: $h = x A_u^\top$, then
 $y = y_0 + s_u h B_u^\top$. The first cuts the inputs into parts where there are few tiles, and the
-parts are added in a fixed order. Ranks may differ: fill up with zeros (`stack_users`).
+parts are added in a fixed order. Ranks may differ: fill up with zeros (`stack_users`). Rows are
+arranged once a batch, not in every layer: a `UserBatch` is that arrangement.
 
 **Bytes**, in 16 bits: $2 U r (K + N) + 2M (K + 2N) + 8Mr$ for U users in the batch.
 **Operations**: $2Mr(K + N)$; of 16-bit numbers, the second product is in TF32, which has the range
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ from effnb.kernels._launch import (
     tl,
     wide_precision,
 )
-from effnb.kernels.bench import BenchCase
+from effnb.kernels.bench import EXACT, BenchCase, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.lora import too_large
 from effnb.kernels.report import Work
@@ -133,14 +135,13 @@ def stack_users(updates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
 @jit
 def _down(
     x, a, rows, users, h, stride_xm, stride_xk, stride_au, stride_ar, stride_ak,
-    K: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
+    K: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): h of the rows of tile i, from the j-th part of the inputs."""
     kind: tl.constexpr = x.dtype.element_ty
     inner: tl.constexpr = kind if a.dtype.element_ty == kind else tl.float32
-    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    EACH: tl.constexpr = (BLOCKS + PARTS - 1) // PARTS
+    each = tl.cdiv((K + BLOCK_K - 1) // BLOCK_K, tl.num_programs(1))
     tile = tl.program_id(0)
     user = tl.load(users + tile).to(tl.int64)
     lines = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -149,8 +150,8 @@ def _down(
     there = (ms >= 0) & (user >= 0)
     a_rows = a + user * stride_au + rs.to(tl.int64)[None, :] * stride_ar
     thin = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for block in range(EACH):
-        first = (tl.program_id(1) * EACH + block) * BLOCK_K
+    for block in range(each):
+        first = (tl.program_id(1) * each + block) * BLOCK_K
         ks = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
         mask = there[:, None] & (ks < K)[None, :]
         part = x + ms[:, None] * stride_xm + ks[None, :] * stride_xk
@@ -268,6 +269,18 @@ class UserBatch:
         return cls(owners.new_zeros(count), 1, rows, owners, ordered=True)
 
 
+def _parts(tiles: int, k: int, block_k: int) -> int:
+    """A few tiles leave most of a GPU idle, which has about 128 multiprocessors: cut the inputs."""
+    return max(1, min(next_power_of_2(cdiv(128, max(tiles, 1))), cdiv(k, block_k)))
+
+
+@lru_cache(maxsize=64)
+def _one_user(count: int, device: torch.device) -> UserBatch:
+    """All rows belong to one user: arranged once for a number of rows, not in every layer."""
+    with torch.inference_mode(mode=False):
+        return UserBatch.of_one(count, device)
+
+
 def _run_gathered(
     x: Tensor, A: Tensor, B: Tensor, batch: UserBatch, scaling: Tensor, base: Tensor | None
 ) -> Tensor:
@@ -277,22 +290,20 @@ def _run_gathered(
     single = x.dtype == torch.float32
     block_r, block_k, block_n = max(16, next_power_of_2(rank)), 32 if single else 128, 64
     how = {"RANK": rank, "BLOCK_M": block_m, "BLOCK_R": block_r, "WIDE": wide_precision(x.dtype)}
-    # A few tiles leave most of a GPU idle: then the inputs are cut as well. The parts are added in
-    # a fixed order.
-    parts = min(next_power_of_2(cdiv(128, max(tiles, 1))), cdiv(k, block_k))
+    parts = _parts(tiles, k, block_k)
     lists = batch.rows.contiguous(), batch.owners.contiguous()
     h = empty((parts, tiles * block_m, rank), torch.float32, x.device)
     launch(
         _down, (tiles, parts), x, A, *lists, h, *x.stride(), *A.stride(),
-        K=k, PARTS=parts, BLOCK_K=block_k, **how, num_warps=4, num_stages=2,
+        K=k, BLOCK_K=block_k, **how, num_warps=4, num_stages=2,
     )  # fmt: skip
     h = h[0] if parts == 1 else h.sum(0)
     out = empty((count, n), x.dtype, x.device)
     strides = (0, 0) if base is None else base.stride()
     launch(
         _up, (tiles, cdiv(n, block_n)), h, B, *lists, scaling.contiguous(), base, out,
-        *B.stride(), *strides, N=n, BASE=base is not None, BLOCK_N=block_n, **how, num_warps=4,
-        num_stages=2,
+        *B.stride(), *strides, N=n, BASE=base is not None, BLOCK_N=block_n, **how,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 
@@ -409,7 +420,7 @@ def lora_update(
         update = linear(linear(x.to(kind), A.to(kind)), B.to(kind)) * scaling
         return (output.to(kind) + update).to(output.dtype)
     rows, base = rows_of(x), rows_of(output)
-    batch = UserBatch.of_one(len(rows), x.device)
+    batch = _one_user(len(rows), x.device)
     s = torch.full((1,), scaling, device=x.device)
     result = _Gathered.apply(rows, A.unsqueeze(0), B.unsqueeze(0), base, s, batch)
     return result.reshape(output.shape)
@@ -510,7 +521,7 @@ def compile_cases() -> list[CompileCase]:
             "BLOCK_R": rank,
             "WIDE": "ieee" if dtype == "fp32" else "tf32",
         }
-        constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PARTS": 4, "BASE": not backward}
+        constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "BASE": not backward}
         name = f"gathered_lora: {dtype} {kernel.__name__.strip('_')} {m}, A and B {ab}, r {rank}"
         name += backward * " backward"
         work = _work(kernel is _down, rank, m, n, k, 4 if dtype == "fp32" else 2)
@@ -522,7 +533,7 @@ def _work(down: bool, rank: int, m: int, n: int, k: int, size: int) -> Work:
     """Sixteen users on a layer of 4,096 by 4,096: 16 rows, or a tile's rows 16 times."""
     users, width = 16, 4096
     rows = users * (1 if m == 16 else m)
-    parts = 4 if down else width // n
+    parts = _parts(users, width, k) if down else width // n
     return Work(
         what=f"{rows} rows of {users} users, {width} x {width}, rank {rank}",
         item="tile",
@@ -530,7 +541,9 @@ def _work(down: bool, rank: int, m: int, n: int, k: int, size: int) -> Work:
         turns=width // k // parts if down else 1,
         programs=users * parts,
         fetched=(m + rank) * k * size if down else n * (rank + m) * size,
-        bytes=users * rank * width * size + rows * width * size * (1 if down else 2),
+        bytes=users * rank * width * size
+        + rows * width * size * (1 if down else 2)
+        + 4 * users * m * rank * (parts if down else 1),
         flops=2 * rows * rank * width,
     )
 
@@ -557,8 +570,13 @@ def _bench_users(m: int, n: int, k: int, r: int, users: int) -> BenchCase:
                 out[mine] += linear(linear(x[mine], a[user]), b[user])
             return out
 
+        def exactly() -> Tensor:
+            wide = (t.double() for t in (x, a, b))
+            return _in_tiles(*wide, batch, s.double(), base.double())
+
         return {
-            "ours": lambda: gathered_lora(x, a, b, batch, s, base),
+            EXACT: exactly,
+            "ours": lambda: gathered_lora(x, a, b, batch, s, base, backend=pinned(device)),
             "torch, user by user": one_by_one,
             "torch, gathered": (
                 (lambda: gathered_reference(x, a, b, index, s, base))

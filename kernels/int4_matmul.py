@@ -34,8 +34,9 @@ Large Language Models", 2024, arXiv 2408.11743. QLoRA: Dettmers et al., 2023, ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ from effnb.kernels._launch import (
     rows_of,
     tl,
 )
-from effnb.kernels.bench import BenchCase, absent
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, chosen, key_of
+from effnb.kernels.bench import EXACT, BenchCase, Runner, absent, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.report import Work
 
@@ -385,20 +387,41 @@ class Blocks:
 
 
 def blocks_for(rows: int, weight: Int4Weight, dtype: torch.dtype) -> Blocks:
-    """A fair choice by the sizes alone, the same on every machine, in which registers suffice.
+    """A fair choice by the sizes alone, in which registers suffice; where none was measured.
 
     Products of float32 run without tensor cores, on small blocks.
     """
-    units = cdiv(weight.shape[1], UNIT)
+    return _blocks(rows, *weight.shape, dtype)
+
+
+def _blocks(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Blocks:
+    units = cdiv(inputs, UNIT)
     if rows == 1:
-        return Blocks(1, 32, _parts(cdiv(weight.shape[0], 32), cdiv(units, UNITS)))
+        return Blocks(1, 32, _parts(cdiv(outputs, 32), cdiv(units, UNITS)))
     if dtype == torch.float32:
         return Blocks(16, 16, warps=8)
     # As wide as registers allow: a weight that was unpacked serves all rows, and four warps share
     # the outputs, since among more of them each would unpack what another one has.
     m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     n = 64 if m == 16 else 128
-    return Blocks(m, n, _parts(cdiv(weight.shape[0], n) * cdiv(rows, m), units))
+    return Blocks(m, n, _parts(cdiv(outputs, n) * cdiv(rows, m), units))
+
+
+def _numbers(blocks: Blocks) -> Numbers:
+    return blocks.m, blocks.n, blocks.parts, blocks.warps
+
+
+def _key(rows: int, n: int, k: int, group: int, table: bool, dtype: torch.dtype) -> str:
+    kind = "table" if table else "grid"
+    return f"{kind} {key_of(dtype, rows=rows, n=n, k=k, group=group)}"
+
+
+def _chosen(rows: int, weight: Int4Weight, dtype: torch.dtype, device: torch.device) -> Blocks:
+    """What was measured on this device, or else `blocks_for`."""
+    own = blocks_for(rows, weight, dtype)
+    table = weight.table is not None
+    key = partial(_key, rows, *weight.shape, weight.group_size, table, dtype)
+    return Blocks(*chosen("int4_matmul", key, device, _numbers(own)))
 
 
 def _parts(programs: int, turns: int) -> int:
@@ -446,7 +469,7 @@ def _forward(x: Tensor, weight: Int4Weight, bias: Tensor | None, blocks: Blocks 
     if rows >= LIBRARY_ROWS and blocks is None and weight.fits(x.dtype):
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, written_out(weight, x.dtype), bias)
-    blocks = blocks or blocks_for(rows, weight, x.dtype)
+    blocks = blocks or _chosen(rows, weight, x.dtype, x.device)
     single = rows == 1 and blocks.m == 1
     units = UNITS if single else 1
     turns = cdiv(cdiv(k, UNIT), units)
@@ -544,7 +567,8 @@ def int4_matmul(
             table; where one is asked for, PyTorch computes.
         bias: (N,) in any of these types; it is added in float32 (float64) before the one rounding.
         backend: None: Triton on a GPU, the reference elsewhere; or "triton" or "torch".
-        blocks: How to cut the product into programs, in place of `blocks_for`.
+        blocks: How to cut the product into programs, in place of what was measured on this device
+            or, where nothing was, of `blocks_for`.
 
     Returns:
         (..., N) in the type of x.
@@ -643,6 +667,52 @@ def _work(kernel: Any, kind: dict[str, Any], m: int, n: int, size: int) -> tuple
     return work, parts
 
 
+CANDIDATES = (
+    Candidate((1, 16, 4, 4), "one row: a half of the registers, more programs on a multiprocessor"),
+    Candidate((1, 32, 4, 4), "one row: a converted input serves four weights of a thread"),
+    Candidate((1, 32, 8, 4), "the same in twice as many programs, each with half as many turns"),
+    Candidate((1, 64, 8, 8), "one row: twice the threads, and as many registers each"),
+    Candidate((16, 64, 8, 4), "up to 16 rows: 512 programs at n = 4096, 4 KiB of codes each"),
+    Candidate((16, 32, 4, 4), "up to 16 rows: half the registers, programs of twice the turns"),
+    Candidate((32, 128, 16, 4), "up to 32 rows: what was unpacked serves more of them"),
+    Candidate((64, 128, 16, 4), "up to 64 rows: 64 sums in a thread"),
+    Candidate((64, 64, 8, 4), "up to 64 rows: 32 sums in a thread, two programs fit"),
+)
+"""Rows, outputs, parts of the inputs, warps: few, each for a kind of sizes."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """One row, some, and the most before the library takes over, for both kinds of weights."""
+    layers, rows = [(4096, 4096), (11008, 4096), (4096, 11008)], [1, 16, 32, 64]
+    if small:
+        layers, rows = [(32, 256)], [1, 3]
+    kinds = (False, True)
+    return [_tune_case(m, n, k, small, nf4=x) for n, k in layers for m in rows for x in kinds]
+
+
+def _tune_case(m: int, n: int, k: int, small: bool, *, nf4: bool) -> TuneCase:
+    dtype, group = torch.float16 if small else torch.bfloat16, 64 if nf4 else 128
+
+    @lru_cache(maxsize=1)
+    def inputs(device: torch.device) -> tuple[Tensor, Int4Weight]:
+        draw = torch.Generator().manual_seed(0)
+        codes = torch.randint(0, 16, (n, k), generator=draw, dtype=torch.uint8).to(device)
+        scales = torch.rand(n, k // group, generator=draw).to(device)
+        table = torch.linspace(-1, 1, 16, device=device) if nf4 else None
+        scales = scales if nf4 else scales.half()
+        weight = pack_int4(codes, scales, group_size=group, table=table)
+        return torch.randn(m, k, generator=draw).to(device, dtype), weight
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        x, weight = inputs(device)
+        return lambda: _forward(x, weight, None, Blocks(*numbers))
+
+    fit = tuple(c for c in CANDIDATES if (c.numbers[0] == 1) == (m == 1))
+    fit = tuple(c for c in fit if c.numbers[0] < 2 * max(m, 16))
+    default = _numbers(_blocks(m, n, k, dtype))
+    return TuneCase("int4_matmul", _key(m, n, k, group, nf4, dtype), default, fit, make)
+
+
 def bench_cases(*, small: bool = False) -> list[BenchCase]:
     """The layers of a model of 7 billion parameters: one token, sixteen, and a prompt."""
     layers = [(96, 128)] if small else [(4096, 4096), (11008, 4096), (4096, 11008)]
@@ -669,7 +739,8 @@ def _bench_case(m: int, n: int, k: int, group: int, *, nf4: bool) -> BenchCase:
             weight, peers = _affine_peer(x, dense, group)
         written = weight.dequantize(x.dtype)
         return {
-            "ours": lambda: int4_matmul(x, weight),
+            EXACT: lambda: x.double() @ weight.dequantize(torch.float64).T,
+            "ours": lambda: int4_matmul(x, weight, backend=pinned(device)),
             "torch, bfloat16 weight": lambda: torch.nn.functional.linear(x, written),
             "torch, dequantizing": lambda: reference(x, weight),
             **peers,
@@ -688,8 +759,10 @@ def _affine_peer(x: Tensor, dense: Tensor, group: int) -> tuple[Int4Weight, dict
     codes = (grouped / scales.float().unsqueeze(2) + zeros.unsqueeze(2)).round().clamp(0, 15)
     codes = codes.flatten(1).to(torch.uint8)
     weight = pack_int4(codes, scales, zeros, group_size=group)
+    gemlite = absent("gemlite") or _gemlite(x, codes, scales, zeros, group)
     if x.device.type != "cuda":
-        return weight, {"torch int4 (tinygemm)": "torch has it for NVIDIA GPUs and CPUs only."}
+        no = "torch has it for NVIDIA GPUs and CPUs only."
+        return weight, {"torch int4 (tinygemm)": no, "gemlite": gemlite}
     pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
     packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
     s = scales.float()
@@ -697,8 +770,30 @@ def _affine_peer(x: Tensor, dense: Tensor, group: int) -> tuple[Int4Weight, dict
     return weight, {
         "torch int4 (tinygemm)": lambda: torch.ops.aten._weight_int4pack_mm(
             x, packed, group, offsets
-        )
+        ),
+        "gemlite": gemlite,
     }
+
+
+def _gemlite(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Runner:
+    """The same weight in gemlite's own packing, from the same codes, steps and zero points."""
+    if x.device.type != "cuda":
+        return "It is for the GPU here."
+    try:
+        from gemlite.core import DType, GemLiteLinear
+
+        layer = GemLiteLinear(
+            4,
+            group_size=group,
+            in_features=codes.shape[1],
+            out_features=codes.shape[0],
+            input_dtype=DType.BF16,
+            output_dtype=DType.BF16,
+        )
+        layer.pack(codes, scales.to(x.dtype), zeros.to(x.dtype), None)
+    except Exception as problem:  # noqa: BLE001 - another version may ask for other things
+        return f"gemlite does not take this weight ({type(problem).__name__}: {problem})."[:200]
+    return lambda: layer(x)
 
 
 def _nf4_peer(x: Tensor, dense: Tensor, group: int) -> tuple[Int4Weight, dict[str, Any]]:

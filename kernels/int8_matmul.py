@@ -45,7 +45,7 @@ from effnb.kernels._launch import (
     short,
     tl,
 )
-from effnb.kernels.bench import OTHER, BenchCase, Runner, absent
+from effnb.kernels.bench import EXACT, OTHER, BenchCase, Runner, absent, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.report import Work
 
@@ -340,8 +340,15 @@ def _bench_case(rows: int, outputs: int, inputs: int) -> BenchCase:
 
         known = absent("bitsandbytes")
         on_gpu = device.type == "cuda"
+
+        def exactly() -> Tensor:
+            a, s = quantize_rows(x)
+            total = a.double() @ codes.double().T
+            return total * s[:, None].double() * scale.double()
+
         return {
-            "ours": lambda: int8_matmul(x, codes, scale),
+            EXACT: exactly,
+            "ours": lambda: int8_matmul(x, codes, scale, backend=pinned(device)),
             "torch._int_mm": few if on_gpu and rows <= 16 else by_torch,
             "bitsandbytes": known or (bitsandbytes if on_gpu else "It is for the GPU here."),
             f"torch, 16 bits{OTHER}": lambda: x @ dense.T,

@@ -56,7 +56,7 @@ from effnb.kernels._launch import (
     short,
     tl,
 )
-from effnb.kernels.bench import BenchCase, Runner, absent
+from effnb.kernels.bench import EXACT, BenchCase, Runner, absent, pinned
 from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
 
@@ -575,8 +575,16 @@ def _bench_case(tokens: int, hidden: int, words: int, *, backward: bool) -> Benc
         plain = absent("liger_kernel")
         if not plain:
             plain = "It gives the mean alone." if not backward else timed(liger)
+
+        def exactly():
+            wide = [z.detach().double().requires_grad_(backward) for z in (x, w)]
+            losses = linear_cross_entropy(*wide, labels, backend="torch")
+            return torch.autograd.grad(losses.mean(), wide) if backward else losses
+
+        how = pinned(device)
         return {
-            "ours": timed(lambda: linear_cross_entropy(x, w, labels)),
+            EXACT: exactly,
+            "ours": timed(lambda: linear_cross_entropy(x, w, labels, backend=how)),
             "torch, a thousand words at a time": timed(
                 lambda: linear_cross_entropy(x, w, labels, backend="torch")
             ),

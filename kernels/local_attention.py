@@ -91,7 +91,7 @@ from effnb.kernels._window import (
     visible_pairs,
     visits_of,
 )
-from effnb.kernels.bench import BenchCase, Runner
+from effnb.kernels.bench import EXACT, BenchCase, Runner, pinned
 from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
 
@@ -771,8 +771,16 @@ def _bench_case(
         dense = visible_pairs(tokens, **options, global_tokens=chosen, device=device)
         sdpa = torch.nn.functional.scaled_dot_product_attention
         on_cpu = "Eager FlexAttention has no gradient on the CPU." if backward else ""
+
+        def exactly():
+            wide = [x.detach().double().requires_grad_(backward) for x in inputs]
+            out = local_attention_tiled(*wide, global_tokens=chosen, **options)
+            return torch.autograd.grad(out, wide, d_out.double()) if backward else out
+
+        how = options | {"backend": pinned(device)}
         return {
-            "ours": timed(lambda: local_attention(*inputs, global_tokens=chosen, **options)),
+            EXACT: exactly,
+            "ours": timed(lambda: local_attention(*inputs, global_tokens=chosen, **how)),
             "torch, tile by tile": timed(
                 lambda: local_attention_tiled(*inputs, global_tokens=chosen, **options)
             ),

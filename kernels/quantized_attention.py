@@ -53,7 +53,7 @@ from effnb.kernels._launch import (
     short,
     tl,
 )
-from effnb.kernels.bench import OTHER, BenchCase, Runner
+from effnb.kernels.bench import EXACT, OTHER, BenchCase, Runner, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.report import Work
 
@@ -548,8 +548,16 @@ def _bench_case(batch: int, heads: int, key_heads: int, tokens: int, dim: int) -
         k = torch.cat([read_back(packed_keys, dtype).mT, keys], 2)
         v = torch.cat([read_back(packed_values, dtype), values], 2)
         sdpa = torch.nn.functional.scaled_dot_product_attention
+
+        def exactly() -> Tensor:
+            wide = torch.float64
+            k = torch.cat([read_back(packed_keys, wide).mT, keys.to(wide)], 2)
+            v = torch.cat([read_back(packed_values, wide), values.to(wide)], 2)
+            return sdpa(q.to(wide), k, v, enable_gqa=True)
+
         return {
-            "ours": lambda: quantized_attention(q, *cache),
+            EXACT: exactly,
+            "ours": lambda: quantized_attention(q, *cache, backend=pinned(device)),
             "torch, read back": lambda: quantized_attention(q, *cache, backend="torch"),
             f"SDPA on a 16-bit cache{OTHER}": lambda: sdpa(q, k, v, enable_gqa=True),
         }

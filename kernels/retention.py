@@ -22,8 +22,8 @@ The paper gives head $h$ the decay $\gamma_h = 1 - 2^{-5-h}$ (`retention_decay`)
 remembers about 32 tokens, each next one twice as many. Group norm, gate and the rotation of queries
 and keys belong to the layer around this function.
 
-**Two kernels.** One walks over the chunks and writes the state before each of them; all tiles of
-all states run side by side. The other computes the outputs, all chunks at once. A
+**Two kernels.** One walks over the chunks and writes the state before each of them. The other
+computes the outputs of a chunk: scores once, then some of the value's dimensions after the other. A
 token that a query does not see has no part in its output, not even as an infinite number: see
 `_masked` for the second launch that this takes, of programs that read a byte and end.
 
@@ -34,20 +34,27 @@ $$\nabla q_n = s \sum_{m \le n} \gamma^{n-m} (g_n \cdot v_m)\, k_m, \quad
   \nabla k_m = s \sum_{n \ge m} \gamma^{n-m} (v_m \cdot g_n)\, q_n, \quad
   \nabla v_m = s \sum_{n \ge m} \gamma^{n-m} (k_m \cdot q_n)\, g_n.$$
 
-The first is the retention of $(g, v, k)$; the other two are the retentions of $(v, g, q)$ and
-$(k, q, g)$ with time running backwards, and the state that arrives at the start is the gradient of
-the initial state.
+The first is the retention of $(g, v, k)$, whose states are those of the forward pass, transposed:
+they are kept and read again. The other two, of $(v, g, q)$ and $(k, q, g)$ with time running
+backwards, have one set of states between them, likewise transposed for the first. The state that
+arrives at the start is the gradient of the initial state.
+
+**Numbers.** States add up over a whole text, so a program holds its state in float32, and the
+weighted keys of an added chunk with all their digits: bfloat16 holds eight, so three such products
+make one. What is stored for the outputs is rounded to bfloat16 once, at most by $2^{-8}$ of each
+number, as the outputs are. Bfloat16 inputs are multiplied in bfloat16 on the tensor cores, sums
+being float32. What is between the products of float16 may be beyond its range and needs three
+digits more: states are float32, and products TF32. Float32 keeps float32 states and products.
 
 **Bytes and operations** of one head, for $T$ tokens of $b$ bytes a number. Queries, keys, values
 and outputs must move once: $2 T (d_k + d_v)\, b$ bytes. Stored states add a second read of keys and
-values, $T (d_k + d_v)\, b$ (tiles of a state share them through the cache), and are written and
-read in float32: $8\, d_k d_v\, T / C$. Operations are $2 T C (d_k + d_v)$ within chunks and
-$4\, T d_k d_v$ through states. At $d_k = d_v = 128$, $C = 64$ and 16 bits, that makes 98,304
-operations on 3,584 bytes per token, 27 per byte, where GPUs with tensor cores can do many more. So
-memory is the bound, $t \ge T\,[3 (d_k + d_v)\, b + 8\, d_k d_v / C] / B$ at $B$ bytes per second,
-and there is room for exactness: 16-bit inputs are multiplied in TF32, which holds all their digits
-and keeps the range of float32. States, which add up over a whole text, take three TF32 products
-each, and come close to float32.
+values, $T (d_k + d_v)\, b$, and are written and read: $2 b\, d_k d_v\, T / C$.
+Operations are $2 T C (d_k + d_v)$ within chunks and $8\, T d_k d_v$ through states. At
+$d_k = d_v = 128$, $C = 128$ and 16 bits, that makes 196,608 operations on 2,048 bytes per token, 96
+per byte, where GPUs with tensor cores can do 150 to 300. So memory is the bound, $t \ge T b\,
+[3 (d_k + d_v) + 2 d_k d_v / C] / B$ at $B$ bytes per second. Backward, states of the future and
+three outputs take $T b\, [7 (d_k + d_v) + 4 d_k d_v / C]$. `bytes_moved` counts what programs ask
+for; wider heads, and few of them, read something twice.
 
 The **step** of decoding reads and writes the state, $8\, d_k d_v$ bytes per head, for
 $5\, d_k d_v$ operations, however long the past is.
@@ -56,6 +63,7 @@ $5\, d_k d_v$ operations, however long the past is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -87,12 +95,18 @@ from effnb.kernels._masked import (
     visible_products,
     visible_sum,
 )
-from effnb.kernels.bench import OTHER, BenchCase, Runner, absent
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, chosen, key_of
+from effnb.kernels.bench import EXACT, OTHER, BenchCase, Runner, absent, pinned
 from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
 
 CHUNK_SIZES = (16, 32, 64, 128)
 WIDEST = 2**16  # keys of a step, which a program holds at once
+
+
+def _chunk_size(dtype: torch.dtype) -> int:
+    """The default: with tensor cores the larger square of scores costs less than more states."""
+    return 128 if dtype in (torch.float16, torch.bfloat16) else 64
 
 
 def retention_decay(heads: int) -> Tensor:
@@ -176,25 +190,36 @@ def retention_step_reference(q, k, v, gamma, state, *, scale=None):
 
 
 @jit
+def _product(a, b, total, PRECISION: tl.constexpr):
+    """Add a b to total: in the type of b where that is narrow, else in float32 or its stand-in."""
+    if PRECISION == "narrow":
+        total = tl.dot(a.to(b.dtype), b, total)
+    else:
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+    return total
+
+
+@jit
 def _states_kernel(
     key, value, log2_gamma,
     initial,  # (rows, DIM_K, DIM_V) float32; a row is one head of one sequence
-    states,  # (rows, chunks, DIM_K, DIM_V) float32: before each chunk (after it, in REVERSE)
+    states,  # (rows, chunks, DIM_K, DIM_V): before each chunk (after it, in REVERSE)
     final,  # (rows, DIM_K, DIM_V) float32
     heads, tokens, scale,
     key_batch, key_head, key_token,  # strides; neighbours of the last dimension touch
     value_batch, value_head, value_token,
     DIM_K: tl.constexpr, DIM_V: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the states of one head: walk over the chunks, storing the state at each."""
+    """One tile of the states of one head: walk over BLOCK_T tokens at a time, storing by chunks."""
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
-    chunks = tl.cdiv(tokens, CHUNK)
-    index = tl.arange(0, CHUNK)
+    chunks, blocks = tl.cdiv(tokens, CHUNK), tl.cdiv(tokens, BLOCK_T)
+    each: tl.constexpr = CHUNK // BLOCK_T
+    index = tl.arange(0, BLOCK_T)
     dim_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     dim_v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_k, in_v = dim_k < DIM_K, dim_v < DIM_V
@@ -202,39 +227,59 @@ def _states_kernel(
     in_tile = in_k[:, None] & in_v[None, :]
     decay = tl.load(log2_gamma + head)
     state = tl.load(initial + row * DIM_K * DIM_V + tile, mask=in_tile, other=0.0)
-    for step in range(chunks):
-        chunk = chunks - 1 - step if REVERSE else step
-        tl.store(states + (row * chunks + chunk) * DIM_K * DIM_V + tile, state, mask=in_tile)
-        length = tl.minimum(tokens - chunk * CHUNK, CHUNK)
+    for step in range(blocks):
+        block = blocks - 1 - step if REVERSE else step
+        first = (block == blocks - 1) | (block % each == each - 1) if REVERSE else block % each == 0
+        if first:  # of its chunk
+            kept = state.to(states.dtype.element_ty)
+            at = states + (row * chunks + block // each) * DIM_K * DIM_V + tile
+            tl.store(at, kept, mask=in_tile)
+        length = tl.minimum(tokens - block * BLOCK_T, BLOCK_T)
         present = index < length
-        token = (chunk * CHUNK + index).to(tl.int64)
+        token = (block * BLOCK_T + index).to(tl.int64)
         k = tl.load(
             key + token[:, None] * key_token + dim_k[None, :],
             mask=present[:, None] & in_k[None, :],
             other=0.0,
-        ).to(tl.float32)
+        )
         v = tl.load(
             value + token[:, None] * value_token + dim_v[None, :],
             mask=present[:, None] & in_v[None, :],
             other=0.0,
-        ).to(tl.float32)
-        # How often each token still decays before the chunk is left: at its end, or, backwards in
+        )
+        # How often each token still decays before the block is left: at its end, or, backwards in
         # time, at its start, where the step into the first token counts too.
         left = index + 1 if REVERSE else tl.maximum(length - 1 - index, 0)
-        k *= tl.exp2(decay * left.to(tl.float32))[:, None]
+        weight = tl.exp2(decay * left.to(tl.float32))
         if REVERSE:  # then the keys are the queries of the forward pass, which carry the scale
-            k *= scale
-        # The weights have more digits than TF32: "tf32x3" multiplies the rest of them too.
-        added = tl.dot(tl.trans(k), v, input_precision="tf32x3" if PRECISION == "tf32" else "ieee")
-        state = tl.exp2(decay * length.to(tl.float32)) * state + added
+            weight *= scale
+        rest = tl.trans(k).to(tl.float32) * weight[None, :]
+        state *= tl.exp2(decay * length.to(tl.float32))
+        if PRECISION == "narrow":
+            # A weighted key has float32's 24 digits; three numbers of 8 hold them, one after the
+            # other, and the values are what they are.
+            for _ in tl.static_range(3):
+                part = rest.to(v.dtype)
+                state = tl.dot(part, v, state)
+                rest -= part.to(tl.float32)
+        else:  # "tf32x3" multiplies the digits too that TF32 leaves out
+            wide: tl.constexpr = "tf32x3" if PRECISION == "tf32" else "ieee"
+            state = tl.dot(rest, v.to(tl.float32), state, input_precision=wide)
     tl.store(final + row * DIM_K * DIM_V + tile, state, mask=in_tile)
+
+
+@jit
+def _rows_of_chunk(start, token, stride, dim, present, DIM: tl.constexpr):
+    """Some dimensions of a chunk's tokens, 0 beyond both."""
+    at = start + token[:, None] * stride + dim[None, :]
+    return tl.load(at, mask=present[:, None] & (dim < DIM)[None, :], other=0.0)
 
 
 @jit
 def _outputs_kernel(
     flags,  # which programs are to run again
     query, key, value, log2_gamma,
-    states,  # what _states_kernel stored
+    states,  # what _states_kernel stored, (rows, chunks, DIM_K, DIM_V), or TURNED the other way
     out,  # (rows, tokens, DIM_V)
     heads, tokens, scale,
     query_batch, query_head, query_token,
@@ -242,12 +287,15 @@ def _outputs_kernel(
     value_batch, value_head, value_token,
     DIM_K: tl.constexpr, DIM_V: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr, AGAIN: tl.constexpr,
+    REVERSE: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of one chunk of one head, for BLOCK_V of the value's dimensions."""
+    """The outputs of one chunk of one head; scores once, then BLOCK_V of its dimensions a turn."""
     if AGAIN:  # noqa: SIM102 - only then there are flags
         if is_done(flags):
             return
+    WHOLE: tl.constexpr = DIM_K <= BLOCK_K  # then queries are read once, and stay
+    STATE_K: tl.constexpr = 1 if TURNED else DIM_V
+    STATE_V: tl.constexpr = DIM_K if TURNED else 1
     chunks = tl.cdiv(tokens, CHUNK)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -256,69 +304,70 @@ def _outputs_kernel(
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
     states += (row * chunks + chunk) * DIM_K * DIM_V
+    out += row * tokens * DIM_V
     length = tl.minimum(tokens - chunk * CHUNK, CHUNK)
     index = tl.arange(0, CHUNK)
     present = index < length
     token = (chunk * CHUNK + index).to(tl.int64)
-    dim_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    in_v = dim_v < DIM_V
 
+    dim_k = tl.arange(0, BLOCK_K)
     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
-    from_state = tl.zeros((CHUNK, BLOCK_V), tl.float32)
-    for start in range(0, DIM_K, BLOCK_K):
-        dim_k = start + tl.arange(0, BLOCK_K)
-        in_k = dim_k < DIM_K
-        q = tl.load(
-            query + token[:, None] * query_token + dim_k[None, :],
-            mask=present[:, None] & in_k[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        k_transposed = tl.load(
-            key + token[None, :] * key_token + dim_k[:, None],
-            mask=present[None, :] & in_k[:, None],
-            other=0.0,
-        ).to(tl.float32)
-        state = tl.load(
-            states + dim_k.to(tl.int64)[:, None] * DIM_V + dim_v[None, :],
-            mask=in_k[:, None] & in_v[None, :],
-            other=0.0,
-        )
-        scores += tl.dot(q, k_transposed, input_precision=PRECISION)
-        from_state += tl.dot(q, state, input_precision=PRECISION)
+    if WHOLE:
+        q = _rows_of_chunk(query, token, query_token, dim_k, present, DIM_K)
+        k = _rows_of_chunk(key, token, key_token, dim_k, present, DIM_K)
+        scores = _product(q, tl.trans(k), scores, PRECISION)
+    else:
+        for start in range(0, DIM_K, BLOCK_K):
+            part = _rows_of_chunk(query, token, query_token, start + dim_k, present, DIM_K)
+            k = _rows_of_chunk(key, token, key_token, start + dim_k, present, DIM_K)
+            scores = _product(part, tl.trans(k), scores, PRECISION)
 
     # D, by the number of tokens between a query and a key that it may see.
     decay = tl.load(log2_gamma + head)
     distance = index[:, None] - index[None, :]
     if REVERSE:
         distance = -distance
-    D = tl.exp2(decay * tl.maximum(distance, 0).to(tl.float32))
+    D = scale * tl.exp2(decay * tl.maximum(distance, 0).to(tl.float32))
     seen = (distance >= 0) & present[None, :]
     scores = tl.where(seen, scores * D, 0.0)
-    v = tl.load(
-        value + token[:, None] * value_token + dim_v[None, :],
-        mask=present[:, None] & in_v[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    if AGAIN:
-        result = tl.zeros((CHUNK, BLOCK_V), tl.float32)
-        result = sum_seen(
-            result, scores, seen, value, token, tokens, value_token, dim_v, DIM_V, CHUNK
-        )
-    else:
-        result = tl.dot(scores, v, input_precision=PRECISION)
-        tell(flags, has_nan(result))
-    result *= scale
     # How often the state has decayed when a token reads it; backwards, the state already is a
     # gradient at the chunk's last token, and holds the scale.
     since = tl.maximum(length - 1 - index, 0) if REVERSE else index + 1
-    from_state *= tl.exp2(decay * since.to(tl.float32))[:, None]
+    reads = tl.exp2(decay * since.to(tl.float32))
     if not REVERSE:
-        from_state *= scale
-    tl.store(
-        out + (row * tokens + token[:, None]) * DIM_V + dim_v[None, :],
-        (result + from_state).to(out.dtype.element_ty),
-        mask=present[:, None] & in_v[None, :],
-    )
+        reads *= scale
+
+    spoiled = 0
+    for first in range(0, DIM_V, BLOCK_V):
+        dim_v = first + tl.arange(0, BLOCK_V)
+        in_v = dim_v < DIM_V
+        result = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+        at = states + dim_k.to(tl.int64)[:, None] * STATE_K + dim_v.to(tl.int64)[None, :] * STATE_V
+        if WHOLE:
+            state = tl.load(at, mask=(dim_k < DIM_K)[:, None] & in_v[None, :], other=0.0)
+            result = _product(q, state, result, PRECISION)
+        else:
+            for start in range(0, DIM_K, BLOCK_K):
+                part = _rows_of_chunk(query, token, query_token, start + dim_k, present, DIM_K)
+                inside = (dim_k < DIM_K - start)[:, None] & in_v[None, :]
+                state = tl.load(at + start * STATE_K, mask=inside, other=0.0)
+                result = _product(part, state, result, PRECISION)
+        result *= reads[:, None]
+        if AGAIN:
+            result = sum_seen(
+                result, scores, seen, value, token, tokens, value_token, dim_v, DIM_V, CHUNK
+            )
+        else:
+            v = _rows_of_chunk(value, token, value_token, dim_v, present, DIM_V)
+            result = _product(scores, v, result, PRECISION)
+            spoiled = tl.maximum(spoiled, has_nan(result))
+        tl.store(
+            out + token[:, None] * DIM_V + dim_v[None, :],
+            result.to(out.dtype.element_ty),
+            mask=present[:, None] & in_v[None, :],
+        )
+    if not AGAIN:
+        tell(flags, spoiled)
 
 
 @jit
@@ -357,16 +406,60 @@ def _step_kernel(
 # ---------------------------------------------------------------- the kernels, launched
 
 
+FEW_ROWS = 64
+"""Below so many heads of all sequences a program takes a quarter of a state, so that there are four
+times as many: each reads half of the keys and values, which the others find in the cache."""
+BLOCKS = {
+    # 128 x 128 numbers of a state are 64 registers of each of 256 threads, as many as a score
+    # matrix of 128 x 128: keys and values are read once. Values come by 64 dimensions, so that two
+    # stages of them and of the state, 64 KiB, leave room for the queries on an A100.
+    "narrow": {"states": (128, 128), "outputs": (128, 64)},
+    # Twice the bytes a number, and in the states twice the registers for the rest of their digits.
+    "tf32": {"states": (64, 128), "outputs": (128, 32)},
+    # Without tensor cores a thread holds two operands of every sum in registers.
+    "exact": {"states": (32, 32), "outputs": (64, 32)},
+}
+"""Dimensions of keys and of values that a program takes at once, by how it multiplies."""
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How the kernels multiply inputs of a type.
+
+    Bfloat16 has the range of float32, so that everything is multiplied in it. What is between the
+    products of float16 may be beyond its range, and is multiplied in TF32, which has its digits.
+    """
+    if dtype == torch.float32:
+        return precision(dtype)
+    return "narrow" if dtype == torch.bfloat16 else "tf32"
+
+
+def _state_type(dtype: torch.dtype) -> torch.dtype:
+    """In which states are stored: what rounds as the inputs do, with the range of float32."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
 def _settings(
-    kernel: str, dim_k: int, dim_v: int, chunk: int, dtype: torch.dtype, reverse: bool
+    kernel: str,
+    dim_k: int,
+    dim_v: int,
+    chunk: int,
+    dtype: torch.dtype,
+    reverse: bool,
+    rows: int,
+    turned: bool = False,
 ) -> dict:
     """Constants of a kernel, "states" or "outputs": blocks that registers hold."""
-    exact = dtype == torch.float32  # whose products take more registers
-    most = {"states": (32, 32 if exact else 64), "outputs": (32, 32) if exact else (64, 64)}[kernel]
+    how = _precision(dtype)
+    exact = dtype == torch.float32
+    most_k, most_v = BLOCKS["exact" if exact else how][kernel]
+    if kernel == "states" and rows < FEW_ROWS:
+        most_k, most_v = min(most_k, 64), min(most_v, 64)
     block_k, block_v = (
         min(limit, max(16, next_power_of_2(dim)))  # 16 is the least that a tensor core takes
-        for limit, dim in zip(most, (dim_k, dim_v))
+        for limit, dim in ((most_k, dim_k), (most_v, dim_v))
     )
+    # Eight warps where a program holds 128 x 128 sums, 64 of a thread's registers; else four.
+    large = chunk > 64 or exact if kernel == "outputs" else block_k * block_v > 4096
     return dict(
         DIM_K=dim_k,
         DIM_V=dim_v,
@@ -374,10 +467,11 @@ def _settings(
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         REVERSE=reverse,
-        # Float32 inputs are multiplied as torch would.
-        PRECISION=precision(dtype) if exact else "tf32",
-        num_warps=8 if chunk > 64 or (exact and kernel == "outputs") else 4,
-        num_stages=2,
+        PRECISION=how,
+        num_warps=8 if large else 4,
+        num_stages=3 if kernel == "states" else 2,
+        # 64 tokens of 128 keys and values are 32 KiB, of which two stages are under way.
+        **({"TURNED": turned} if kernel == "outputs" else {"BLOCK_T": min(chunk, 64)}),
     )
 
 
@@ -393,17 +487,15 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _run(query, key, value, log2_gamma, initial, scale, chunk_size, *, reverse=False):
-    """Both kernels; outputs in the values' type, and the last state in float32."""
-    query, key, value = _rows(query), _rows(key), _rows(value)
-    batch, heads, tokens, dim_k = query.shape
-    dim_v = value.shape[-1]
-    rows, chunks = batch * heads, cdiv(tokens, chunk_size)
-    states = empty((rows, chunks, dim_k, dim_v), torch.float32, value.device)
+def _run_states(key, value, log2_gamma, initial, scale, chunk_size, *, reverse=False):
+    """The states between chunks, and the last one in float32."""
+    key, value = _rows(key), _rows(value)
+    batch, heads, tokens, dim_k = key.shape
+    dim_v, rows = value.shape[-1], batch * heads
+    shape = rows, cdiv(tokens, chunk_size), dim_k, dim_v
+    states = empty(shape, _state_type(value.dtype), value.device)
     final = empty((batch, heads, dim_k, dim_v), torch.float32, value.device)
-    out = empty((batch, heads, tokens, dim_v), value.dtype, value.device)
-    use = dim_k, dim_v, chunk_size, value.dtype, reverse
-    settings = _settings("states", *use)
+    settings = _settings("states", dim_k, dim_v, chunk_size, value.dtype, reverse, rows)
     launch(
         _states_kernel,
         (rows, cdiv(dim_k, settings["BLOCK_K"]), cdiv(dim_v, settings["BLOCK_V"])),
@@ -411,36 +503,52 @@ def _run(query, key, value, log2_gamma, initial, scale, chunk_size, *, reverse=F
         *(*key.stride()[:3], *value.stride()[:3]),
         **settings,
     )
-    settings = _settings("outputs", *use)
+    return states, final
+
+
+def _run_outputs(
+    query, key, value, log2_gamma, states, scale, chunk_size, *, reverse=False, turned=False
+):
+    """The outputs in the values' type, from states that were stored before."""
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    batch, heads, tokens, dim_k = query.shape
+    dim_v, rows = value.shape[-1], batch * heads
+    out = empty((batch, heads, tokens, dim_v), value.dtype, value.device)
+    use = dim_k, dim_v, chunk_size, value.dtype, reverse, rows, turned
     launch_again(
         _outputs_kernel,
-        (rows * chunks, cdiv(dim_v, settings["BLOCK_V"])),
+        (rows * cdiv(tokens, chunk_size),),
         *(query, key, value, log2_gamma, states, out, heads, tokens, scale),
         *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
-        **settings,
+        **_settings("outputs", *use),
     )
-    return out, final
+    return out
 
 
 class _Retention(torch.autograd.Function):
-    """The kernels, with their gradient: three more retentions, two of them backwards in time."""
+    """The kernels, with their gradient: three more retentions, two of them backwards in time.
+
+    The first of them reads the states of the forward pass, and the other two share theirs.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, log2_gamma, initial, scale, chunk_size):
-        ctx.save_for_backward(q, k, v, log2_gamma, initial)
+        states, final = _run_states(k, v, log2_gamma, initial, scale, chunk_size)
+        ctx.save_for_backward(q, k, v, log2_gamma, states)
         ctx.scale, ctx.chunk_size = scale, chunk_size
-        return _run(q, k, v, log2_gamma, initial, scale, chunk_size)
+        return _run_outputs(q, k, v, log2_gamma, states, scale, chunk_size), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_final):
-        q, k, v, log2_gamma, initial = ctx.saved_tensors
+        q, k, v, log2_gamma, states = ctx.saved_tensors
         rest = ctx.scale, ctx.chunk_size
-        d_out, d_final = d_out.to(v.dtype), d_final.contiguous()
-        transposed = initial.mT.contiguous(), d_final.mT.contiguous()
-        dq, _ = _run(d_out, v, k, log2_gamma, transposed[0], *rest)
-        dk, _ = _run(v, d_out, q, log2_gamma, transposed[1], *rest, reverse=True)
-        dv, d_initial = _run(k, q, d_out, log2_gamma, d_final, *rest, reverse=True)
+        g = d_out.to(v.dtype)
+        dq = _run_outputs(g, v, k, log2_gamma, states, *rest, turned=True)
+        # S of the future: what queries and gradients behind a token say of its key and value.
+        steep, d_initial = _run_states(q, g, log2_gamma, d_final.contiguous(), *rest, reverse=True)
+        dk = _run_outputs(v, g, q, log2_gamma, steep, *rest, reverse=True, turned=True)
+        dv = _run_outputs(k, q, g, log2_gamma, steep, *rest, reverse=True)
         return dq, dk, dv, None, d_initial, None, None
 
 
@@ -488,7 +596,7 @@ def retention(
     *,
     scale: float | None = None,
     initial_state: Float[Tensor, "batch heads dim_k dim_v"] | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "batch heads time dim_v"], Float[Tensor, "batch heads dim_k dim_v"]]:
     r"""Chunkwise retention, $o_n = s\,q_n S_n$ with $S_n = \gamma S_{n-1} + k_n^\top v_n$.
@@ -501,7 +609,9 @@ def retention(
             (`retention_decay`), in float32 or float64.
         scale: $s$; $1/\sqrt{d_k}$ by default.
         initial_state: $S$ before the first token; zeros by default.
-        chunk_size: 16, 32, 64 or 128 tokens; it changes the speed, not the result.
+        chunk_size: 16, 32, 64 or 128 tokens; it changes the speed, not the result. By default what
+            was measured on this device or, where nothing was, 128 for 16-bit inputs, which tensor
+            cores multiply, and 64 for others.
         backend: "triton", "torch", or None for the kernels where they can run.
 
     Returns:
@@ -516,6 +626,9 @@ def retention(
     """
     _check(q, k, v, gamma, initial_state, "batch, heads, time, dim")
     scale = None if scale is None else check_number("scale", scale)
+    if chunk_size is None:
+        key = partial(key_of, q.dtype, k=q.shape[-1], v=v.shape[-1])
+        (chunk_size,) = chosen("retention", key, q.device, (_chunk_size(q.dtype),))
     chunk_size = check_whole("chunk_size", chunk_size)
     if chunk_size not in CHUNK_SIZES:
         raise ValueError(f"chunk_size is {chunk_size}; it must be 16, 32, 64 or 128.")
@@ -583,20 +696,43 @@ def _obstacle(gamma: Tensor) -> str:
 # ---------------------------------------------------------------- for the compiler and the clock
 
 
+def bytes_moved(kernel: str, settings: dict[str, int], tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that the programs of one head read and write.
+
+    What several programs read is counted for each of them.
+    """
+    dim_k, dim_v, chunk = (settings[x] for x in ("DIM_K", "DIM_V", "CHUNK"))
+    walks_k, walks_v = (cdiv(settings[f"DIM_{x}"], settings[f"BLOCK_{x}"]) for x in "KV")
+    size = dtype.itemsize
+    states = cdiv(tokens, chunk) * dim_k * dim_v * _state_type(dtype).itemsize
+    if kernel == "states":  # keys for every block of values, and the other way round
+        first_and_last = 2 * 4 * dim_k * dim_v + 4 * walks_k * walks_v
+        return tokens * (dim_k * walks_v + dim_v * walks_k) * size + states + first_and_last
+    queries = 1 if walks_k == 1 else 1 + walks_v  # wider ones again for every block of values
+    decays_and_flags = 6 * cdiv(tokens, chunk)  # a flag is written and read
+    return tokens * (dim_k * (queries + 1) + 2 * dim_v) * size + states + decays_and_flags
+
+
 def compile_cases() -> list[CompileCase]:
-    """Heads of 128 in chunks of 64, wider heads, longer chunks; the step."""
+    """Four texts of 16 heads of 128, one text, wider heads, a shorter chunk; the step."""
     found = []
     strides = {f"{x}_{axis}": 128 for x in ("query", "key", "value") for axis in ("batch", "head")}
     strides |= {f"{x}_token": 4096 for x in ("query", "key", "value")}
-    uses = [(128, 128, 64, False, kind) for kind in KINDS] + [(128, 128, 64, True, "bf16")]
-    uses += [(256, 512, 64, False, "bf16"), (128, 128, 128, False, "bf16")]
-    for dim_k, dim_v, chunk, reverse, kind in uses:
+    uses = [(4, 128, 128, _chunk_size(KINDS[kind]), False, kind) for kind in KINDS]
+    uses += [(4, 128, 128, 128, True, "bf16"), (1, 128, 128, 128, False, "bf16")]
+    uses += [(4, 256, 512, 128, False, "bf16"), (4, 128, 128, 64, False, "bf16")]
+    for texts, dim_k, dim_v, chunk, reverse, kind in uses:
         types = dict.fromkeys(("query", "key", "value", "out"), f"*{kind}")
-        types |= dict.fromkeys(("log2_gamma", "initial", "states", "final"), "*fp32")
+        types |= dict.fromkeys(("log2_gamma", "initial", "final"), "*fp32")
+        types |= {"states": "*bf16" if kind == "bf16" else "*fp32"}
         types |= {"flags": "*i8", "heads": "i32", "tokens": "i32", "scale": "fp32"}
-        about = f"{kind} {dim_k}x{dim_v} chunk {chunk}" + reverse * " backward"
+        about = f"{kind} {dim_k}x{dim_v} chunk {chunk}"
+        about += reverse * " backward" + (texts == 1) * " one text"
         for name, kernel in (("states", _states_kernel), ("outputs", _outputs_kernel)):
-            settings = _settings(name, dim_k, dim_v, chunk, KINDS[kind], reverse)
+            if texts == 1 and name == "outputs":
+                continue  # which does not depend on it
+            use = dim_k, dim_v, chunk, KINDS[kind], reverse, 16 * texts
+            settings = _settings(name, *use) | {"TURNED": reverse}
             warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
             twice = kernel is _outputs_kernel and reverse
             for again in (False, True) if twice else (False,):
@@ -604,7 +740,7 @@ def compile_cases() -> list[CompileCase]:
                     f"retention: {name} {about}" + again * " again", kernel, types,
                     strides | settings | {"AGAIN": again},
                     mma=kind != "fp32", warps=warps, stages=stages,
-                    work=_work(name, settings, KINDS[kind].itemsize),
+                    work=_work(name, settings, KINDS[kind], texts),
                 )  # fmt: skip
                 found.append(case)
     for kind in ("fp32", "bf16"):
@@ -630,35 +766,68 @@ def compile_cases() -> list[CompileCase]:
     return found
 
 
-def _work(name: str, settings: dict[str, int], size: int) -> Work:
-    """A text of 16,384 tokens, 16 heads."""
-    tokens, heads, chunk = 16384, 16, settings["CHUNK"]
+def _work(name: str, settings: dict[str, int], dtype: torch.dtype, texts: int) -> Work:
+    """16,384 tokens in one text or several, 16 heads."""
+    heads, chunk, tokens = 16, settings["CHUNK"], 16384
     dim_k, dim_v, k, v = (settings[x] for x in ("DIM_K", "DIM_V", "BLOCK_K", "BLOCK_V"))
-    chunks = tokens // chunk
-    states = chunks * dim_k * dim_v * 4
-    what = f"{tokens} tokens, {heads} heads of {dim_k} x {dim_v}"
-    moved, programs = tokens * (dim_k + dim_v) * size, heads * (dim_v // v)
+    chunks, size, state = tokens // chunk, dtype.itemsize, _state_type(dtype).itemsize
+    of = f"{texts} texts of {tokens // texts}" if texts > 1 else f"{tokens}"
+    what = f"{of} tokens, {heads} heads of {dim_k} x {dim_v}"
+    moved = heads * texts * bytes_moved(name, settings, tokens // texts, dtype)
     if name == "states":
         return Work(
             what=what,
             item="tile",
             items=1,
-            turns=chunks,
-            programs=programs * (dim_k // k),
-            fetched=chunk * (k + v) * size,
-            bytes=heads * (moved + states),
-            flops=2 * heads * tokens * dim_k * dim_v,
+            turns=tokens // texts // settings["BLOCK_T"],
+            programs=heads * texts * (dim_v // v) * (dim_k // k),
+            fetched=settings["BLOCK_T"] * (k + v) * size,
+            bytes=moved,
+            # A product of all digits is three of bfloat16, and of TF32 three at half the rate.
+            flops=2 * heads * tokens * dim_k * dim_v * (1 if size == 4 else 3 * state // 2),
         )
+    # Queries that are wider than a block come again with every block of the state.
+    turns = (dim_v // v) * (dim_k // k)
     return Work(
         what=what,
         item="tile",
         items=1,
-        turns=dim_k // k,
-        programs=programs * chunks,
-        fetched=2 * chunk * k * size + 4 * k * v,
-        bytes=heads * (2 * moved + states),
+        turns=turns,
+        programs=heads * chunks,
+        fetched=chunk * v * size + k * v * state,
+        bytes=moved,
         flops=2 * heads * tokens * (dim_k * dim_v + chunk * (dim_k + dim_v)),
     )
+
+
+CANDIDATES = (
+    Candidate((128,), "scores of 64 registers a thread on eight warps, and the fewest states"),
+    Candidate((64,), "a quarter of the scores: more programs fit, twice as many states are moved"),
+)
+"""Tokens of a chunk."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """Heads of 128, with values of 128 and of 256."""
+    sizes = [(1, 1, 130, 16, 16)] if small else [(4, 16, 4096, 128, 128), (4, 16, 4096, 128, 256)]
+    return [_tune_case(*one, small=small) for one in sizes]
+
+
+def _tune_case(batch, heads, tokens, dim_k, dim_v, *, small: bool) -> TuneCase:
+    dtype = torch.float16 if small else torch.bfloat16
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        draw = torch.Generator(device=device).manual_seed(0)
+        q, k, v = (
+            torch.randn(batch, heads, tokens, dim, device=device, generator=draw).to(dtype)
+            for dim in (dim_k, dim_k, dim_v)
+        )
+        gamma = retention_decay(heads).to(device)
+        (chunk,) = numbers
+        return lambda: retention(q, k, v, gamma, chunk_size=chunk, backend="triton")[0]
+
+    key, default = key_of(dtype, k=dim_k, v=dim_v), (_chunk_size(dtype),)
+    return TuneCase("retention", key, default, CANDIDATES, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:
@@ -695,16 +864,30 @@ def _bench_case(batch, heads, tokens, dim_k, dim_v, *, backward: bool) -> BenchC
                 (lambda: torch.autograd.grad(function(), inputs, d_out)) if backward else function
             )
 
-        def theirs() -> Tensor:
-            # Its layout is (batch, time, heads, dim); its decay is the paper's as well.
+        # Its layout is (batch, time, heads, dim); its decay is the paper's as well.
+        turned = [x.detach().transpose(1, 2).contiguous() for x in (q, k, v, d_out)]
+        own = [x.requires_grad_(backward) for x in turned[:3]]
+
+        def theirs():
             from fla.ops.retention import chunk_retention
 
-            return chunk_retention(*(x.transpose(1, 2) for x in (q, k, v)))[0].transpose(1, 2)
+            out = chunk_retention(*own)[0]
+            if not backward:
+                return out.transpose(1, 2)
+            found = torch.autograd.grad(out, own, turned[3])
+            return [grad.transpose(1, 2) for grad in found]
 
+        def exactly():
+            wide = [x.detach().double().requires_grad_(backward) for x in inputs]
+            out = retention_chunkwise(*wide, gamma.double())[0]
+            return torch.autograd.grad(out, wide, d_out.double()) if backward else out
+
+        how = pinned(device)
         return {
-            "ours": timed(lambda: retention(q, k, v, gamma)[0]),
+            EXACT: exactly,
+            "ours": timed(lambda: retention(q, k, v, gamma, backend=how)[0]),
             "torch, chunkwise": timed(lambda: retention_chunkwise(q, k, v, gamma)[0]),
-            "flash-linear-attention": absent("fla.ops.retention") or timed(theirs),
+            "flash-linear-attention": absent("fla.ops.retention") or theirs,
             "causal attention (SDPA)" + OTHER: timed(
                 lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             ),
@@ -722,7 +905,8 @@ def _step_case(batch, heads, dim_k, dim_v) -> BenchCase:
         state = torch.randn(batch, heads, dim_k, dim_v, device=device)
         inputs = q, k, v, retention_decay(heads).to(device), state
         return {
-            "ours": lambda: retention_step(*inputs),
+            EXACT: lambda: retention_step_reference(*(x.double() for x in inputs)),
+            "ours": lambda: retention_step(*inputs, backend=pinned(device)),
             "torch": lambda: retention_step_reference(*inputs),
         }
 

@@ -48,7 +48,7 @@ from effnb.kernels._launch import (
     short,
     tl,
 )
-from effnb.kernels.bench import BenchCase, Runner, absent
+from effnb.kernels.bench import EXACT, BenchCase, Runner, absent, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.report import Work
 
@@ -354,8 +354,17 @@ def _bench_case(batch, q_heads, k_heads, tokens, dim, *, backward: bool) -> Benc
             return LigerRopeFunction.apply(q, k, cos, sin)
 
         compiled = torch.compile(lambda: rope_reference(q, k, inv_freq))
+
+        def exactly():
+            wide = [x.detach().double().requires_grad_(backward) for x in (q, k)]
+            out = rope_reference(*wide, inv_freq.double())
+            steep = [g.double() for g in grads]
+            return torch.autograd.grad(out, wide, steep) if backward else out
+
+        how = pinned(device)
         return {
-            "ours": timed(lambda: rope(q, k, inv_freq)),
+            EXACT: exactly,
+            "ours": timed(lambda: rope(q, k, inv_freq, backend=how)),
             "torch": timed(lambda: rope_reference(q, k, inv_freq)),
             "torch.compile": timed(compiled)
             if device.type == "cuda"

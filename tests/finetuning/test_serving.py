@@ -56,6 +56,22 @@ def test_every_row_is_its_user_s(three):
 
 
 @torch.no_grad()
+def test_rows_are_arranged_once_a_batch(three, monkeypatch):
+    """Not in every layer, nor for every token: once for a prompt, and once for single tokens."""
+    made, plain = [], serving.UserBatch.of.__func__
+
+    def counted(cls, index, *more):
+        made.append(len(index))
+        return plain(cls, index, *more)
+
+    monkeypatch.setattr(serving.UserBatch, "of", classmethod(counted))
+    served = serving.serve(three, "a", "b")
+    with serving.users(served, ["b", "a"]):
+        served.generate(IDS[:2], max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert made == [14, 2]
+
+
+@torch.no_grad()
 def test_generation_with_padding_a_cache_and_beams(three):
     served = serving.serve(three, "a", "b")
     ids = torch.cat([torch.tensor([[1, 1, 1]]), IDS[:1, :4]], 1)

@@ -307,6 +307,35 @@ def test_many_rows_are_the_librarys(proof, kind):
     assert wide.fits(torch.bfloat16) and (kind == "table" or not wide.fits(torch.float16))
 
 
+@pytest.mark.parametrize("kind", ["symmetric", "affine", "table"])
+@pytest.mark.parametrize("rows", [3, kernel.LIBRARY_ROWS])
+def test_the_gradient_of_the_input_is_that_of_the_dense_weight(proof, dtype, kind, rows):
+    """dx = dy W, by the kernel for few rows and by the library for many: as QLoRA trains."""
+    weight, numbers = weight_of(40, 192, 64, kind, proof.device)
+    x = proof.tensor(rows, 192, dtype=dtype, grad=True)
+    proof.compare(
+        lambda x: int4_matmul(x, weight, backend=proof.kernel),
+        lambda x: torch.nn.functional.linear(x, numbers.to(x.dtype)),
+        x,
+    )
+
+
+@pytest.mark.parametrize("rows", [3, kernel.LIBRARY_ROWS])
+def test_a_frozen_layer_keeps_its_codes_for_the_gradient_and_no_dense_weight(proof, rows):
+    """Between forward and backward there is what the weight itself takes, and nothing of x."""
+    weight, _ = weight_of(40, 192, 64, "affine", proof.device)
+    x = proof.tensor(rows, 192, dtype=torch.float16, grad=True)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        int4_matmul(x, weight, backend=proof.kernel)
+    assert sum(kept) == weight.bytes < 40 * 192
+
+
 def test_a_learned_table_is_read_as_it_is_now():
     weight, _ = weight_of(4, 64, 64, "table")
     before = weight.pairs.clone()

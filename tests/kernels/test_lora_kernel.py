@@ -1,5 +1,7 @@
 """The low-rank update: in one pass with its layer, on top of one, and for many users at once."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -351,3 +353,93 @@ def test_users_that_cannot_be(proof):
         gathered_lora(x, a, b, UserBatch.of(index(0, 1, 1), 5))
     with pytest.raises(ValueError, match="power of two from 16"):
         UserBatch.of(index(0), 1, lines=24)
+
+
+# --- what is done once ----------------------------------------------------------------------------
+
+one_pass = importlib.import_module("effnb.kernels.lora")
+many = importlib.import_module("effnb.kernels.gathered_lora")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Names of the kernels that are launched."""
+    found = []
+    for module in (one_pass, many):
+        plain = module.launch
+
+        def launched(kernel, *arguments, plain=plain, **settings):
+            found.append(kernel.fn.__name__)
+            plain(kernel, *arguments, **settings)
+
+        monkeypatch.setattr(module, "launch", launched)
+    return found
+
+
+def test_the_inner_product_is_computed_once_each_way(proof, started):
+    """Two kernels forward, two backward: gradients of A and B read what these left."""
+    inputs = parts(proof, 5, 70, 33, 4, torch.float32)
+    y = lora(*inputs, 0.5, backend=proof.kernel)
+    assert started == ["_inner", "_layer"]
+    torch.autograd.grad(y.sum(), inputs)
+    assert started == ["_inner", "_layer"] * 2
+
+
+def test_gradients_of_the_matrices_alone(proof, dtype):
+    """Then there is no kernel whose h could be read."""
+    x, weight, A, B = parts(proof, 9, 40, 64, 8, dtype)
+    x, weight = x.detach(), weight.detach()
+    proof.compare(
+        lambda a, b: lora(x, weight, a, b, 0.5, backend=proof.kernel),
+        lambda a, b: reference(x.to(a.dtype), weight.to(a.dtype), a, b, 0.5),
+        A, B,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_largest_rank_is_added_in_blocks(proof, dtype):
+    inputs = parts(proof, 3, 17, 40, 128, dtype)
+    proof.compare(
+        lambda *t: lora(*t, 0.1, backend=proof.kernel), lambda *t: reference(*t, 0.1), *inputs
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 128, 300, 2048])
+@pytest.mark.parametrize("n", [576, 4096, 11008])
+def test_tiles_are_small_where_there_are_few_rows(rows, n):
+    """Enough programs for every multiprocessor, or the smallest tile that holds the rows."""
+    tile = one_pass.tile_for(rows, n, torch.bfloat16)
+    programs = -(-rows // tile.m) * -(-n // tile.n)
+    assert programs >= one_pass.PROGRAMS or tile.n == 16
+    assert tile.m < 2 * max(rows, 16), "at most half of a tile is empty"
+    assert one_pass.tile_for(rows, n, torch.float32) == one_pass.SINGLE
+    sizes = (tile.m + tile.n) * tile.k * 2 * tile.stages
+    assert sizes <= 100 * 1024, "what is under way fits an A100, with room for the rest"
+
+
+@pytest.mark.parametrize(("tiles", "parts"), [(0, 32), (1, 32), (3, 32), (16, 8), (200, 1)])
+def test_the_inputs_are_cut_where_tiles_are_few(tiles, parts):
+    assert many._parts(tiles, 4096, 128) == parts
+    assert many._parts(tiles, 0, 128) == 1
+
+
+def test_one_users_rows_are_arranged_once(proof, monkeypatch):
+    """Not in every layer: a model's layers have inputs of one size."""
+    made, plain = [], UserBatch.of_one.__func__
+    many._one_user.cache_clear()
+
+    def counted(cls, count, device):
+        made.append(count)
+        return plain(cls, count, device)
+
+    monkeypatch.setattr(UserBatch, "of_one", classmethod(counted))
+    x, a, b = (proof.tensor(*s, seed=i) for i, s in enumerate(((5, 8), (2, 8), (6, 2))))
+    with torch.inference_mode():
+        for _ in range(3):
+            found = lora_update(x, a, b, 0.5, x @ x.T[:, :1] + b.T[:1], backend=proof.kernel)
+    assert made == [5]
+    x.requires_grad_()  # what was made in inference mode serves training too
+    y = lora_update(x, a, b, 0.5, torch.zeros_like(found), backend=proof.kernel)
+    torch.autograd.grad(y.sum(), x)
+    assert made == [5]
+    many._one_user.cache_clear()

@@ -1,5 +1,8 @@
 """Retention: three forms that are one, against the written-out sum; the kernels against them."""
 
+import importlib
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +18,8 @@ from effnb.kernels.retention import (
     retention_step_reference,
 )
 
+module = importlib.import_module("effnb.kernels.retention")
+GPU = os.environ.get("EFFNB_GPU") == "1"
 FORMS = [retention_parallel, retention_recurrent, retention_chunkwise]
 
 
@@ -296,6 +301,179 @@ def test_what_has_no_kernel_takes_the_reference(proof):
         retention_step(*token, gamma, state, backend=proof.kernel)
     with torch.no_grad():
         retention_step(*token, gamma, state, backend=proof.kernel)
+
+
+# ---------------------------------------------------------------- sixteen bits
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Float16 in the place of bfloat16, which the interpreter computes wrongly: the same lines."""
+    monkeypatch.setattr(module, "_precision", lambda dtype: "narrow")
+    monkeypatch.setattr(module, "_state_type", lambda dtype: dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk_size"), [((1, 2, 70, 20, 33), 32), ((1, 1, 140, 16, 140), None)]
+)
+def test_sixteen_bits_are_multiplied_as_they_are(proof, narrow, shape, chunk_size):
+    """Sums, the last state and the gradient of the first one are as close as float32's."""
+    values = tensors(proof, *shape, dtype=torch.float16, grad=True)
+    ours, reference = kernel(proof, chunk_size=chunk_size)
+    compare(proof, ours, reference, *values)
+
+
+def test_heads_wider_than_a_block_in_sixteen_bits(proof, narrow, monkeypatch):
+    monkeypatch.setitem(module.BLOCKS, "narrow", {"states": (16, 32), "outputs": (32, 16)})
+    values = tensors(proof, 1, 1, 40, 72, 40, dtype=torch.float16, grad=True)
+    ours, reference = kernel(proof, chunk_size=16)
+    compare(proof, ours, reference, *values)
+
+
+def test_three_numbers_of_bfloat16_hold_a_float32():
+    """What the last state rests on: a weighted key is the sum of its three parts, exactly."""
+    weighted = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 0.97**50
+    rest, total = weighted.clone(), torch.zeros_like(weighted, dtype=torch.float64)
+    for _ in range(3):
+        part = rest.bfloat16()
+        total += part.double()
+        rest -= part.float()
+    assert torch.equal(total, weighted.double())
+    assert not bool(rest.any())
+
+
+def test_states_in_bfloat16_cost_no_more_than_rounding_the_outputs():
+    r"""The unit roundoff of bfloat16 is u = 2^-8. Rounding states and decayed scores once each
+    changes an output by at most u (|q| S' + P' |v|), where S' and P' are the same sums over
+    absolute values; on random inputs signs differ, and it is less than the output's own rounding.
+    """
+    q, k, v, _, _ = inputs(tokens=512, batch=1, heads=2, dim_k=32, dim_v=32)
+    q, k, v = (x.bfloat16().double() for x in (q, k, v))
+    gamma, chunk, scale, u = retention_decay(2).double(), 128, 32**-0.5, 2.0**-8
+    exact, _ = retention_chunkwise(q, k, v, gamma, chunk_size=chunk)
+    index = torch.arange(chunk)
+    D = scale * (gamma[:, None, None] ** (index[:, None] - index).clamp(min=0)).tril()
+    state = torch.zeros(1, 2, 32, 32).double()
+    for start in range(0, 512, chunk):
+        a, b, c = (x[:, :, start : start + chunk] for x in (q, k, v))
+        P = (a @ b.mT) * D
+        reads = scale * gamma[:, None, None] ** (index[:, None] + 1)
+        found = P.bfloat16().double() @ c + reads * (a @ state.bfloat16().double())
+        allowed = u * (P.abs() @ c.abs() + reads * (a.abs() @ state.abs()))
+        right = exact[:, :, start : start + chunk]
+        assert bool(((found - right).abs() <= allowed + 1e-12).all())
+        assert float((found - right).abs().max()) < u * float(right.abs().max())
+        weights = gamma[:, None, None] ** (chunk - 1 - index[:, None])
+        state = gamma[:, None, None] ** chunk * state + (weights * b).mT @ c
+
+
+def test_backward_reads_the_states_of_the_forward_pass(proof, monkeypatch):
+    """Three outputs, but one set of new states: keys and values share it."""
+    started = []
+
+    def note(launch):
+        def launched(function, grid, *arguments, **settings):
+            started.append(function.fn.__name__)
+            launch(function, grid, *arguments, **settings)
+
+        return launched
+
+    for name in ("launch", "launch_again"):
+        monkeypatch.setattr(module, name, note(getattr(module, name)))
+    q, k, v, gamma, state = tensors(proof, 1, 1, 20, 4, 4, grad=True)
+    out, final = retention(q, k, v, gamma, initial_state=state, backend=proof.kernel)
+    assert started == ["_states_kernel", "_outputs_kernel"]
+    started.clear()
+    torch.autograd.grad([out.sum() + final.sum()], (q, k, v, state))
+    assert sorted(started) == ["_outputs_kernel"] * 3 + ["_states_kernel"]
+
+
+# ---------------------------------------------------------------- what is moved
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """Bytes that interpreted kernels load and store, as their masks say."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    moved = dict.fromkeys(("_states_kernel", "_outputs_kernel"), 0)
+    now = []
+
+    def count(name, place):
+        plain = getattr(InterpreterBuilder, name)
+
+        def counted(self, pointers, *rest):
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            moved[now[-1]] += size * int(rest[place].data.sum())
+            return plain(self, pointers, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, name, counted)
+
+    count("create_masked_load", 0)
+    count("create_masked_store", 1)
+
+    def watch(launch):
+        def launched(function, *arguments, **settings):
+            now.append(function.fn.__name__)
+            launch(function, *arguments, **settings)
+
+        return launched
+
+    for name in ("launch", "launch_again"):
+        monkeypatch.setattr(module, name, watch(getattr(module, name)))
+    return moved
+
+
+@pytest.mark.skipif(GPU, reason="loads and stores are counted in the interpreter")
+@pytest.mark.parametrize(
+    ("shape", "chunk_size", "dtype"),
+    [
+        ((2, 2, 128, 64, 64), 64, torch.float16),
+        ((1, 1, 96, 144, 80), 32, torch.float16),  # wider than the blocks
+        ((1, 2, 64, 72, 40), 32, torch.float32),
+    ],
+)
+def test_what_is_moved_is_what_is_counted(proof, traffic, shape, chunk_size, dtype):
+    batch, heads, tokens, dim_k, dim_v = shape
+    q, k, v, gamma, _ = tensors(proof, *shape, dtype=dtype)
+    retention(q, k, v, gamma, chunk_size=chunk_size, backend=proof.kernel)
+    for name in ("states", "outputs"):
+        settings = module._settings(name, dim_k, dim_v, chunk_size, dtype, False, batch * heads)
+        counted = batch * heads * module.bytes_moved(name, settings, tokens, dtype)
+        assert counted == pytest.approx(traffic[f"_{name}_kernel"], rel=0.1)
+
+
+def test_heads_of_128_move_twice_the_least():
+    """Keys and values are read once more for the states, which take half of that again."""
+    dtype, tokens = torch.bfloat16, 4096
+    moved = {
+        name: module.bytes_moved(
+            name, module._settings(name, 128, 128, 128, dtype, False, 64), tokens, dtype
+        )
+        for name in ("states", "outputs")
+    }
+    least = tokens * 2 * (128 + 128) * 2
+    assert moved["states"] + moved["outputs"] == pytest.approx(2 * least, rel=0.1)
+    assert moved["states"] + 3 * moved["outputs"] == pytest.approx(4.5 * least, rel=0.1)
+
+
+def test_the_report_counts_what_is_moved():
+    """The bytes that a bound rests on are those of the settings of the case."""
+    for case in module.compile_cases():
+        name = case.name.split()[1]
+        if name == "step":
+            continue
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
+            case.name.split()[2]
+        ]
+        texts = 1 if "one text" in case.name else 4
+        one = module.bytes_moved(name, case.constants, 16384 // texts, dtype)
+        assert case.work.bytes == 16 * texts * one
+
+
+def test_chunks_are_longer_where_tensor_cores_multiply():
+    assert module._chunk_size(torch.bfloat16) == module._chunk_size(torch.float16) == 128
+    assert module._chunk_size(torch.float32) == module._chunk_size(torch.float64) == 64
 
 
 # ---------------------------------------------------------------- bad input

@@ -158,7 +158,7 @@ SHOWN = (
     "int4_matmul: affine fp16 many_rows 16x64",
     "int4_matmul: affine bf16 many_rows 64x128",
     "local_attention: forward bf16 128",
-    "retention: states bf16 128x128 chunk 64",
+    "retention: states bf16 128x128 chunk 128",
     "lora: bf16 128x128, A and B bf16, r 16",
     "rope: half-split forward bf16",
 )
