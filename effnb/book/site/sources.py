@@ -25,6 +25,7 @@ from effnb.book.site.map import map_html
 from effnb.book.site.pages import (
     advice_part,
     claims_part,
+    methods_part,
     raw,
     summary_part,
     symbols_part,
@@ -90,7 +91,9 @@ def write(
         "which": {"advice": advice_part(book)},
         "claims": {"summary": summary_part(book), "claims": claims_part(book)},
         "notation": {"symbols": symbols_part(book)},
-        "glossary": {"terms": terms_part(book)},
+        "glossary": {"terms": terms_part(book), "methods": methods_part(book, reference)},
+        "search": {},
+        "404": {},
         "methods": {"methods": raw(methods_page(reference, {one.name for one in book.written}))},
         "architectures": {"architectures": raw(architectures.page(architectures.read()))},
         "api/index": {"modules": _modules(reference)},
