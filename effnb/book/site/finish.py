@@ -65,6 +65,10 @@ def finish(site: Path, book: Book, reference: Reference, home: Home | None = Non
     said = "\n".join(dark_rules(one.read_text(encoding="utf-8")) for one in styles if one.exists())
     (site / "_static").mkdir(exist_ok=True)
     (site / "_static" / DARK).write_text(said, encoding="utf-8")
+    used = used_words(site, pages)
+    for style in (site / "_static").rglob("*.css"):
+        if "theme" in style.name or "mystnb" in style.name:
+            style.write_text(pruned(style.read_text(encoding="utf-8"), used), encoding="utf-8")
     if home.site:
         (site / "sitemap.xml").write_text(sitemap(pages, home.site, day), encoding="utf-8")
 
@@ -92,9 +96,9 @@ def build_day() -> str:
 def description(page: str, length: int = 200) -> str:
     """What a page is about: its first paragraph, in words, cut between two words."""
     _, _, article = page.partition("<article")
+    bar = article.find('<ul class="ways-out"')
+    article = article[max(bar, 0) :]
     for found in re.finditer(r"<p(?: [^>]*)?>(.*?)</p>", article, re.DOTALL):
-        if 'class="chapter-facts"' in found[0] or "<code" in found[1][:12]:
-            continue
         bare = re.sub(r'<span class="katex-mathml">.*?</math></span>', "", found[1])
         bare = re.sub(r'<span class="term-means".*?</span>', "", bare, flags=re.DOTALL)
         words = html.unescape(re.sub(r"<[^>]+>", "", bare))
@@ -166,6 +170,73 @@ def dark_rules(style: str) -> str:
     return "\n".join(
         f"{re.sub(r'=.?dark.?]', ']', selectors.strip())} {{{body}}}" for selectors, body in rules
     )
+
+
+def used_words(site: Path, pages: dict[str, str]) -> set[str]:
+    """Every word that is a class or an id on some page, or stands in a script."""
+    found = set()
+    for page in pages.values():
+        for one in re.findall(r' (?:class|id)="([^"]*)"', page):
+            found.update(one.split())
+    for script in [*(site / "_static").rglob("*.js")]:
+        found.update(re.findall(r"[A-Za-z_][\w-]*", script.read_text(encoding="utf-8")))
+    return found
+
+
+def pruned(style: str, used: set[str]) -> str:
+    """A style sheet without the rules that no page can need.
+
+    A selector goes when it asks for a class or an id that occurs nowhere.
+
+    Args:
+        style: The sheet.
+        used: Classes and ids of all pages, and the words of all scripts.
+    """
+    out, at = [], 0
+    style = re.sub(r"/\*.*?\*/", "", style, flags=re.DOTALL)
+    while at < len(style):
+        brace = style.find("{", at)
+        statement = style.find(";", at)
+        if brace < 0 or 0 <= statement < brace:  # @charset, @import
+            end = statement + 1 if statement >= 0 else len(style)
+            out.append(style[at:end])
+            at = end
+            continue
+        head, depth, end = style[at:brace].strip(), 1, brace + 1
+        while depth and end < len(style):
+            depth += {"{": 1, "}": -1}.get(style[end], 0)
+            end += 1
+        body = style[brace + 1 : end - 1]
+        at = end
+        if head.startswith(("@media", "@supports", "@layer")):
+            inside = pruned(body, used)
+            out.append(f"{head}{{{inside}}}" if inside.strip() else "")
+        elif head.startswith("@"):
+            out.append(f"{head}{{{body}}}")
+        else:
+            kept = [one for one in _selectors(head) if _possible(one, used)]
+            out.append(f"{','.join(kept)}{{{body}}}" if kept else "")
+    return "".join(out)
+
+
+def _selectors(head: str) -> list[str]:
+    """The selectors of a rule; a comma in parentheses separates none."""
+    found, depth, last = [], 0, 0
+    for at, letter in enumerate(head):
+        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(letter, 0)
+        if letter == "," and not depth:
+            found.append(head[last:at].strip())
+            last = at + 1
+    return [*found, head[last:].strip()]
+
+
+def _possible(selector: str, used: set[str]) -> bool:
+    """Whether a page may have what a selector asks for."""
+    bare = selector
+    while re.search(r"\([^()]*\)", bare):  # what is in parentheses may be one of several
+        bare = re.sub(r"\([^()]*\)", "", bare)
+    bare = re.sub(r"\[[^\]]*\]", "", bare)
+    return all(one.replace("\\", "") in used for one in re.findall(r"[.#]((?:[\w-]|\\.)+)", bare))
 
 
 def sitemap(pages: dict[str, str], site: str, day: str) -> str:

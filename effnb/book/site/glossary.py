@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from effnb.book.site.book import Book, slug
@@ -64,7 +65,7 @@ class Entry:
 
 def anchor(term: str) -> str:
     """The id of a term in the glossary."""
-    return f"word-{slug(term) or 'x'}"
+    return f"word-{slug(unicodedata.normalize('NFKC', term))}"
 
 
 def entries(book: Book) -> list[Entry]:

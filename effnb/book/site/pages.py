@@ -160,10 +160,10 @@ def _bare(tex: str) -> str:
 
 def methods_part(book: Book, reference: Reference) -> str:
     """The methods whose names are no terms of a chapter, as entries of the glossary."""
-    known = {term.name.lower() for written in book.written for term in written.words.terms}
+    known = {anchor(term.name) for written in book.written for term in written.words.terms}
     rows = {}
     for method in methods(reference):
-        if method.name.lower() in known or method.name.lower() in rows:
+        if anchor(method.name) in known or method.name.lower() in rows:
             continue
         module, thing = reference.home(method.home)
         said = html.escape(first_sentence(thing.doc))

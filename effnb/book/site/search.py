@@ -1,8 +1,8 @@
 """The index of the search: what every page says, section by section, as data for `search.js`.
 
 The index is read from the finished pages, so that it says what a reader sees. Chapters come before
-the glossary, the glossary before the other pages, and these before the reference; the ranking itself
-is in `.make/site/static/search.js`. A method's name and a term in Japanese lead to the section of the
+the glossary, the glossary before the other pages, and these before the reference; the ranking is in
+`.make/site/static/search.js`. A method's name and a term in Japanese lead to the section of the
 chapter that explains it, whether or not the words stand there.
 """
 

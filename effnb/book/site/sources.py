@@ -84,6 +84,7 @@ def write(
     generated = {
         "index": {
             "panel": _cover_panel(book, web),
+            "gallery": raw(_gallery(book, web)),
             "contents": _contents(book),
             "facts": _facts(book),
         },
@@ -147,6 +148,26 @@ def _cover_panel(book: Book, web: Web) -> str:
             where = link(written.chapter.title, "index", f"{written.name}.html")
             return raw(f'{panel}<p class="cover-from">From the chapter {where}.</p>')
     return ""
+
+
+def _gallery(book: Book, web: Web) -> str:
+    """The map with a picture of each chapter's result."""
+    parts = []
+    for section in SECTIONS.values():
+        inside = [one for one in book.written if one.chapter.section == section]
+        cards = "".join(
+            f'<li><a href="{one.name}.html">{web.first_picture(one, "index")}'
+            f"<strong>{html.escape(one.chapter.title)}</strong></a>"
+            f"<span>{html.escape(one.chapter.about)}</span></li>"
+            for one in inside
+        )
+        if cards:
+            parts.append(
+                '<section class="gallery-section">'
+                f'<p class="gallery-name">{html.escape(section)}</p>'
+                f'<ul class="gallery">{cards}</ul></section>'
+            )
+    return "".join(parts)
 
 
 def _facts(book: Book) -> str:

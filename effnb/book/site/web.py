@@ -280,6 +280,17 @@ class Web:
                     return panel_html(panel, "panel", lambda content: self.pictures(content, page))
         return ""
 
+    def first_picture(self, written: Written, page: str) -> str:
+        """The first picture of a chapter, for another page; nothing when it has none."""
+        for cell in written.notebook["cells"]:
+            for output in cell.get("outputs", ()):
+                content = output.get("data", {}).get("text/html", "")
+                found = re.search(r"<img[^>]*>", "".join(content))
+                if found and _DATA_URI.search(found[0]):
+                    bare = re.sub(r' (?:style|width|height)="[^"]*"', "", found[0])
+                    return self.pictures(bare, page)
+        return ""
+
     def _listing(self, data: dict[str, Any], page: str) -> str | None:
         """A listing in the page's own colours, with links to its file and to its description."""
         found = _LISTING.match(data["text/html"])
