@@ -19,6 +19,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page
 
 from effnb.book.site.__main__ import build
+from effnb.book.site.finish import first_load
 
 PATIENCE = 60_000
 PHONE, SCREEN = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
@@ -172,7 +173,7 @@ def test_every_chapter_and_every_page_beside_them_is_in_the_sidebar(folder, read
         for page in group["pages"]
         for one in page["below"]
     }
-    assert set(pages(folder)) - {"index.html", "search.html"} == listed | below
+    assert set(pages(folder)) - {"index.html", "search.html", "404.html"} == listed | below
     for page in listed:
         assert {link.rpartition("/")[2] for link in read[page].links} >= {
             other.rpartition("/")[2] for other in listed - {page}
@@ -186,6 +187,46 @@ def test_pages_are_light(folder):
     assert not list(folder.rglob("*.map"))
     largest = max((folder / page).stat().st_size for page in pages(folder))
     assert largest < 1_500_000, "pictures belong into files of their own"
+
+
+def test_a_chapter_loads_in_400_kilobytes(folder):
+    """The first view, compressed; every font of the book is counted, used or not."""
+    chapters = [path.relative_to(folder).as_posix()[:-5] for path in folder.glob("0*/*.html")]
+    assert len(chapters) > 10
+    loads = {name: sum(first_load(folder, name).values()) for name in chapters}
+    assert {name: size for name, size in loads.items() if size > 400_000} == {}
+
+
+def test_every_page_has_one_viewport_and_says_what_it_is(folder):
+    said = set()
+    for name in pages(folder):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert text.count('name="viewport"') == 1, name
+        said.add(re.search(r'<meta name="description" content="([^"]+)"', text)[1])
+        assert 'class="book-footer"' in text or name in ("search.html", "404.html"), name
+        assert "search-index.js" not in text, "the index waits until someone searches"
+    assert len(said) > 0.5 * len(pages(folder))
+
+
+def test_the_home_page_shows_every_written_chapter(folder):
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    cards = re.findall(r'<li><a href="([^"]+)"><img [^>]*alt="[^"]+', text)
+    assert len(cards) > 10 and all((folder / card).is_file() for card in cards)
+    listed = {page["page"] + ".html" for group in contents(folder) for page in group["pages"]}
+    chapters = {name for name in listed if name[:2].isdigit()}
+    assert set(cards) == chapters
+
+
+def test_five_questions_are_two_clicks_away(folder, read):
+    assert "which.html" in read["index.html"].links
+    for place in (
+        "05_inference/3_quantization.html#turn-the-knob",
+        "05_inference/3_quantization.html#gallery",
+        "05_inference/1_pruning.html#what-it-costs-and-saves",
+        "05_inference/1_pruning.html#gallery",
+        "02_design/6_context.html#four-ways-to-slow-down",
+    ):
+        assert place in read["which.html"].links
 
 
 # ------------------------------------------------------------------------------ in the browser
@@ -409,6 +450,54 @@ def test_search_finds_english_and_japanese(book):
         page.locator(f"#search-results a[href*='{expected}']").first.wait_for()
 
 
+SIZES = [{"width": width, "height": 900} for width in (390, 768, 1440)]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_hit_leads_to_its_section_and_marks_the_word(book, theme):
+    page = book.page(**SCREEN)
+    page.emulate_media(color_scheme=theme)
+    for size in SIZES:
+        page.set_viewport_size(size)
+        page.goto(f"{book.address}/search.html?q=SNIP")
+        page.locator("#search-results a").first.click()
+        page.wait_for_url("**/05_inference/1_pruning.html?highlight=SNIP#gallery")
+        assert page.locator("article mark").first.text_content() == "SNIP"
+        assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+        page.keyboard.press("Escape")
+        assert page.locator("article mark").count() == 0
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_term_opens_under_the_focus_and_escape_closes_it(book, theme):
+    page = book.page(**SCREEN)
+    page.emulate_media(color_scheme=theme)
+    for size in SIZES:
+        page.set_viewport_size(size)
+        page.goto(f"{book.address}/05_inference/3_quantization.html")
+        term = page.locator(".term", has_text="GPTQ").first
+        assert not term.get_by_role("tooltip").is_visible()
+        term.locator("a").focus()
+        box = term.get_by_role("tooltip").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= size["width"]
+        page.keyboard.press("Escape")
+        assert not term.get_by_role("tooltip").is_visible()
+
+
+def test_claims_can_be_chosen_and_sections_fold(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/claims.html")
+    every = page.locator("section.claim:visible").count()
+    page.get_by_label("Outcome").select_option("holds")
+    shown = page.locator("section.claim:visible").count()
+    assert 0 < shown < every
+    assert page.locator(".claims-filter [role=status]").text_content() == f"{shown} claims"
+    link = page.locator(".book-nav a", has_text="Matryoshka")
+    assert not link.is_visible()
+    page.locator(".book-nav summary", has_text="Inference").click()
+    assert link.is_visible()
+
+
 def test_a_button_says_how_to_run_the_chapter(book):
     page = book.page(**PHONE)
     page.goto(f"{book.address}/00_start_here.html")
@@ -467,4 +556,10 @@ def test_it_can_be_read_without_scripts(browser, served):
     panel = page.locator("section.panel").first
     assert panel.locator("img:visible").count() == 1
     assert "Probability of “Paris”" in visible_numbers(panel)
+    assert page.locator(".panel input:visible, .panel button:visible").count() == 0
+    paper = "getComputedStyle(document.body).backgroundColor"
+    for theme, colour in (("light", "rgb(253, 252, 250)"), ("dark", "rgb(21, 24, 28)")):
+        page.emulate_media(color_scheme=theme)
+        page.wait_for_timeout(500)
+        assert page.evaluate(paper) == colour
     context.close()

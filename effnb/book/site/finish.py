@@ -138,13 +138,15 @@ def with_head(page: str, name: str, home: Home) -> str:
             )
     if name in ("404", "search"):
         lines.append('<meta name="robots" content="noindex">')
-    lines.append(
+    # Last in the head: it has to come after the other sheets.
+    without = (
         f'<noscript><link rel="stylesheet" href="{top}_static/{DARK}" '
         'media="(prefers-color-scheme: dark)"><style>.panel-control, .panel-guess, '
         ".panel-question button, .sidebar-toggle { display: none !important; }</style></noscript>"
     )
     # Without a script the colours are those of the light theme, and of the sheet above.
     page = page.replace('data-theme="auto"', 'data-theme="light"', 1)
+    page = page.replace("</head>", f"  {without}\n  </head>", 1)
     return page.replace("</title>", "</title>\n    " + "\n    ".join(lines), 1)
 
 

@@ -174,8 +174,8 @@ def methods_part(book: Book, reference: Reference) -> str:
         if chapter and book.find(method.chapter):
             where += f", {link(chapter.title, 'glossary', f'{method.chapter}.html')}"
         rows[method.name.lower()] = (
-            f'<dt><span class="word-anchor" id="{anchor(method.name)}">'
-            f"{html.escape(method.name)}</span></dt><dd><p>{said} {where}</p></dd>"
+            f'<dt class="word-anchor" id="{anchor(method.name)}">'
+            f"{html.escape(method.name)}</dt><dd><p>{said} {where}</p></dd>"
         )
     return raw(f'<dl class="simple glossary">{"".join(rows[one] for one in sorted(rows))}</dl>')
 
