@@ -10,6 +10,7 @@ from effnb.book.site.address import Home
 from effnb.book.site.book import REPOSITORY, read_book
 from effnb.book.site.pages import claims_part, methods_part, terms_part
 from effnb.book.site.reference import read_reference
+from effnb.book.site.web import prints_tables
 
 SITE = Home("https://github.com/o/n", "main", "https://o.github.io/n/")
 PAGE = """<!DOCTYPE html>
@@ -184,3 +185,33 @@ def test_measured_claims_come_first_and_can_be_chosen(book):
     whole = [all(o == "not yet measured" for o in article) for article in by_article]
     assert whole == sorted(whole)
     assert page.count("data-section=") == page.count("data-outcome=") > 50
+
+
+# ------------------------------------------------------------------------------------- the cells
+
+
+@pytest.mark.parametrize(
+    ("code", "shows", "folds"),
+    [
+        ("from a import tables\n\ntables.costs(1)", "<table>", True),
+        ("claims_table(one)\nprint(tables.said(2))", "<table>", True),
+        ("claims_table(one)", "<p>", False),
+        ("x = tables.stored('a')\nclaims_table(x)", "<table>", False),
+        ("wanda(model, 0.5)", "<table>", False),
+        ("%matplotlib inline", "<table>", False),
+    ],
+)
+def test_cells_that_only_print_tables_fold(code, shows, folds):
+    cell = {"source": code, "outputs": [{"data": {"text/html": shows}}]}
+    assert prints_tables(cell) == folds
+
+
+def test_some_cells_of_the_book_fold_and_most_do_not(book):
+    cells = [
+        cell
+        for written in book.written
+        for cell in written.notebook["cells"]
+        if cell["cell_type"] == "code"
+    ]
+    folded = sum(map(prints_tables, cells))
+    assert 5 < folded < len(cells) / 4

@@ -34,7 +34,6 @@ from effnb.book.site.words import (
     symbols_in,
     unexplained,
 )
-from effnb.lab import chapters
 from effnb.lab.claims import MIME, Contrast, Evidence, judged, ledger, student_point, untested
 
 ROOT = Path(__file__).resolve().parents[2]
