@@ -8,6 +8,7 @@ from effnb.book.methods import methods
 from effnb.book.site import finish, glossary
 from effnb.book.site.address import Home
 from effnb.book.site.book import REPOSITORY, read_book
+from effnb.book.site.numbers import numbered
 from effnb.book.site.pages import claims_part, methods_part, terms_part
 from effnb.book.site.reference import read_reference
 from effnb.book.site.web import prints_tables
@@ -185,6 +186,22 @@ def test_measured_claims_come_first_and_can_be_chosen(book):
     whole = [all(o == "not yet measured" for o in article) for article in by_article]
     assert whole == sorted(whole)
     assert page.count("data-section=") == page.count("data-outcome=") > 50
+
+
+def test_figures_and_equations_are_numbered_in_order():
+    page = numbered(
+        '<div class="math-block">0</div><article><figure style="a"><img alt="b">'
+        '<figcaption>One</figcaption></figure><div class="math-block">x</div>'
+        '<figure class="listing"><figcaption>code</figcaption></figure>'
+        '<p class="panel-caption">Two</p><p class="panel-caption"></p><figure><img></figure>'
+        '<div class="math-block">y</div><figure><img><figcaption>Three</figcaption></figure>'
+        "</article>"
+    )
+    text = re.sub(r"<[^>]+>", "", page)
+    assert text == "0Figure 1. One(1)xcodeFigure 2. Two(2)yFigure 3. Three"
+    assert re.findall(r'id="([^"]+)"', page) == [
+        *("figure-1", "equation-1", "figure-2", "equation-2", "figure-3"),
+    ]
 
 
 # ------------------------------------------------------------------------------------- the cells

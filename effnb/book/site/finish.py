@@ -20,6 +20,7 @@ from pathlib import Path
 from effnb.book.site import glossary, search
 from effnb.book.site.address import Home
 from effnb.book.site.book import REPOSITORY, Book, up
+from effnb.book.site.numbers import numbered
 from effnb.book.site.reference import Reference
 
 UNUSED = (
@@ -48,7 +49,7 @@ def finish(site: Path, book: Book, reference: Reference, home: Home | None = Non
     terms, chapters = glossary.entries(book), {one.name: one for one in book.written}
     day = build_day()
     for name, page in pages.items():
-        new = glossary.linked(page, name, terms) if name in chapters else page
+        new = numbered(glossary.linked(page, name, terms)) if name in chapters else page
         new = with_head(new, name, home)
         new = with_footer(new, name, day)
         if name == "404" and home.site:
