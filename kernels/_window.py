@@ -107,6 +107,14 @@ def count_pairs(
     return (seen * (kinds != PADDING)).sum(1)
 
 
+def _cut(kinds: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each tile begins and ends, and its kinds; what is beyond the end is padding."""
+    start = torch.arange(0, kinds.shape[1], block, device=kinds.device)
+    beyond = len(start) * block - kinds.shape[1]
+    padded = torch.nn.functional.pad(kinds, (0, beyond), value=PADDING)
+    return start, start + block - 1, padded.unflatten(1, (-1, block))
+
+
 def tile_schedule(
     kinds: Tensor, left: int, right: int, causal: bool, block_q: int, block_k: int
 ) -> Tensor:
@@ -115,14 +123,11 @@ def tile_schedule(
     Without padding the answer is exact. Tiles of nothing but padding are left out; where padding
     only thins a tile out, the tile stays.
     """
-    tokens = kinds.shape[1]
+    last = kinds.shape[1] - 1
 
     def tiles(block):
-        start = torch.arange(0, tokens, block, device=kinds.device)
-        pad = len(start) * block - tokens
-        of_tile = torch.nn.functional.pad(kinds, (0, pad), value=PADDING).unflatten(1, (-1, block))
-        end = (start + block).clamp(max=tokens) - 1
-        return start, end, (of_tile == GLOBAL).any(-1), (of_tile != PADDING).any(-1)
+        start, end, kind = _cut(kinds, block)
+        return start, end.clamp(max=last), (kind == GLOBAL).any(-1), (kind != PADDING).any(-1)
 
     q_start, q_end, q_global, q_real = tiles(block_q)
     k_start, k_end, k_global, k_real = tiles(block_k)
@@ -140,13 +145,10 @@ def full_tiles(
 
     Tiles that the end of the sequence cuts are none.
     """
-    tokens = kinds.shape[1]
 
     def tiles(block):
-        start = torch.arange(0, tokens, block, device=kinds.device)
-        pad = len(start) * block - tokens
-        of_tile = torch.nn.functional.pad(kinds, (0, pad), value=PADDING).unflatten(1, (-1, block))
-        return start, start + block - 1, (of_tile == GLOBAL).all(-1), (of_tile != PADDING).all(-1)
+        start, end, kind = _cut(kinds, block)
+        return start, end, (kind == GLOBAL).all(-1), (kind != PADDING).all(-1)
 
     q_start, q_end, q_global, q_real = tiles(block_q)
     k_start, k_end, k_global, k_real = tiles(block_k)
@@ -195,9 +197,9 @@ def list_visits(schedule: Tensor, full: Tensor) -> Visits:
     return Visits(counts.contiguous(), tiles.to(torch.int32).contiguous())
 
 
-KEPT, LARGEST = 32, 2**22
-"""Schedules that are kept, and pairs of tiles of the largest one that is (16 MiB): all layers of a
-model ask for the same."""
+KEPT, LARGEST = 8, 2**20
+"""Schedules that are kept, and pairs of tiles of the largest one that is (4 MiB): all layers of a
+model ask for the same few."""
 _kept: OrderedDict[tuple, tuple[Visits, Masks]] = OrderedDict()
 
 
@@ -248,8 +250,8 @@ def visits_of(
     schedule = tile_schedule(kinds, left, right, causal, *blocks)
     full = full_tiles(kinds, left, right, causal, *blocks)
     found = list_visits(schedule.mT, full.mT) if by_keys else list_visits(schedule, full)
-    lasting = kinds.device.type != "meta" and not found.tiles.is_inference()
-    if masks.state is not None and lasting and found.tiles.numel() <= LARGEST:
+    lasting = masks.state is not None and kinds.device.type != "meta"
+    if lasting and found.tiles.numel() <= LARGEST:
         _kept[key] = found, masks
         while len(_kept) > KEPT:
             _kept.popitem(last=False)

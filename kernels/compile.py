@@ -25,6 +25,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import effnb.kernels
 from effnb.kernels import report
 from effnb.kernels._launch import INTERPRETED, LIMITS, triton
@@ -33,6 +35,8 @@ from effnb.kernels.assembly import Assembly, disassemble
 from effnb.kernels.report import Work
 
 HELPERS = ("assembly", "bench", "compile", "report")
+KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Types of cases, by the names that Triton has for them."""
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ from effnb.kernels._window import (
     visits_of,
 )
 from effnb.kernels.bench import BenchCase, Runner
-from effnb.kernels.compile import CompileCase
+from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
 
 LOG2_E = 1.4426950408889634  # e^x = 2^(x log2 e), and powers of 2 are what GPUs compute
@@ -659,7 +659,6 @@ def compile_cases() -> list[CompileCase]:
     found = []
     strides = {f"{x}_{axis}": 128 for x in ("query", "key", "value") for axis in ("batch", "head")}
     strides |= {f"{x}_token": 4096 for x in ("query", "key", "value")}
-    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     uses = [(128, True, "fp32"), (64, True, "fp16"), (128, False, "bf16"), (256, True, "bf16")]
     for dim, causal, kind in uses:
         types = dict.fromkeys(("query", "key", "value", "out", "d_out"), f"*{kind}")
@@ -678,12 +677,12 @@ def compile_cases() -> list[CompileCase]:
             holds = "columns" if kernel is _keys_backward_kernel else "rows"
             of_archs: dict[tuple, list[int]] = {}  # equal settings are one case
             for arch in LIMITS:
-                of_arch = _settings(holds, dim, kinds[kind], causal, arch)
+                of_arch = _settings(holds, dim, KINDS[kind], causal, arch)
                 of_archs.setdefault(tuple(of_arch.items()), []).append(arch)
             for items, archs in of_archs.items():
                 settings = dict(items)
                 warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
-                tile, size = (settings["BLOCK_Q"], settings["BLOCK_K"]), kinds[kind].itemsize
+                tile, size = (settings["BLOCK_Q"], settings["BLOCK_K"]), KINDS[kind].itemsize
                 for again in (False, True) if dim == 64 else (False,):
                     case = CompileCase(
                         f"local_attention: {name} {kind} {dim}" + again * " again", kernel, types,

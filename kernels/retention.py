@@ -88,12 +88,11 @@ from effnb.kernels._masked import (
     visible_sum,
 )
 from effnb.kernels.bench import OTHER, BenchCase, Runner, absent
-from effnb.kernels.compile import CompileCase
+from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
 
 CHUNK_SIZES = (16, 32, 64, 128)
 WIDEST = 2**16  # keys of a step, which a program holds at once
-KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def retention_decay(heads: int) -> Tensor:

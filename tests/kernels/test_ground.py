@@ -316,7 +316,18 @@ def test_the_bench_runs_and_peers_agree(name):
                 assert timing.difference < 0.02, timing
 
 
-@pytest.mark.parametrize("name", NAMES)
+TRAINING = ("adam8bit", "linear_cross_entropy")
+"""Kernels that are of use in training only, where tokens and weights come by the million."""
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_is_realistic(name):
+    """From a model of 135 million parameters to one of 8 billion."""
+    shapes = [[int(n) for n in re.findall(r"\d+", case.shape)] for case in bench.cases(name)]
+    assert min(map(max, shapes)) < 50_000 and max(map(max, shapes)) > 14_000
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TRAINING])
 def test_batches_and_lengths_are_realistic(name):
     """One text or token and sixteen of them; texts of 2,000 to 16,000 tokens."""
     shapes = [case.shape for case in bench.cases(name) if "step" not in case.shape]

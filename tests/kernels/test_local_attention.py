@@ -194,15 +194,19 @@ def test_schedules_are_kept_for_the_same_masks_and_made_anew_for_others(monkeypa
     first, again = visits(None), visits(None)
     assert again is first and len(made) == 1
     assert visits(None, window=40) is not first and len(made) == 2
+    with torch.inference_mode():  # where text is generated
+        generated = visits(None, window=41)
+        assert generated is visits(None, window=41)
+    assert generated is visits(None, window=41) and len(made) == 3
     mask = torch.arange(64) == 3
-    assert visits(mask) is not first and visits(mask) is visits(mask) and len(made) == 3
+    assert visits(mask) is not first and visits(mask) is visits(mask) and len(made) == 4
     before = visits(mask).counts.clone()
     mask[60] = True  # written to
-    assert not torch.equal(visits(mask).counts, before) and len(made) == 4
+    assert not torch.equal(visits(mask).counts, before) and len(made) == 5
     with torch.inference_mode():
         hidden = torch.arange(64) == 3
         assert visits(hidden).counts.equal(before) and visits(hidden).counts.equal(before)
-    assert len(made) == 6  # nothing tells whether such a tensor was written to
+    assert len(made) == 7  # nothing tells whether such a tensor was written to
     for window in range(6, 6 + 2 * _window.KEPT):
         visits(None, window)
     assert len(_window._kept) == _window.KEPT

@@ -345,7 +345,9 @@ def cascade(rows: Sequence[Row]) -> Panel:
         "parameters read; a deferred question pays for both models.",
         figsize=(6.2, 2.4),
         main="threshold",
-        frames=[0.3, 0.7],
+        frames=[0.8, 0.99],
         pair=knob(pairs, default=pairs[min(1, len(pairs) - 1)], label="cascade"),
-        threshold=knob([0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.01], default=0.5, label="confidence"),
+        threshold=knob(
+            [0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01], default=0.95, label="confidence"
+        ),
     )

@@ -452,7 +452,7 @@ def cascade_table(rows: Sequence[Row]) -> Table:
 
 
 @if_measured
-def cascade_said(rows: Sequence[Row], threshold: float = 0.6) -> str:
+def cascade_said(rows: Sequence[Row], threshold: float = 0.95) -> str:
     """What a cascade of all four models does at one threshold, in a sentence."""
     order = sorted(rows, key=lambda row: row["parameters"])
     whole = order[-1]["parameters"]
@@ -469,7 +469,7 @@ def cascade_said(rows: Sequence[Row], threshold: float = 0.6) -> str:
     return (
         f"All of them in a row, each asked until one is at least {threshold:.0%} sure: "
         f"{spoken(parts)}; {1 - found.loss:.0%} right, against "
-        f"{fmean(order[-1]['right']):.0%} by {order[-1]['model']} alone, at {found.cost:.0%} of "
+        f"{fmean(order[-1]['right']):.0%} by {order[-1]['model']} alone, at {found.cost:.1%} of "
         "its cost."
     )
 
