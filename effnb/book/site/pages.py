@@ -1,10 +1,9 @@
-"""What is collected from all chapters: claims, symbols, terms and advice."""
+"""What is collected from all chapters: claims, symbols and terms."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from effnb.book.methods import methods
@@ -12,8 +11,7 @@ from effnb.book.site.book import Book, SiteError, Written, link
 from effnb.book.site.docstrings import first_sentence
 from effnb.book.site.glossary import anchor
 from effnb.book.site.reference import Reference, page_of
-from effnb.book.site.verdicts import badge, certainty, evidence_html, measured
-from effnb.book.site.words import Advice
+from effnb.book.site.verdicts import badge, evidence_html
 from effnb.lab.chapters import SECTIONS
 from effnb.lab.claims import joint, ledger
 
@@ -207,54 +205,3 @@ def terms_part(book: Book) -> str:
     if not lines:
         return "No chapter has explained a term yet."
     return "\n".join(["{.glossary}", *lines])
-
-
-# --------------------------------------------------------------------------------------- advice
-
-
-def supported(written: Written) -> Iterator[tuple[Advice, list[dict[str, Any]]]]:
-    """The advice that a chapter's own measurements support, with the pieces of evidence.
-
-    Raises:
-        SiteError: When advice names a claim or a measurement that the chapter does not have.
-    """
-    verdicts = {one["id"]: one for one in written.verdicts}
-    for advice in written.words.advice:
-        pieces, holds = [], True
-        for reason in advice.because:
-            parts = verdicts.get(reason.claim, {"parts": []})["parts"]
-            named = [part for part in parts if part.get("name") == reason.part]
-            fitting = named or [part for part in parts if part["what"].startswith(reason.part)]
-            if len(fitting) != 1:
-                raise SiteError(
-                    f"notebooks/{written.name}.toml: the advice {advice.use!r} rests on "
-                    f"{len(fitting)} measurements of {reason.claim} that begin with "
-                    f"{reason.part!r}, and has to rest on one."
-                )
-            holds &= fitting[0]["outcome"] == reason.outcome
-            pieces.append({**fitting[0], "claim": reason.claim})
-        if holds:
-            yield advice, pieces
-
-
-def advice_part(book: Book) -> str:
-    """What the measurements of all chapters recommend, under what the reader wants."""
-    goals: dict[str, list[str]] = {}
-    for written in book.written:
-        for advice, pieces in supported(written):
-            chapter = f"{written.name}.html#claim-"
-            rows = "".join(
-                f"<li>{html.escape(one['what'])}: <strong>{measured(one)}</strong> "
-                f'<span class="expected">({certainty(one)}; '
-                f"{link(one['claim'], 'which', chapter + one['claim'])})</span></li>"
-                for one in pieces
-            )
-            where = link(written.chapter.title, "which", f"{written.name}.html")
-            goals.setdefault(advice.goal, []).append(
-                f'<section class="advice"><p class="advice-when">If {html.escape(advice.when)}:</p>'
-                f'<p class="advice-use">{html.escape(advice.use)}</p>'
-                f'<p class="advice-why">Measured in {where}:</p><ul>{rows}</ul></section>'
-            )
-    if not goals:
-        return "Nothing has been measured yet that would support a recommendation."
-    return "\n\n".join(f"## {goal}\n\n{raw(''.join(cards))}" for goal, cards in goals.items())

@@ -21,9 +21,9 @@ from effnb.book.site.api import module_page
 from effnb.book.site.book import REPOSITORY, Book, SiteError, link, read_book, up
 from effnb.book.site.docstrings import first_sentence
 from effnb.book.site.extension import CONTENTS
+from effnb.book.site.guide import advice_part, tables
 from effnb.book.site.map import map_html
 from effnb.book.site.pages import (
-    advice_part,
     claims_part,
     methods_part,
     raw,
@@ -114,6 +114,10 @@ def write(
         web.sources.add(module.path.as_posix())
     for path in sorted(web.sources):
         _put(extra / "source" / f"{path}.html", _source_page(path))
+    for name in tables(book):
+        target = extra / "results" / f"{name}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(REPOSITORY / "data" / "results" / f"{name}.json", target)
     shutil.copyfile(bibliography.FILE, extra / bibliography.FILE.name)
     unknown = sorted(set(web.cited) - set(bibliography.papers()))
     return reference.problems + [
