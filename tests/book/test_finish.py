@@ -8,7 +8,8 @@ from effnb.book.methods import methods
 from effnb.book.site import finish, glossary
 from effnb.book.site.address import Home
 from effnb.book.site.book import REPOSITORY, read_book
-from effnb.book.site.numbers import numbered
+from effnb.book.site.coded import linked_code
+from effnb.book.site.numbers import numbered, referred
 from effnb.book.site.pages import claims_part, methods_part, terms_part
 from effnb.book.site.reference import read_reference
 from effnb.book.site.web import prints_tables
@@ -232,3 +233,67 @@ def test_some_cells_of_the_book_fold_and_most_do_not(book):
     ]
     folded = sum(map(prints_tables, cells))
     assert 5 < folded < len(cells) / 4
+
+
+# --------------------------------------------------------------------- references, code, outputs
+
+
+FIGURE = "<figure><img><figcaption>{}</figcaption></figure>"
+PANEL = '<section class="panel"><p>the first picture</p><p class="panel-caption">{}</p></section>'
+
+
+def said_of(page):
+    return re.findall(r"([\w ]+) \((?:<[^>]+>)?(Figure \d)", referred(numbered(page)))
+
+
+def test_words_that_mean_a_figure_lead_to_it():
+    page = (
+        f"<article><p>See the picture below.</p>{FIGURE.format('One.')}"
+        f"{PANEL.format('Two, of training.')}<ul><li>Like the first picture, or the picture above,"
+        " or the panel at the top; the picture of training.</li></ul>"
+        f"<p>In the next panel, a <em>small</em> thing.</p>{PANEL.format('Three.')}"
+        "<p>The second panel, the right picture and the third panel.</p></article>"
+    )
+    assert [number for _, number in said_of(page)] == [
+        *("Figure 1", "Figure 1", "Figure 2", "Figure 2", "Figure 2"),
+        *("Figure 3", "Figure 3", "Figure 3"),
+    ]
+    assert 'href="#figure-1">Figure 1</a>)' in referred(numbered(page))
+
+
+def test_words_that_mean_no_figure_stay_alone():
+    page = f"<article><p>the picture above</p><pre><p>the picture below</p></pre>{FIGURE}</article>"
+    assert said_of(page) == []
+    assert said_of("<article><p>the first panel, the picture of health</p></article>") == []
+    assert referred("<p>the first picture</p>") == "<p>the first picture</p>"
+
+
+def test_an_equation_with_a_name_keeps_it():
+    page = numbered('<article><div class="math-block"><span class="tag">(a)</span></div></article>')
+    assert 'class="eqno"' not in page and 'id="equation-1"' in page
+
+
+def test_names_in_code_lead_to_the_reference():
+    reference = read_reference(REPOSITORY)
+    cell = '<div class="cell_input docutils"><div class="highlight"><pre>{}</pre></div></div>'
+    first = cell.format(
+        "<span>from</span> effnb.inference <span>import</span> <span>pruning</span>"
+    )
+    magic = cell.format("%matplotlib inline")
+    text = "x <span>=</span> &quot;ä&quot;; <span>pruning</span>.<span>wanda</span>(x)\n"
+    page = linked_code(first + magic + cell.format(text * 2), "05_inference/1_pruning", reference)
+    links = re.findall(r'<a class="api-link" href="([^"]+)">(\w+)</a>', page)
+    home = "../api/effnb.inference.pruning.wanda.html#effnb.inference.pruning.wanda.wanda"
+    assert links == [(home, "wanda")], "once in a cell"
+
+
+def test_printed_sentences_wrap_and_columns_do_not():
+    page = '<div class="output stream highlight"><div class="highlight"><pre>{}</pre></div></div>'
+    for text, wraps in (
+        ("One long sentence. Another one.", True),
+        ("<span>name</span>    value\na       1", False),
+        ("  indented", False),
+        ("a\tb", False),
+    ):
+        done = finish.with_sentences(page.format(text))
+        assert ('class="sentences"' in done) == wraps, text

@@ -20,7 +20,8 @@ from pathlib import Path
 from effnb.book.site import glossary, search
 from effnb.book.site.address import Home
 from effnb.book.site.book import REPOSITORY, Book, up
-from effnb.book.site.numbers import numbered
+from effnb.book.site.coded import linked_code
+from effnb.book.site.numbers import numbered, referred
 from effnb.book.site.reference import Reference
 
 UNUSED = (
@@ -49,7 +50,10 @@ def finish(site: Path, book: Book, reference: Reference, home: Home | None = Non
     terms, chapters = glossary.entries(book), {one.name: one for one in book.written}
     day = build_day()
     for name, page in pages.items():
-        new = numbered(glossary.linked(page, name, terms)) if name in chapters else page
+        new = page
+        if name in chapters:
+            new = referred(numbered(glossary.linked(page, name, terms)))
+            new = with_sentences(linked_code(new, name, reference))
         new = with_head(new, name, home)
         new = with_footer(new, name, day)
         if name == "404" and home.site:
@@ -72,6 +76,25 @@ def finish(site: Path, book: Book, reference: Reference, home: Home | None = Non
             style.write_text(pruned(style.read_text(encoding="utf-8"), used), encoding="utf-8")
     if home.site:
         (site / "sitemap.xml").write_text(sitemap(pages, home.site, day), encoding="utf-8")
+
+
+_OUTPUT = re.compile(
+    r'(<div class="output (?:stream|text_plain)[^"]*">.*?<pre)(>)(.*?)</pre>', re.S
+)
+
+
+def with_sentences(page: str) -> str:
+    """A page whose printed sentences may wrap; text with columns keeps to its lines.
+
+    A text has columns where a line has two blanks in a row, or a tab.
+    """
+
+    def marked(found: re.Match[str]) -> str:
+        text = re.sub(r"<[^>]+>", "", found[3])
+        columns = re.search(r"\S(?:  +|\t)\S|^ ", text, re.M)
+        return found[0] if columns else f'{found[1]} class="sentences">{found[3]}</pre>'
+
+    return _OUTPUT.sub(marked, page)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The guide: what to use for which purpose, in sentences whose numbers are read from stored results.
+"""The guide: what to use for which purpose, in sentences with numbers from stored results.
 
 A chapter adds two kinds of cards in the file beside it (see `effnb.book.site.words`). **Advice**
 recommends, and rests on verdicts: it disappears with them. An **answer** only says what was
