@@ -9,7 +9,9 @@ _FIGURE = re.compile(
     r'|(?P<caption><p class="panel-caption">)(?=[^<]|<(?!/p>))',
     re.DOTALL,
 )
-_EQUATION = re.compile(r'<div class="math-block">(?!<span class="eqno">)(?P<set>[^\n]*?</div>)?')
+_EQUATION = re.compile(
+    r'<div class="math-block">(?!<span class="eqno">)(?P<set>.*?</div>)?', re.DOTALL
+)
 
 
 def numbered(page: str) -> str:
@@ -128,10 +130,8 @@ def _refer(found: re.Match[str], figures: list[tuple[int, int, bool, str]], here
         word = found["about"].lower()
         wanted = next((n for _, n, _, said in figures if word in said), None)
     else:
-        later = (found["side"] or found["later"] or found["next"] or "").lower() not in (
-            "above",
-            "",
-        )
+        said = found["side"] or found["later"] or found["next"] or "above"
+        later = said.lower() != "above"
         if later:
             wanted = next((n for where, n, _, _ in figures if where > here), None)
         else:
