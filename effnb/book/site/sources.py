@@ -113,7 +113,7 @@ def write(
         _put(out / f"{page_of(module.name)}.md", module_page(module, reference, web.shown))
         web.sources.add(module.path.as_posix())
     for path in sorted(web.sources):
-        _put(extra / "source" / f"{path}.html", _source_page(path))
+        _put(extra / "source" / f"{path}.html", _source_page(path, reference, web.shown))
     for name in tables(book):
         target = extra / "results" / f"{name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -277,14 +277,34 @@ def _code_spans(said: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", said)
 
 
-def _source_page(path: str) -> str:
+def _described(path: str, reference: Reference, shown: dict[str, list[tuple[str, str]]]) -> str:
+    """Links from a file to its page in the reference, and to the chapters that show it."""
+    module = next((m for m in reference.modules.values() if m.path.as_posix() == path), None)
+    if module is None or module.name == "effnb":
+        return ""
+    page = f"source/{path}"
+    chapters: dict[str, str] = {}
+    for thing in module.things:
+        for title, target in shown.get(f"{module.name}.{thing.name}", ()):
+            place = target.removeprefix("/").replace(".ipynb", ".html")
+            chapters.setdefault(title, link(title, page, place))
+    said = f"Described in {link(module.name, page, f'{page_of(module.name)}.html')}."
+    return said + (f" Shown in {', '.join(chapters.values())}." if chapters else "")
+
+
+def _source_page(path: str, reference: Reference, shown: dict[str, list[tuple[str, str]]]) -> str:
     """A file of the repository as a separate page, on which every line has an anchor."""
     code = (REPOSITORY / path).read_text(encoding="utf-8")
     formatter = HtmlFormatter(nowrap=False, linenos="inline", lineanchors="L", anchorlinenos=True)
     coloured = highlight(code, PythonLexer(), formatter)
     template = (PAGES.parent / "source.html").read_text(encoding="utf-8")
     coloured = bibliography.linked(coloured)
-    place = {"top": up(f"source/{path}"), "path": html.escape(path), "code": coloured}
+    place = {
+        "top": up(f"source/{path}"),
+        "path": html.escape(path),
+        "described": _described(path, reference, shown),
+        "code": coloured,
+    }
     return re.sub(r"\{\{ (\w+) \}\}", lambda found: place[found[1]], template)
 
 
