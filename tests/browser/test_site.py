@@ -446,7 +446,12 @@ def test_a_panel_answers_keyboard_mouse_and_finger(book):
 
 def test_search_finds_english_and_japanese(book):
     page = book.page(**SCREEN)
-    for word, expected in (("perplexity", "00_start_here.html"), ("ゼロ点", "glossary.html")):
+    for word, expected in (
+        ("perplexity", "00_start_here.html"),
+        ("ゼロ点", "glossary.html"),
+        ("量子化", "05_inference/3_quantization.html"),
+        ("枝刈り", "05_inference/1_pruning.html"),
+    ):
         page.goto(f"{book.address}/search.html?q={word}")
         page.locator(f"#search-results a[href*='{expected}']").first.wait_for()
 
@@ -497,6 +502,174 @@ def test_claims_can_be_chosen_and_sections_fold(book):
     assert not link.is_visible()
     page.locator(".book-nav summary", has_text="Inference").click()
     assert link.is_visible()
+
+
+def everywhere(page: Page) -> Iterator[str]:
+    """The open page in both themes at all widths; it is not loaded again."""
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme=theme)
+        for size in SIZES:
+            page.set_viewport_size(size)
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= size["width"], f"{page.url} is {wide} pixels wide at {size['width']}"
+            yield f"{theme}, {size['width']}"
+
+
+BROKEN_LINES = r"""() => [...document.querySelectorAll(
+    '.cell_output pre:not(.sentences)')].filter(pre => {
+    if (!pre.offsetParent) return false;
+    const style = getComputedStyle(pre), text = pre.textContent.replace(/\n$/, '');
+    const around = parseFloat(style.paddingTop) + parseFloat(style.paddingBottom);
+    const lines = text.split('\n').length;
+    return pre.clientHeight - around > (lines + 0.6) * parseFloat(style.lineHeight);
+}).map(pre => pre.textContent.slice(0, 80))"""
+LOST = """() => [...document.querySelectorAll('.cell_output :is(pre, table)')].filter(one => {
+    if (!one.offsetParent || one.closest('.panel')) return false;
+    if (one.getBoundingClientRect().right <= innerWidth && one.scrollWidth <= one.clientWidth + 1)
+        return false;
+    for (let box = one; box && box.tagName !== 'ARTICLE'; box = box.parentElement)
+        if (['auto', 'scroll'].includes(getComputedStyle(box).overflowX)) return false;
+    return true;
+}).map(one => one.textContent.slice(0, 80))"""
+TALL_CELLS = """() => [...document.querySelectorAll(
+    '.cell_output .output.text_html td')].filter(cell =>
+    cell.offsetParent && cell.clientHeight > 2.4 * parseFloat(getComputedStyle(cell).lineHeight)
+).map(cell => cell.textContent)"""
+
+
+def test_every_output_of_every_chapter_can_be_read_on_a_phone(book, folder):
+    """Lines of columns never break, tables never re-wrap, and what is wider scrolls."""
+    page = book.page(**PHONE)
+    bad, seen = {}, 0
+    for name in [path for path in pages(folder) if re.match(r"0\d", path)]:
+        page.goto(f"{book.address}/{name}")
+        seen += page.locator(".cell_output pre:not(.sentences)").count()
+        for what in (BROKEN_LINES, LOST, TALL_CELLS):
+            found = page.evaluate(what)
+            if found:
+                bad.setdefault(name, []).extend(found)
+    assert seen > 20
+    assert bad == {}
+    page.add_style_tag(content=".cell_output pre { white-space: pre-wrap !important }")
+    first = page.locator(".cell_output pre:not(.sentences)").first
+    first.evaluate("pre => pre.textContent = 'a  b '.repeat(99)")
+    assert len(page.evaluate(BROKEN_LINES)) > 0, "a line that breaks would be found"
+
+
+def test_a_second_knob_moves_where_it_is_stored(book, folder):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/00_start_here.html")
+    panel = page.locator("section.panel").first
+    other = panel.locator(".panel-control").nth(1)
+    page.locator("section.panel input[type=range]").first.focus()
+    for _ in everywhere(page):
+        numbers = visible_numbers(panel)
+        other.get_by_role("radio", checked=False).first.check()
+        assert panel.locator(".panel-frame:visible").count() == 1
+        assert visible_numbers(panel) != numbers
+    two = [
+        name
+        for name in pages(folder)
+        if re.search(
+            r'id="panel-\w+-knob1"|name="panel-\w+-knob1"', (folder / name).read_text("utf-8")
+        )
+    ]
+    assert len(two) > 4, "other chapters store a second knob, too"
+
+
+def test_the_guide_is_a_click_away_and_leads_to_its_tables(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/index.html")
+    page.get_by_role("link", name="Which method should I use?").first.click()
+    page.wait_for_url("**/which.html")
+    card = page.locator(".advice", has_text="What does a cache of two bits save?")
+    for _ in everywhere(page):
+        assert re.search(
+            r"becomes \d\.\d times smaller", card.locator(".advice-says").text_content()
+        )
+    for box in page.locator(".advice").all():
+        assert re.search(r"\d", box.locator(".advice-says").text_content())
+        assert box.locator(".advice-table a").count() >= 3
+    stored = card.locator(".advice-table a", has_text=".json").get_attribute("href")
+    answer = page.request.get(f"{book.address}/{stored}")
+    assert answer.ok and "table" in answer.json()["data"]
+    card.locator(".advice-table a").first.click()
+    page.wait_for_url("**/05_inference/3_quantization.html#gallery")
+    assert page.locator("#gallery").is_visible()
+
+
+def test_words_lead_to_the_figure_that_they_mean(book, read):
+    linked = [name for name, one in read.items() if any("#figure-" in li for li in one.links)]
+    assert len(linked) > 10
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/05_inference/1_pruning.html")
+    reference = page.locator("a.figure-link").first
+    for _ in everywhere(page):
+        reference.click()
+        target = page.locator(reference.get_attribute("href"))
+        assert reference.text_content() in target.text_content()
+        page.wait_for_function(
+            "e => (y => y >= 0 && y < innerHeight)(e.getBoundingClientRect().top)",
+            arg=target.element_handle(),
+        )
+
+
+def test_code_reference_and_chapters_lead_to_each_other(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/05_inference/1_pruning.html")
+    name = page.locator(".cell_input a.api-link:visible").first
+    for _ in everywhere(page):
+        assert name.is_visible()
+    said = name.text_content()
+    name.click()
+    page.wait_for_url("**/api/effnb.*")
+    described = page.url
+    assert described.endswith(f".{said}")
+    entry = page.locator("dl.py").filter(has=page.locator(f'[id="{described.partition("#")[2]}"]'))
+    entry.get_by_role("link", name="Pruning").first.click()
+    page.wait_for_url("**/05_inference/1_pruning.html*")
+    page.goto(described)
+    entry.locator("a.source-link").first.click()
+    page.wait_for_url("**/source/effnb/**")
+    for _ in everywhere(page):
+        assert page.locator("header").is_visible()
+    page.get_by_role("link", name="effnb.", exact=False).nth(1).click()
+    page.wait_for_url(f"{described.partition('#')[0]}*")
+
+
+def test_a_page_that_is_not_there_says_where_to_go(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/404.html")
+    for _ in everywhere(page):
+        assert page.get_by_role("heading", name="This page is not here").is_visible()
+        for name in ("map of the chapters", "method index", "glossary"):
+            assert page.locator("article").get_by_role("link", name=name).is_visible()
+    page.locator("article").get_by_role("link", name="glossary").click()
+    page.wait_for_url("**/glossary.html")
+
+
+def test_code_can_be_copied(book):
+    book.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/05_inference/1_pruning.html")
+    cell = page.locator(".cell_input:visible").first
+    button = cell.get_by_role("button", name="Copy")
+    for _ in everywhere(page):
+        button.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_function("e => e.textContent === 'Copied'", arg=button.element_handle())
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.strip() and copied.strip() in cell.locator("pre").inner_text()
+
+
+def test_the_home_page_and_the_footer_fit_everywhere(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/index.html")
+    for where in everywhere(page):
+        assert page.locator(".gallery a:visible").count() > 10, where
+        assert page.locator(".book-footer a[rel=license]").is_visible()
+        loaded = page.locator(".gallery img").first
+        assert loaded.evaluate("image => image.getBoundingClientRect().width") > 100
 
 
 def test_a_button_says_how_to_run_the_chapter(book):
