@@ -87,6 +87,18 @@ def test_a_query_finds_its_chapter_first(ask, query):
         assert first["sections"][0]["anchor"] == anchor
 
 
+def test_every_japanese_term_finds_the_chapter_that_explains_it(ask):
+    lost, count = [], 0
+    for written in read_book().written:
+        for term in written.words.terms:
+            found = [hit["path"] for hit in ask("rank", term.ja, 50)]
+            count += 1
+            if written.name not in found[:3] or "glossary" not in found:
+                lost.append((written.name, term.ja, found[:3]))
+    assert count > 100
+    assert lost == []
+
+
 def test_both_spellings_find_the_same(ask):
     for one, other in (("quantization", "quantisation"), ("quantized", "quantised")):
         assert [hit["path"] for hit in ask("rank", one)] == [
