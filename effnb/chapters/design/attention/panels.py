@@ -161,7 +161,7 @@ def live(bench: Bench, lengths: tuple[int, ...] = (512, 1024)) -> Panel:
         draw,
         text=text,
         title="Your own cache",
-        caption="mini-5m, read live, 16 tokens at a time. Dotted: where the cache is full. The "
+        caption="mini-5m reads 16 tokens at a time. Dotted: where the cache is full. The "
         "grey curve keeps everything, also beyond the 512 tokens of its training.",
         figsize=(6.2, 2.0),
         main="window",
