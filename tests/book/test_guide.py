@@ -88,7 +88,7 @@ numbers.a = { of = "loss", where = { method = "GPTQ" } }
     ("change", "said"),
     [
         (("{a}", "{b}"), "disagree on 'a'"),
-        (('table = "x/t"\n', 'table = ""\n'), "cites no table"),
+        (('table = "x/t"\n', 'table = ""\n'), "'table' is empty"),
         (("of =", "off ="), "unexpected keyword argument 'off'"),
         (('asked = "q?"\n', ""), "missing 1 required positional argument: 'asked'"),
     ],
@@ -99,6 +99,15 @@ def test_a_card_is_checked_when_it_is_read(tmp_path, change, said):
     assert read_words(path).answers[0].numbers["a"].where == {"method": "GPTQ"}
     path.write_text(CARD.replace(*change), encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape(said)):
+        read_words(path)
+
+
+def test_advice_with_numbers_cites_a_table_too(tmp_path):
+    path = tmp_path / "x.toml"
+    because = 'because = [{ claim = "C-1", part = "p" }]'
+    advice = CARD.replace("[[answer]]", "[[advice]]").replace('asked = "q?"', because)
+    path.write_text(advice.replace('table = "x/t"\n', 'when = "w"\nuse = "u"\n'), encoding="utf-8")
+    with pytest.raises(ValueError, match="cites no table"):
         read_words(path)
 
 
