@@ -193,7 +193,7 @@ def test_figures_and_equations_are_numbered_in_order():
     page = numbered(
         '<div class="math-block">0</div><article><figure style="a"><img alt="b">'
         '<figcaption>One</figcaption></figure><div class="math-block">x</div>'
-        '<figure class="listing"><figcaption>code</figcaption></figure>'
+        '<figure style="b"><figcaption>code</figcaption></figure>'
         '<p class="panel-caption">Two</p><p class="panel-caption"></p><figure><img></figure>'
         '<div class="math-block">y</div><figure><img><figcaption>Three</figcaption></figure>'
         "</article>"

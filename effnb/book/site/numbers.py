@@ -29,7 +29,7 @@ def numbered(page: str) -> str:
 
     def figure(found: re.Match[str]) -> str:
         nonlocal figures
-        if found["open"] and 'class="listing"' in found["open"]:
+        if found["open"] and "<img" not in found["inside"]:  # code has a caption, too
             return found[0]
         figures += 1
         number = (
@@ -56,7 +56,7 @@ def numbered(page: str) -> str:
 _PLACE = re.compile(
     r"\b(?:the (?P<first>first|second) (?P<kind>picture|panel)|the (?P<top>panel) at the top"
     r"|the (?:picture|panel) (?P<side>above|below)|the next (?P<next>picture|panel)"
-    r"|a panel (?P<later>below)|the (?P<half>left|right) picture"
+    r"|the (?P<half>left|right) picture"
     r"|the picture of (?P<about>\w+))\b(?!<)",
     re.IGNORECASE,
 )
@@ -130,7 +130,7 @@ def _refer(found: re.Match[str], figures: list[tuple[int, int, bool, str]], here
         word = found["about"].lower()
         wanted = next((n for _, n, _, said in figures if word in said), None)
     else:
-        said = found["side"] or found["later"] or found["next"] or "above"
+        said = found["side"] or found["next"] or "above"
         later = said.lower() != "above"
         if later:
             wanted = next((n for where, n, _, _ in figures if where > here), None)
