@@ -19,8 +19,8 @@ from effnb.book.site import __main__ as command
 from effnb.book.site.api import module_page
 from effnb.book.site.book import SiteError, formulas, read_book, resolve, slug, up
 from effnb.book.site.docstrings import first_sentence, markdown
-from effnb.book.site.katex import SCRIPT, render
 from effnb.book.site.guide import supported
+from effnb.book.site.katex import SCRIPT, render
 from effnb.book.site.panels import VIEW, NoPanel, panel_html, stored_panel
 from effnb.book.site.reference import Reference, read_reference
 from effnb.book.site.sources import write
