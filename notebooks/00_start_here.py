@@ -121,6 +121,8 @@ results.read("00_start_here/rtn")
 
 # %% [markdown]
 # ## What can this machine do?
+#
+# *This machine* is the one that runs the page. Where you only read it, it is the one that built the book.
 
 # %%
 from effnb.lab import machine
@@ -209,7 +211,7 @@ print("read back ", [round(v, 2) for v in stored.dequantize()[0].tolist()])
 # This panel asks for a guess before it answers; you may skip it. Then move the slider. How few bits can you use before the text it writes changes? And before it stops being English?
 
 # %%
-start_here.rounding_panel("mini-5m", frames=[2, 3, 4], predict=start_here.TWO_BITS)
+start_here.rounding_panel("mini-5m", start_here.ROW_OR_MATRIX, start_here.TWO_BITS)
 
 # %% [markdown]
 # With one scale per row, the numbers hardly change down to four bits. Below that they do. Now set the second knob to
@@ -260,7 +262,7 @@ claims_table(verdicts.s_i3(*verdicts.stored()))
 # %% [markdown]
 # ## What it costs and saves
 #
-# The cost card adds the clock. Its times are medians, measured on this machine just now. If other programs are
+# The cost card adds the clock. Its times are medians, measured on the machine that ran this page. If other programs are
 # running, trust only the ratios.
 
 # %%

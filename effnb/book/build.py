@@ -6,6 +6,7 @@
     python -m effnb.book.build --learners FOLDER        # the same chapters without their answers
     python -m effnb.book.build --lines                  # how long each chapter is
     python -m effnb.book.build --shrink                 # store the built ones smaller, unexecuted
+    python -m effnb.book.build --words                  # new prose into them, unexecuted
 
 Building executes a chapter in a clean kernel of this environment, started in the chapter's folder,
 offline and with EFFNB_BUILD=1 (panels then store the frames that move without a kernel). What is
@@ -345,17 +346,45 @@ def shrink_built(path: Path) -> tuple[int, int]:
         BuildError: When it was never built, or its file is damaged.
     """
     built = path.with_suffix(".ipynb")
+    notebook, size = _built(built)
+    shrink(notebook)
+    write(notebook, built)
+    return size, built.stat().st_size
+
+
+def renew_words(path: Path) -> bool:
+    """Bring the prose of a built chapter, given by its `.py` file, up to date; nothing is executed.
+
+    Returns:
+        Whether it could be done: not when a code cell has changed, which has to be executed.
+
+    Raises:
+        BuildError: When it was never built, or its file is damaged.
+    """
+    built = path.with_suffix(".ipynb")
+    notebook, _ = _built(built)
+    cells = read_source(path).cells
+    executed = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    new = [cell for cell in cells if cell.cell_type == "code"]
+    if [(c.source, tags(c)) for c in new] != [(c.source, tags(c)) for c in executed]:
+        return False
+    kept = iter(executed)
+    notebook.cells = [next(kept) if cell.cell_type == "code" else cell for cell in cells]
+    write(notebook, built)
+    return True
+
+
+def _built(path: Path) -> tuple[Notebook, int]:
+    """A built notebook, and how many bytes it takes."""
     try:
-        text = built.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         notebook = nbformat.reads(text, as_version=4)
         nbformat.validate(notebook)
     except FileNotFoundError:
-        raise BuildError(f"{built.name} has never been built; run `make notebooks`.") from None
+        raise BuildError(f"{path.name} has never been built; run `make notebooks`.") from None
     except (ValueError, nbformat.ValidationError):
-        raise BuildError(f"{built.name} is not a valid notebook; build it again.") from None
-    shrink(notebook)
-    write(notebook, built)
-    return len(text.encode()), built.stat().st_size
+        raise BuildError(f"{path.name} is not a valid notebook; build it again.") from None
+    return notebook, len(text.encode())
 
 
 def renew_maps(folder: Path = NOTEBOOKS) -> list[Path]:
@@ -664,6 +693,7 @@ def main(arguments: list[str] | None = None, folder: Path = NOTEBOOKS) -> int:
     parser.add_argument("--learners", metavar="FOLDER", type=Path, help="write without answers")
     parser.add_argument("--lines", action="store_true", help="print how long each chapter is")
     parser.add_argument("--shrink", action="store_true", help="store built chapters smaller")
+    parser.add_argument("--words", action="store_true", help="put new prose into built chapters")
     options = parser.parse_args(arguments)
     try:
         paths = chosen(options.chapters, folder)
@@ -678,6 +708,11 @@ def main(arguments: list[str] | None = None, folder: Path = NOTEBOOKS) -> int:
                     f"{name_of(path, folder)}: {before / 1000:.0f} kB, now {after / 1000:.0f} kB."
                 )
             return 0
+        if options.words:
+            changed = [name_of(path, folder) for path in paths if not renew_words(path)]
+            for name in changed:
+                print(f"{name} has new code: build it.", file=sys.stderr)
+            return 1 if changed else 0
         if options.learners:
             written = write_learners(folder, options.learners, paths)
             print(f"{len(written)} chapters without solutions are in {options.learners}.")

@@ -250,15 +250,21 @@ TWO_BITS = Guess(
 )
 """What the panel on `mini-5m` asks before it answers."""
 
+ROW_OR_MATRIX = {"bits": [2, 3, 4], "scale": ["row", "matrix"]}
+"""What a page without a kernel stores of that panel."""
+
 
 def rounding_panel(
-    name: str, frames: list[int] | None = None, predict: Guess | None = None
+    name: str,
+    frames: list[int] | dict[str, list] | None = None,
+    predict: Guess | None = None,
 ) -> Panel:
     """Bits and grouping for any causal language model.
 
     Args:
         name: One of ours, or the folder of yours.
-        frames: The numbers of bits that a page without a kernel stores.
+        frames: The numbers of bits that a page without a kernel stores; or those and the
+            groupings, by the names of their knobs.
         predict: What is asked before the panel answers.
     """
     bench = Bench(name, windows=PANEL_WINDOWS, questions=PANEL_QUESTIONS)

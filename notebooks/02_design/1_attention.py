@@ -239,7 +239,7 @@ panels.masks()
 # %% [markdown]
 # ### Heads that share
 #
-# The knob is the size of the groups. Compare the poolings at the largest: why is the first head worse than the mean, and random heads worse than both?
+# The knob is the size of the groups. When you run this page, compare the poolings at the largest: why is the first head worse than the mean, and random heads worse than both?
 
 # %%
 panels.groups(bench)

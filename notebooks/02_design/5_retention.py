@@ -58,7 +58,7 @@ written = methods.Written(mini, twin, tokens=4096)
 drawings.kept(written.bytes_kept(), written.words())
 
 # %% [markdown]
-# The state is as large at the first token as at the last. Does that make each token cheaper too, and from where on? **Predict first:** the panel takes your guess before it answers. Then write on, and write several texts at once.
+# The state is as large at the first token as at the last. Does that make each token cheaper too, and from where on? **Predict first:** the panel takes your guess before it answers. Then write on; when you run this page, write several texts at once.
 
 # %%
 from effnb.chapters.design.retention import panels
@@ -160,7 +160,7 @@ panels.decay_ranges(twin, documents)
 # Things to try:
 #
 # - which error is worse, a memory that is too short or one that never forgets? Does your answer change with the context length?
-# - in the panel at the top, go to 32 texts at once: which of the two models has more to carry?
+# - when you run this page, go to 32 texts at once in the panel at the top: which of the two models has more to carry?
 
 # %% [markdown]
 # ## Does it hold?

@@ -58,7 +58,7 @@ drawings.result(measured)
 print(tables.positions_said(measured))
 
 # %% [markdown]
-# **Perplexity** is $e^{\text{loss}}$, where the loss is the mean of $-\ln p$ of the right token, in **nats**. **Predict first:** the panel takes your guess before it answers. Then try the other methods, and read less far.
+# **Perplexity** is $e^{\text{loss}}$, where the loss is the mean of $-\ln p$ of the right token, in **nats**. **Predict first:** the panel takes your guess before it answers. Then try other methods, and read less far.
 
 # %%
 from effnb.chapters.design.context import panels
@@ -201,7 +201,7 @@ for kind, function in (("linear", context.position_interpolation), ("yarn", cont
 panels.live(bench)
 
 # %% [markdown]
-# Things to try:
+# Things to try when you run this page:
 #
 # - *PI* from $s = 1$ to 16: how much of the grey region, which the model could read before, do you give away?
 # - *YaRN* at 4,096 tokens and $s = 4$: the scale is fixed, and the model fails behind $sL$ as it once did behind $L$;

@@ -207,7 +207,7 @@ print("taken off again:", type(detach(ways["LoRA"], "mine")) is type(encoder))
 # %% [markdown]
 # ## Turn the knob
 #
-# The panel trains MiniLM on six topics while you wait, at most a quarter of a minute for each new position. It shows the learning curve on texts the model has not seen, and what the delta weighs. *As compared* is the learning rate that was chosen for a method on a validation set.
+# When you run this page, the panel trains MiniLM on six topics while you wait, at most a quarter of a minute for each new position. It shows the learning curve on texts the model has not seen, and what the delta weighs. *As compared* is the learning rate that was chosen for a method on a validation set.
 
 # %%
 from effnb.chapters.finetuning.delta_tuning import panels
@@ -215,7 +215,7 @@ from effnb.chapters.finetuning.delta_tuning import panels
 panels.training()
 
 # %% [markdown]
-# Things to try:
+# Things to try when you run this page:
 #
 # - pin *LoRA* at rank 1, then choose 32: what do you get for thirty-two times as many numbers?
 # - give *prompt* ten times its rate, then *full*: which of them survives?

@@ -183,7 +183,7 @@ panels.serve()
 #
 # - go from 1 user to 8. Which of the three bars hardly grows?
 # - at 1 user, merging wins: a merged LoRA costs nothing. From how many users on is the batch ahead?
-# - change the opening to *And the king*, and find the users who write on as you would expect.
+# - when you run this page, change the opening to *And the king*, and find the users who write on as you would expect.
 
 # %% [markdown]
 # ## Does it hold?

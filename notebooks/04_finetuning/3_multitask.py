@@ -191,7 +191,7 @@ show(t_few.unlikelihood_loss, t_few.t_few_loss)
 panels.mixture()
 
 # %% [markdown]
-# **A few examples.** Now a model is trained while you wait. `mini-1m` is a decoder of about a million parameters, trained for this book; its weights stay frozen, and (IA)³ learns from a few examples of each topic. Switch the losses on one after the other, pin the first, and compare the *distance* between right and wrong answers.
+# **A few examples.** When you run this page, a model is now trained while you wait. `mini-1m` is a decoder of about a million parameters, trained for this book; its weights stay frozen, and (IA)³ learns from a few examples of each topic. Switch the losses on one after the other, pin the first, and compare the *distance* between right and wrong answers.
 
 # %%
 panels.few()
@@ -203,7 +203,7 @@ panels.few()
 panels.instructions()
 
 # %% [markdown]
-# Things to try:
+# Things to try when you run this page:
 #
 # - train the topic in one wording, then in two: what changes for the third?
 # - add tasks. Does the score on the topic fall, now that the same number of steps has to serve more tasks?

@@ -265,7 +265,7 @@ drawings.learned(learned)
 # %% [markdown]
 # ## Turn the knob
 #
-# Now prune a language model while you wait, with any method of the chapter that needs no training. *Outlier strength* enlarges sixteen channels, as above, before the model is pruned. Structures come in whole pieces, so
+# When you run this page, you can now prune a language model while you wait, with any method of the chapter that needs no training. *Outlier strength* enlarges sixteen channels, as above, before the model is pruned. Structures come in whole pieces, so
 # what really goes is rounded. Knobs that a method ignores are greyed.
 
 # %%
@@ -288,7 +288,7 @@ quality_panel(
 )
 
 # %% [markdown]
-# Things to try:
+# Things to try when you run this page:
 #
 # - at 70 %, compare magnitude with SparseGPT, and both with *random*: what is choosing worth?
 # - at 50 %, pin magnitude, set the outliers to 8, and then take Wanda;

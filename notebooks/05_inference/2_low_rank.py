@@ -215,7 +215,7 @@ for method, count in made.nearer(seen, 0.6).items():
 # %% [markdown]
 # ## Turn the knob
 #
-# The next panel factorizes a language model while you wait: a few seconds for a new method or text, less afterwards. *Tokens of text* says how much calibration text a method sees. A knob that a method does not use is greyed.
+# When you run this page, the next panel factorizes a language model while you wait: a few seconds for a new method or text, less afterwards. *Tokens of text* says how much calibration text a method sees. A knob that a method does not use is greyed.
 
 # %%
 import math
@@ -241,7 +241,7 @@ quality_panel(
 )
 
 # %% [markdown]
-# Things to try:
+# Things to try when you run this page:
 #
 # - at 40 %, go from *SVD-LLM* to *SVD*, and then give SVD-LLM less text: when is it worth the trouble?
 # - if only one kind of layer may go down to 20 %, which hurts more, *attention* or *MLP*? Look at the size as well: the MLP has most of the numbers;

@@ -291,7 +291,7 @@ from effnb.chapters.inference.quantization import panels
 panels.retrieval(minilm)
 
 # %% [markdown]
-# The second panel rounds a language model while you wait. Knobs that a method ignores are greyed; *outlier strength* enlarges sixteen channels, as above, before the model is rounded.
+# When you run this page, the second panel rounds a language model while you wait. Knobs that a method ignores are greyed; *outlier strength* enlarges sixteen channels, as above, before the model is rounded.
 
 # %%
 from effnb.lab import guess, knob, quality_panel
@@ -313,7 +313,7 @@ quality_panel(
 )
 
 # %% [markdown]
-# Things to try:
+# Things to try when you run this page:
 #
 # - at two bits, go from one scale per row to groups of 64, or from RTN to GPTQ: which gains more?
 # - at three bits, set the outliers to 30 and compare RTN, GPTQ and AWQ;

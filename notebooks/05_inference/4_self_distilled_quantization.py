@@ -61,7 +61,7 @@ print(tables.errors_said(modules))
 #
 # Self-distilled quantization, SDQ for short (O'Neill and Dutta, 2023), starts from exactly this observation. If attention is where a rounded network goes wrong, then tell it, layer by layer and head by head, what attention should have computed. The unrounded model knows.
 #
-# **Predict first:** the panel takes your guess, and then rounds the model while you wait.
+# **Predict first:** the panel takes your guess before it answers. When you run this page, it rounds the model while you wait.
 
 # %%
 from effnb.chapters.inference.self_distilled_quantization import panels
@@ -174,7 +174,7 @@ print(tables.encoder_said(encoded))
 tables.encoder_table(encoded)
 
 # %% [markdown]
-# **Predict first.** Then change the bits; at few bits, change the noise and the weight of attention. Which language suffers most when nothing is trained?
+# **Predict first.** Then change the bits; when you run this page, change the noise and the weight of attention at few bits, too. Which language suffers most when nothing is trained?
 
 # %%
 panels.grid(tables.stored("grid").data["table"])

@@ -59,7 +59,7 @@ print(tables.missing_said(left_out))
 # %% [markdown]
 # How can that be? The teacher's answer to a German text is "German, most probably", but it also says how much the text looks like Danish, and it says so for every text. These small numbers describe Danish without a single Danish text. A **temperature** makes them large enough to learn from.
 #
-# **Predict first:** the panel takes your guess before it answers, and then trains a student while you wait, in a few seconds. Try temperature 0, which stands for plain labels, and look at *which* languages the student takes the unknown one for.
+# **Predict first:** the panel takes your guess before it answers. When you run this page, it trains a student while you wait, in a few seconds. Try temperature 0, which stands for plain labels, and look at *which* languages the student takes the unknown one for.
 
 # %%
 from effnb.chapters.inference.distillation import panels

@@ -61,7 +61,7 @@ print(tables.picture_said(grid))
 #
 # On the left the student reads the queries only, and searches the index that the teacher made. On the right one small encoder reads both queries and descriptions.
 #
-# **Predict first:** the panel takes your guess before it answers. Then change the loss, shrink the embedding, and see whose documents are better.
+# **Predict first:** the panel takes your guess before it answers. Then see whose documents are better. When you run this page, change the loss and shrink the embedding, too.
 
 # %%
 from effnb.chapters.inference.retrieval_distillation import panels

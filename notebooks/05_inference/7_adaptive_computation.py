@@ -177,7 +177,7 @@ print("drafted by mini-300k :", list(drafted.tokens) == wanted)
 # %% [markdown]
 # ## Turn the knob
 #
-# Now the threshold is yours. The panel writes while you wait; *times faster* is measured at that moment, against the same model with all layers.
+# Now the threshold is yours. When you run this page, the panel writes while you wait; *times faster* is measured at that moment, against the same model with all layers.
 
 # %%
 from effnb.chapters.inference.adaptive_computation import panels
@@ -185,7 +185,7 @@ from effnb.chapters.inference.adaptive_computation import panels
 panels.leaving(writer)
 
 # %% [markdown]
-# Things to try:
+# Things to try when you run this page:
 #
 # - lower the threshold step by step. What goes first, the words or the sense?
 # - compare *softmax* with *saturation* at the same number of layers. Which text is better, and which is faster?
@@ -301,7 +301,7 @@ print(tables.speculative_said(pairs))
 tables.speculative_table(pairs)
 
 # %% [markdown]
-# Rows with “first” are LayerSkip's **self-speculation**: the first layers draft, the others check, and the drafts' keys and values are used twice. Compare the two targets: training the exits is what makes the drafts acceptable. On this machine, now:
+# Rows with “first” are LayerSkip's **self-speculation**: the first layers draft, the others check, and the drafts' keys and values are used twice. Compare the two targets: training the exits is what makes the drafts acceptable. On the machine that ran this page:
 
 # %%
 same, rate, passed, faster = methods.pair_here(bench, draft, draft_tokens=3)

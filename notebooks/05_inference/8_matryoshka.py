@@ -173,7 +173,7 @@ print(
 # %% [markdown]
 # ## Turn the knob
 #
-# 300 of the synopses search the 10,000 descriptions, live. Exact search here means all 128 stored numbers.
+# 300 of the synopses search the 10,000 descriptions. Exact search here means all 128 stored numbers.
 
 # %%
 from effnb.chapters.inference.matryoshka import panels
@@ -181,13 +181,13 @@ from effnb.chapters.inference.matryoshka import panels
 panels.two_looks(searched)
 
 # %% [markdown]
-# Things to try:
+# Things to try when you run this page:
 #
 # - with no second look, how many numbers does it take to find 90 % of the ten nearest?
 # - with 16 numbers, how long must the shortlist be for 99 %? With 8? Which of the two takes fewer multiplications?
 # - read the example's results at 4 numbers. Are the wrong answers silly, or nearly right?
 #
-# Next, a walk through a graph. The first position at a new length builds the graph, which takes a few seconds.
+# Next, a walk through a graph. When you run this page, the first position at a new length builds the graph, which takes a few seconds.
 
 # %%
 panels.walk(searched)

@@ -46,7 +46,7 @@ run_time("06_hardware/2_codesign")
 # %% [markdown]
 # ## The picture
 #
-# The next cell times one linear layer on this machine, for one token and for many tokens at once. The weight comes from memory every time, as it does in a model that is larger than the
+# The next cell times one linear layer on this machine, the one that runs the page, for one token and for many tokens at once. The weight comes from memory every time, as it does in a model that is larger than the
 # processor's caches. **Predict first:** the panel takes a guess before it answers.
 
 # %%
@@ -227,7 +227,7 @@ from effnb.hardware.codesign import gshard
 show(gshard.moe_layer)
 
 # %% [markdown]
-# No simulation follows: two processes start now on your machine, each with half of the experts and half of the tokens. The two exchanges are written by hand, where GShard's compiler would place them. With room for all tokens, the processes must agree with a plain loop over tokens, and
+# No simulation follows: two processes start on the machine that runs this page, each with half of the experts and half of the tokens. The two exchanges are written by hand, where GShard's compiler would place them. With room for all tokens, the processes must agree with a plain loop over tokens, and
 # their bytes with the formula:
 
 # %% tags=["nbval-check-output"]
@@ -242,7 +242,7 @@ print(experts.shares_said(reports))
 # %% [markdown]
 # ## Turn the knob
 #
-# **What to leave out.** The panel prunes `mini-5m`, a small language model, while you wait. *Keep* is the share that is left in the last layer; *alpha* is Energon's threshold. A greyed knob does nothing there.
+# **What to leave out.** When you run this page, the panel prunes `mini-5m`, a small language model, while you wait. *Keep* is the share that is left in the last layer; *alpha* is Energon's threshold. A greyed knob does nothing there.
 
 # %%
 from effnb.chapters.hardware.codesign import tables

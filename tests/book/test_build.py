@@ -489,6 +489,30 @@ def test_the_numbers_that_a_text_states(text, numbers):
     assert build.quoted_numbers(text) == numbers
 
 
+def test_new_prose_is_brought_in_and_new_code_is_not(built, capsys):
+    built()
+    path, text = built.path, built.path.read_text(encoding="utf-8")
+    outputs = [
+        c.outputs for c in nbformat.read(path.with_suffix(".ipynb"), 4).cells if "outputs" in c
+    ]
+    added = "# %% [markdown]\n# A new thought.\n\n# %%\nimport ipywidgets"
+    changed = text.replace("# # Rounding", "# # Rounding again").replace(
+        "# %%\nimport ipywidgets", added
+    )
+    path.write_text(changed, encoding="utf-8")
+    assert build.problems(path) != []
+    assert build.main(["--words"], built.folder) == 0
+    assert build.problems(path) == []
+    renewed = nbformat.read(path.with_suffix(".ipynb"), 4)
+    assert renewed.cells[0].source.startswith("# Rounding again")
+    assert [cell.outputs for cell in renewed.cells if "outputs" in cell] == outputs
+    path.write_text(changed.replace("return x + 1", "return 1 + x"), encoding="utf-8")
+    before = path.with_suffix(".ipynb").read_bytes()
+    assert build.main(["--words"], built.folder) == 1
+    assert "has new code: build it" in capsys.readouterr().err
+    assert path.with_suffix(".ipynb").read_bytes() == before
+
+
 # --- the learners' edition ----------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page
 
 from effnb.book.site.__main__ import build
+from effnb.book.site.finish import first_load
 
 PATIENCE = 60_000
 PHONE, SCREEN = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
@@ -172,7 +173,7 @@ def test_every_chapter_and_every_page_beside_them_is_in_the_sidebar(folder, read
         for page in group["pages"]
         for one in page["below"]
     }
-    assert set(pages(folder)) - {"index.html", "search.html"} == listed | below
+    assert set(pages(folder)) - {"index.html", "search.html", "404.html"} == listed | below
     for page in listed:
         assert {link.rpartition("/")[2] for link in read[page].links} >= {
             other.rpartition("/")[2] for other in listed - {page}
@@ -186,6 +187,47 @@ def test_pages_are_light(folder):
     assert not list(folder.rglob("*.map"))
     largest = max((folder / page).stat().st_size for page in pages(folder))
     assert largest < 1_500_000, "pictures belong into files of their own"
+
+
+def test_a_chapter_loads_in_400_kilobytes(folder):
+    """The first view, compressed; every font of the book is counted, used or not."""
+    chapters = [path.relative_to(folder).as_posix()[:-5] for path in folder.glob("0*.html")]
+    chapters += [path.relative_to(folder).as_posix()[:-5] for path in folder.glob("0*/*.html")]
+    assert len(chapters) > 10
+    loads = {name: sum(first_load(folder, name).values()) for name in chapters}
+    assert {name: size for name, size in loads.items() if size > 400_000} == {}
+
+
+def test_every_page_has_one_viewport_and_says_what_it_is(folder):
+    said = set()
+    for name in pages(folder):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert text.count('name="viewport"') == 1, name
+        said.add(re.search(r'<meta name="description" content="([^"]+)"', text)[1])
+        assert 'class="book-footer"' in text or name in ("search.html", "404.html"), name
+        assert "search-index.js" not in text, "the index waits until someone searches"
+    assert len(said) > 0.5 * len(pages(folder))
+
+
+def test_the_home_page_shows_every_written_chapter(folder):
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    cards = re.findall(r'<li><a href="([^"]+)"><img [^>]*alt="[^"]+', text)
+    assert len(cards) > 10 and all((folder / card).is_file() for card in cards)
+    listed = {page["page"] + ".html" for group in contents(folder) for page in group["pages"]}
+    chapters = {name for name in listed if name[:2].isdigit()}
+    assert set(cards) == chapters
+
+
+def test_five_questions_are_two_clicks_away(folder, read):
+    assert "which.html" in read["index.html"].links
+    for place in (
+        "05_inference/3_quantization.html#turn-the-knob",
+        "05_inference/3_quantization.html#gallery",
+        "05_inference/1_pruning.html#what-it-costs-and-saves",
+        "05_inference/1_pruning.html#gallery",
+        "02_design/6_context.html#four-ways-to-slow-down",
+    ):
+        assert place in read["which.html"].links
 
 
 # ------------------------------------------------------------------------------ in the browser
@@ -404,9 +446,231 @@ def test_a_panel_answers_keyboard_mouse_and_finger(book):
 
 def test_search_finds_english_and_japanese(book):
     page = book.page(**SCREEN)
-    for word, expected in (("perplexity", "00_start_here.html"), ("ゼロ点", "glossary.html")):
+    for word, expected in (
+        ("perplexity", "00_start_here.html"),
+        ("ゼロ点", "glossary.html"),
+        ("量子化", "05_inference/3_quantization.html"),
+        ("枝刈り", "05_inference/1_pruning.html"),
+    ):
         page.goto(f"{book.address}/search.html?q={word}")
         page.locator(f"#search-results a[href*='{expected}']").first.wait_for()
+
+
+SIZES = [{"width": width, "height": 900} for width in (390, 768, 1440)]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_hit_leads_to_its_section_and_marks_the_word(book, theme):
+    page = book.page(**SCREEN)
+    page.emulate_media(color_scheme=theme)
+    for size in SIZES:
+        page.set_viewport_size(size)
+        page.goto(f"{book.address}/search.html?q=SNIP")
+        page.locator("#search-results a").first.click()
+        page.wait_for_url("**/05_inference/1_pruning.html?highlight=SNIP#gallery")
+        assert page.locator("article mark").first.text_content() == "SNIP"
+        assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+        page.keyboard.press("Escape")
+        assert page.locator("article mark").count() == 0
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_term_opens_under_the_focus_and_escape_closes_it(book, theme):
+    page = book.page(**SCREEN)
+    page.emulate_media(color_scheme=theme)
+    for size in SIZES:
+        page.set_viewport_size(size)
+        page.goto(f"{book.address}/05_inference/3_quantization.html")
+        term = page.locator(".term", has_text="GPTQ").first
+        assert not term.get_by_role("tooltip").is_visible()
+        term.locator("a").focus()
+        box = term.get_by_role("tooltip").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= size["width"]
+        page.keyboard.press("Escape")
+        assert not term.get_by_role("tooltip").is_visible()
+
+
+def test_claims_can_be_chosen_and_sections_fold(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/claims.html")
+    every = page.locator("section.claim:visible").count()
+    page.get_by_label("Outcome").select_option("holds")
+    shown = page.locator("section.claim:visible").count()
+    assert 0 < shown < every
+    assert page.locator(".claims-filter [role=status]").text_content() == f"{shown} claims"
+    link = page.locator(".book-nav a", has_text="Matryoshka")
+    assert not link.is_visible()
+    page.locator(".book-nav summary", has_text="Inference").click()
+    assert link.is_visible()
+
+
+def everywhere(page: Page) -> Iterator[str]:
+    """The open page in both themes at all widths; it is not loaded again."""
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme=theme)
+        for size in SIZES:
+            page.set_viewport_size(size)
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= size["width"], f"{page.url} is {wide} pixels wide at {size['width']}"
+            yield f"{theme}, {size['width']}"
+
+
+BROKEN_LINES = r"""() => [...document.querySelectorAll(
+    '.cell_output .output:not(.text_html) pre:not(.sentences)')].filter(pre => {
+    if (!pre.offsetParent) return false;
+    const style = getComputedStyle(pre), text = pre.textContent.replace(/\n$/, '');
+    const around = parseFloat(style.paddingTop) + parseFloat(style.paddingBottom);
+    const lines = text.split('\n').length;
+    return pre.clientHeight - around > (lines + 0.6) * parseFloat(style.lineHeight);
+}).map(pre => pre.textContent.slice(0, 80))"""
+LOST = """() => [...document.querySelectorAll('.cell_output :is(pre, table)')].filter(one => {
+    if (!one.offsetParent || one.closest('.panel')) return false;
+    if (one.getBoundingClientRect().right <= innerWidth && one.scrollWidth <= one.clientWidth + 1)
+        return false;
+    for (let box = one; box && box.tagName !== 'ARTICLE'; box = box.parentElement)
+        if (['auto', 'scroll'].includes(getComputedStyle(box).overflowX)) return false;
+    return true;
+}).map(one => one.textContent.slice(0, 80))"""
+TALL_CELLS = """() => [...document.querySelectorAll(
+    '.cell_output .output.text_html td')].filter(cell =>
+    cell.offsetParent && cell.clientHeight > 2.4 * parseFloat(getComputedStyle(cell).lineHeight)
+).map(cell => cell.textContent)"""
+
+
+def test_every_output_of_every_chapter_can_be_read_on_a_phone(book, folder):
+    """Lines of columns never break, tables never re-wrap, and what is wider scrolls."""
+    page = book.page(**PHONE)
+    bad, seen = {}, 0
+    for name in [path for path in pages(folder) if re.match(r"0\d", path)]:
+        page.goto(f"{book.address}/{name}")
+        seen += page.locator(".cell_output .output:not(.text_html) pre:not(.sentences)").count()
+        for what in (BROKEN_LINES, LOST, TALL_CELLS):
+            found = page.evaluate(what)
+            if found:
+                bad.setdefault(name, []).extend(found)
+    assert seen > 20
+    assert bad == {}
+    page.add_style_tag(content=".cell_output pre { white-space: pre-wrap !important }")
+    first = page.locator(".cell_output .output:not(.text_html) pre:not(.sentences)").first
+    first.evaluate("pre => pre.textContent = 'a  b '.repeat(99)")
+    assert len(page.evaluate(BROKEN_LINES)) > 0, "a line that breaks would be found"
+
+
+def test_a_second_knob_moves_where_it_is_stored(book, folder):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/00_start_here.html")
+    panel = page.locator("section.panel").first
+    other = panel.locator(".panel-control").nth(1)
+    page.locator("section.panel input[type=range]").first.focus()
+    for _ in everywhere(page):
+        numbers = visible_numbers(panel)
+        other.get_by_role("radio", checked=False).first.check()
+        assert panel.locator(".panel-frame:visible").count() == 1
+        assert visible_numbers(panel) != numbers
+    two = [
+        name
+        for name in pages(folder)
+        if re.search(
+            r'id="panel-\w+-knob1"|name="panel-\w+-knob1"', (folder / name).read_text("utf-8")
+        )
+    ]
+    assert len(two) > 4, "other chapters store a second knob, too"
+
+
+def test_the_guide_is_a_click_away_and_leads_to_its_tables(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/index.html")
+    page.get_by_role("link", name="Which method should I use?").first.click()
+    page.wait_for_url("**/which.html")
+    card = page.locator(".advice", has_text="What does a cache of two bits save?")
+    for _ in everywhere(page):
+        assert re.search(
+            r"becomes \d\.\d times smaller", card.locator(".advice-says").text_content()
+        )
+    for box in page.locator(".advice").all():
+        assert re.search(r"\d", box.locator(".advice-says").text_content())
+        assert box.locator(".advice-table a").count() >= 3
+    stored = card.locator(".advice-table a", has_text=".json").get_attribute("href")
+    answer = page.request.get(f"{book.address}/{stored}")
+    assert answer.ok and "table" in answer.json()["data"]
+    card.locator(".advice-table a").first.click()
+    page.wait_for_url("**/05_inference/3_quantization.html#gallery")
+    assert page.locator("#gallery").is_visible()
+
+
+def test_words_lead_to_the_figure_that_they_mean(book, read):
+    linked = [name for name, one in read.items() if any("#figure-" in li for li in one.links)]
+    assert len(linked) > 10
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/05_inference/1_pruning.html")
+    reference = page.locator("a.figure-link").first
+    for _ in everywhere(page):
+        reference.click()
+        target = page.locator(reference.get_attribute("href"))
+        assert reference.text_content() in target.text_content()
+        page.wait_for_function(
+            "e => (y => y >= 0 && y < innerHeight)(e.getBoundingClientRect().top)",
+            arg=target.element_handle(),
+        )
+
+
+def test_code_reference_and_chapters_lead_to_each_other(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/05_inference/1_pruning.html")
+    name = page.locator(".cell_input a.api-link:visible").first
+    for _ in everywhere(page):
+        assert name.is_visible()
+    said = name.text_content()
+    name.click()
+    page.wait_for_url("**/api/effnb.*")
+    described = page.url
+    assert described.endswith(f".{said}")
+    entry = page.locator("dl.py").filter(has=page.locator(f'[id="{described.partition("#")[2]}"]'))
+    entry.get_by_role("link", name="Pruning").first.click()
+    page.wait_for_url("**/05_inference/1_pruning.html*")
+    page.goto(described)
+    entry.locator("a.source-link").first.click()
+    page.wait_for_url("**/source/effnb/**")
+    for _ in everywhere(page):
+        assert page.locator("header").is_visible()
+    assert page.locator("main > p").get_by_role("link", name="Pruning", exact=True).is_visible()
+    page.locator("main > p a", has_text="effnb.").click()
+    page.wait_for_url(f"{described.partition('#')[0]}*")
+
+
+def test_a_page_that_is_not_there_says_where_to_go(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/404.html")
+    for _ in everywhere(page):
+        assert page.get_by_role("heading", name="This page is not here").is_visible()
+        for name in ("map of the chapters", "method index", "glossary"):
+            assert page.locator("article").get_by_role("link", name=name).is_visible()
+    page.locator("article").get_by_role("link", name="glossary").click()
+    page.wait_for_url("**/glossary.html")
+
+
+def test_code_can_be_copied(book):
+    book.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/05_inference/1_pruning.html")
+    cell = page.locator(".cell_input:visible").first
+    button = cell.get_by_role("button", name="Copy")
+    for _ in everywhere(page):
+        button.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_function("e => e.textContent === 'Copied'", arg=button.element_handle())
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.strip() and copied.strip() in cell.locator("pre").inner_text()
+
+
+def test_the_home_page_and_the_footer_fit_everywhere(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/index.html")
+    for where in everywhere(page):
+        assert page.locator(".gallery a:visible").count() > 10, where
+        assert page.locator(".book-footer a[rel=license]").is_visible()
+        loaded = page.locator(".gallery img").first
+        assert loaded.evaluate("image => image.getBoundingClientRect().width") > 100
 
 
 def test_a_button_says_how_to_run_the_chapter(book):
@@ -467,4 +731,10 @@ def test_it_can_be_read_without_scripts(browser, served):
     panel = page.locator("section.panel").first
     assert panel.locator("img:visible").count() == 1
     assert "Probability of “Paris”" in visible_numbers(panel)
+    assert page.locator(".panel input:visible, .panel button:visible").count() == 0
+    paper = "getComputedStyle(document.body).backgroundColor"
+    for theme, colour in (("light", "rgb(253, 252, 250)"), ("dark", "rgb(21, 24, 28)")):
+        page.emulate_media(color_scheme=theme)
+        page.wait_for_timeout(500)
+        assert page.evaluate(paper) == colour
     context.close()

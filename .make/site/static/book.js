@@ -91,3 +91,51 @@ const reach = () => {
 };
 addEventListener("load", reach);
 addEventListener("resize", reach);
+
+// Claims: an outcome and a section may be chosen.
+const filter = document.querySelector(".claims-filter");
+if (filter) {
+  const choose = () => {
+    let shown = 0;
+    for (const claim of document.querySelectorAll("section.claim")) {
+      const { outcome, section } = claim.dataset;
+      const fits = [[filter.outcome.value, outcome], [filter.section.value, section]];
+      claim.hidden = !fits.every(([wanted, is]) => !wanted || wanted === is);
+      shown += !claim.hidden;
+    }
+    for (const article of document.querySelectorAll("article section:has(> section.claim)")) {
+      article.hidden = !article.querySelector("section.claim:not([hidden])");
+    }
+    filter.querySelector("[role=status]").textContent = `${shown} ${shown === 1 ? "claim" : "claims"}`;
+  };
+  filter.addEventListener("change", choose);
+  filter.addEventListener("submit", (event) => event.preventDefault());
+}
+
+// Escape closes the definition of a term, where it covers what is to be read.
+addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  for (const term of document.querySelectorAll(".term:hover, .term:focus-within")) {
+    term.classList.add("term-closed");
+    const open = () => term.classList.remove("term-closed");
+    for (const leaving of ["mouseleave", "focusout"]) term.addEventListener(leaving, open, { once: true });
+  }
+});
+
+// Code can be taken along.
+for (const pre of document.querySelectorAll("article .cell_input pre, article .listing pre, article .chapter-bar pre")) {
+  if (!navigator.clipboard) break;
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "copy-code";
+  button.textContent = "Copy";
+  button.setAttribute("aria-label", "Copy this code");
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(pre.innerText);
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = "Copy"), 2000);
+  });
+  const box = pre.closest(".highlight") || pre.parentElement;
+  box.classList.add("copy-place");
+  box.append(button);
+}

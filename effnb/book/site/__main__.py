@@ -11,6 +11,8 @@ from pathlib import Path
 
 from effnb.book.site.address import home
 from effnb.book.site.book import REPOSITORY, SiteError, read_book
+from effnb.book.site.finish import finish
+from effnb.book.site.reference import read_reference
 from effnb.book.site.sources import write
 from effnb.lab.chapters import NOTEBOOKS
 
@@ -46,7 +48,8 @@ def build(
         raise SiteError(str(problem)) from None
     work = out.with_name(f"{out.name}-sources")
     shutil.rmtree(out, ignore_errors=True)
-    notes = write(work / "pages", work / "extra", read_book(notebooks), home=place)
+    book, reference = read_book(notebooks), read_reference(REPOSITORY)
+    notes = write(work / "pages", work / "extra", book, reference, place)
     command = [
         *(sys.executable, "-m", "sphinx", "--builder", "html", "--quiet", "--fresh-env"),
         *("--fail-on-warning", "--keep-going", "--conf-dir", str(CONFIGURATION)),
@@ -59,6 +62,7 @@ def build(
         shutil.rmtree(out / rest) if (out / rest).is_dir() else (out / rest).unlink(missing_ok=True)
     for rest in out.rglob("*.map"):
         rest.unlink()
+    finish(out, book, reference, place)
     icons = out / "_static" / "scripts" / "fontawesome.js"
     if icons.exists():
         shutil.copyfile(CONFIGURATION / "static" / "icons.js", icons)

@@ -110,6 +110,8 @@ def accessible(body: str) -> str:
 def setup(app: Any) -> dict[str, Any]:
     """Tell Sphinx about all of it."""
     app.effnb_reference = read_reference(REPOSITORY)
+    # The book has its own search: see effnb.book.site.search.
+    app.connect("builder-inited", lambda app: setattr(app.builder, "search", False))
     app.connect("doctree-read", resolve_types)
     app.connect("doctree-read", tidy_signatures)
     app.connect("html-page-context", add_contents)

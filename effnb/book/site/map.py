@@ -8,7 +8,6 @@ from effnb.book.site.book import Book, link
 from effnb.lab.chapters import SECTIONS
 
 MAP_HEAD = ("Chapter", "About", "Read", "Run", "Memory", "Claims")
-UNWRITTEN = '<span class="unwritten">not written yet</span>'
 
 
 def map_html(book: Book, page: str) -> str:
@@ -18,14 +17,14 @@ def map_html(book: Book, page: str) -> str:
         book: The chapters.
         page: The page on which it is.
     """
-    parts, seconds, minutes = [], 0, 0
+    parts, later, seconds, minutes = [], [], 0, 0
     for key, section in SECTIONS.items():
         rows = []
         for chapter in (c for c in book.chapters if c.section == section):
             written = book.find(chapter.name)
             cells = [html.escape(chapter.title), html.escape(chapter.about)]
             if written is None:
-                rows.append([*cells, UNWRITTEN])
+                later.append(f"<li><strong>{cells[0]}</strong>: {cells[1]}</li>")
                 continue
             cells[0] = link(chapter.title, page, f"{chapter.name}.html")
             taken = chapter.measured
@@ -38,6 +37,8 @@ def map_html(book: Book, page: str) -> str:
             )  # fmt: skip
             seconds += taken.seconds if taken else 0
             minutes += chapter.minutes or 0
+        if not rows:
+            continue
         body = "".join(map(_row, rows))
         parts.append(
             f'<tbody id="{key}"><tr class="map-section"><th scope="rowgroup" colspan="6">'
@@ -52,18 +53,24 @@ def map_html(book: Book, page: str) -> str:
         if book.written
         else ""
     )
+    be = "chapters are" if len(later) > 1 else "chapter is"
+    rest = (
+        f'<details class="unwritten"><summary>{len(later)} {be} not written yet'
+        f"</summary><ul>{''.join(later)}</ul></details>"
+        if later
+        else ""
+    )
     return (
-        f'<table class="chapter-map"><thead><tr>{heads}</tr></thead>{"".join(parts)}</table>{total}'
+        f'<table class="chapter-map"><thead><tr>{heads}</tr></thead>{"".join(parts)}</table>'
+        f"{total}{rest}"
     )
 
 
 def _row(cells: list[str]) -> str:
-    """A row of the map; a chapter that is not written yet has one wide cell at its end."""
+    """A row of the map."""
     columns = [f'<th scope="row">{cells[0]}</th>']
     for i, cell in enumerate(cells[1:], start=1):
-        wide = f' colspan="{len(MAP_HEAD) - i}"' if cell == UNWRITTEN else ""
-        label = f' data-label="{MAP_HEAD[i]}"' if cell != UNWRITTEN else ""
-        columns.append(f"<td{wide}{label}>{cell}</td>")
+        columns.append(f'<td data-label="{MAP_HEAD[i]}">{cell}</td>')
     return f"<tr>{''.join(columns)}</tr>"
 
 

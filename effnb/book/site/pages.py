@@ -1,15 +1,18 @@
-"""What is collected from all chapters: claims, symbols, terms and advice."""
+"""What is collected from all chapters: claims, symbols and terms."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
 from typing import Any
 
+from effnb.book.methods import methods
 from effnb.book.site.book import Book, SiteError, Written, link
-from effnb.book.site.verdicts import badge, certainty, evidence_html, measured
-from effnb.book.site.words import Advice
+from effnb.book.site.docstrings import first_sentence
+from effnb.book.site.glossary import anchor
+from effnb.book.site.reference import Reference, page_of
+from effnb.book.site.verdicts import badge, evidence_html
+from effnb.lab.chapters import SECTIONS
 from effnb.lab.claims import joint, ledger
 
 OPEN = "not yet measured"
@@ -52,14 +55,44 @@ def summary_part(book: Book) -> str:
 
 def claims_part(book: Book) -> str:
     """All claims, under the articles that make them."""
-    parts, source = [], ""
+    parts, sources = [claims_filter(book)], {}
     for name, claim in ledger().items():
-        if claim.source != source:
-            source = claim.source
-            title, _, rest = source.partition(", ")
-            parts.append(f"\n## {title}\n\n{rest}.\n")
-        parts.append(raw(_claim(book, name)))
+        sources.setdefault(claim.source, []).append(name)
+    # Articles of which something was measured come first, and so do the measured claims of each.
+    for source, names in sorted(
+        sources.items(), key=lambda pair: not any(joint_on(book, one) for one in pair[1])
+    ):
+        title, _, rest = source.partition(", ")
+        parts.append(f"\n## {title}\n\n{rest}.\n")
+        names = sorted(names, key=lambda one: joint_on(book, one) is None)
+        parts.append(raw("".join(_claim(book, one) for one in names)))
     return "\n".join(parts)
+
+
+def section_of(claim: str) -> str:
+    """The section of the book in which a claim is judged."""
+    return SECTIONS[ledger()[claim].chapters[0].split("/")[0]]
+
+
+def claims_filter(book: Book) -> str:
+    """Two lists to choose from: an outcome, and a section of the book."""
+    found = {name: joint_on(book, name) for name in ledger()}
+    outcomes = {one["verdict"] if one else OPEN for one in found.values()}
+    outcomes = sorted(outcomes, key=lambda one: (one == OPEN, one))
+    sections = [one for one in SECTIONS.values() if one in {section_of(name) for name in found}]
+
+    def choices(name: str, words: str, options: list[str]) -> str:
+        listed = "".join(f"<option>{html.escape(one)}</option>" for one in options)
+        return (
+            f'<label>{words} <select name="{name}" autocomplete="off">'
+            f'<option value="">all</option>{listed}</select></label>'
+        )
+
+    return raw(
+        f'<form class="claims-filter pst-js-only">{choices("outcome", "Outcome", outcomes)} '
+        f"{choices('section', 'Section', sections)}"
+        f'<p role="status">{len(found)} claims</p></form>'
+    )
 
 
 def _claim(book: Book, name: str) -> str:
@@ -87,7 +120,9 @@ def _claim(book: Book, name: str) -> str:
         parts.append(f'<div class="claim-verdict"><p>{still}</p></div>')
     kind = "" if found else " claim-open"
     return (
-        f'<section class="claim{kind}" id="{name}" aria-label="Claim {name}">'
+        f'<section class="claim{kind}" id="{name}" aria-label="Claim {name}" '
+        f'data-outcome="{verdict["verdict"] if verdict else OPEN}" '
+        f'data-section="{html.escape(section_of(name))}">'
         f'<p class="claim-head"><a class="claim-id" href="#{name}">{name}</a>'
         f"{'' if found else still}</p>"
         f'<p class="claim-words">{html.escape(claim.claim)}</p>{"".join(parts)}</section>'
@@ -121,6 +156,28 @@ def _bare(tex: str) -> str:
     return ("~" if letters.startswith("\\") else "") + letters.lstrip("\\")
 
 
+def methods_part(book: Book, reference: Reference) -> str:
+    """The methods whose names are no terms of a chapter, as entries of the glossary."""
+    known = {anchor(term.name) for written in book.written for term in written.words.terms}
+    rows = {}
+    for method in methods(reference):
+        if anchor(method.name) in known or method.name.lower() in rows:
+            continue
+        module, thing = reference.home(method.home)
+        said = html.escape(first_sentence(thing.doc))
+        said = re.sub(r"`([^`]+)`", r"<code>\1</code>", said)
+        place = f"{page_of(module.name)}.html#{method.home}"
+        chapter = next((one for one in book.chapters if one.name == method.chapter), None)
+        where = f'<a href="{place}"><code>{html.escape(thing.name)}</code></a>'
+        if chapter and book.find(method.chapter):
+            where += f", {link(chapter.title, 'glossary', f'{method.chapter}.html')}"
+        rows[method.name.lower()] = (
+            f'<dt class="word-anchor" id="{anchor(method.name)}">'
+            f"{html.escape(method.name)}</dt><dd><p>{said} {where}</p></dd>"
+        )
+    return raw(f'<dl class="simple glossary">{"".join(rows[one] for one in sorted(rows))}</dl>')
+
+
 def terms_part(book: Book) -> str:
     """The terms that the chapters explain, in the order of the alphabet."""
     found: dict[str, Written] = {}
@@ -140,61 +197,11 @@ def terms_part(book: Book) -> str:
             )
         where = f"[{written.chapter.title}](/{written.name}.ipynb#{written.headings[term.at]})"
         lines += [
-            f'{term.name} <span class="ja" lang="ja">{html.escape(term.ja)}</span>',
+            f'<span class="word-anchor" id="{anchor(term.name)}">{html.escape(term.name)}</span> '
+            f'<span class="ja" lang="ja">{html.escape(term.ja)}</span>',
             f": {term.means[0].upper()}{term.means[1:].rstrip('.')}. {where}",
             "",
         ]
     if not lines:
         return "No chapter has explained a term yet."
     return "\n".join(["{.glossary}", *lines])
-
-
-# --------------------------------------------------------------------------------------- advice
-
-
-def supported(written: Written) -> Iterator[tuple[Advice, list[dict[str, Any]]]]:
-    """The advice that a chapter's own measurements support, with the pieces of evidence.
-
-    Raises:
-        SiteError: When advice names a claim or a measurement that the chapter does not have.
-    """
-    verdicts = {one["id"]: one for one in written.verdicts}
-    for advice in written.words.advice:
-        pieces, holds = [], True
-        for reason in advice.because:
-            parts = verdicts.get(reason.claim, {"parts": []})["parts"]
-            named = [part for part in parts if part.get("name") == reason.part]
-            fitting = named or [part for part in parts if part["what"].startswith(reason.part)]
-            if len(fitting) != 1:
-                raise SiteError(
-                    f"notebooks/{written.name}.toml: the advice {advice.use!r} rests on "
-                    f"{len(fitting)} measurements of {reason.claim} that begin with "
-                    f"{reason.part!r}, and has to rest on one."
-                )
-            holds &= fitting[0]["outcome"] == reason.outcome
-            pieces.append({**fitting[0], "claim": reason.claim})
-        if holds:
-            yield advice, pieces
-
-
-def advice_part(book: Book) -> str:
-    """What the measurements of all chapters recommend, under what the reader wants."""
-    goals: dict[str, list[str]] = {}
-    for written in book.written:
-        for advice, pieces in supported(written):
-            chapter = f"{written.name}.html#claim-"
-            rows = "".join(
-                f"<li>{html.escape(one['what'])}: <strong>{measured(one)}</strong> "
-                f'<span class="expected">({certainty(one)}; '
-                f"{link(one['claim'], 'which', chapter + one['claim'])})</span></li>"
-                for one in pieces
-            )
-            where = link(written.chapter.title, "which", f"{written.name}.html")
-            goals.setdefault(advice.goal, []).append(
-                f'<section class="advice"><p class="advice-when">If {html.escape(advice.when)}:</p>'
-                f'<p class="advice-use">{html.escape(advice.use)}</p>'
-                f'<p class="advice-why">Measured in {where}:</p><ul>{rows}</ul></section>'
-            )
-    if not goals:
-        return "Nothing has been measured yet that would support a recommendation."
-    return "\n\n".join(f"## {goal}\n\n{raw(''.join(cards))}" for goal, cards in goals.items())

@@ -133,10 +133,18 @@ class Reference:
 
     def used_in(self, code: str) -> list[str]:
         """The objects that a piece of Python uses, by their full names, in order of appearance."""
+        return list(dict.fromkeys(full for full, _ in self.uses(code)))
+
+    def uses(self, code: str) -> list[tuple[str, int]]:
+        """The same with repetitions, each with the place in the text where its name ends."""
         try:
             tree = ast.parse(code)
         except SyntaxError:
             return []
+        lines = code.splitlines(keepends=True)
+        starts = [0]
+        for line in lines:
+            starts.append(starts[-1] + len(line))
         known: dict[str, str] = {}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("effnb"):
@@ -148,7 +156,7 @@ class Reference:
                         known[alias.asname or alias.name.split(".")[0]] = (
                             alias.name if alias.asname else "effnb"
                         )
-        found: dict[str, None] = {}
+        found: list[tuple[str, int]] = []
         named = [n for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Attribute)]
         # The longest chain first: of `a.b.c` as a whole, then of `a.b`.
         for node in sorted(named, key=lambda n: (n.lineno, n.col_offset, -n.end_col_offset)):
@@ -159,9 +167,10 @@ class Reference:
                 inner = inner.value
             if isinstance(inner, ast.Name) and inner.id in known:
                 full = self.find(".".join([known[inner.id], *parts]))
-                if full:
-                    found[full] = None
-        return list(found)
+                if full:  # ast counts bytes
+                    before = lines[node.end_lineno - 1].encode()[: node.end_col_offset].decode()
+                    found.append((full, starts[node.end_lineno - 1] + len(before)))
+        return found
 
 
 def page_of(module: str) -> str:

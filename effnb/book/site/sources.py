@@ -21,10 +21,11 @@ from effnb.book.site.api import module_page
 from effnb.book.site.book import REPOSITORY, Book, SiteError, link, read_book, up
 from effnb.book.site.docstrings import first_sentence
 from effnb.book.site.extension import CONTENTS
+from effnb.book.site.guide import advice_part, tables
 from effnb.book.site.map import map_html
 from effnb.book.site.pages import (
-    advice_part,
     claims_part,
+    methods_part,
     raw,
     summary_part,
     symbols_part,
@@ -83,6 +84,7 @@ def write(
     generated = {
         "index": {
             "panel": _cover_panel(book, web),
+            "gallery": raw(_gallery(book, web)),
             "contents": _contents(book),
             "facts": _facts(book),
         },
@@ -90,7 +92,9 @@ def write(
         "which": {"advice": advice_part(book)},
         "claims": {"summary": summary_part(book), "claims": claims_part(book)},
         "notation": {"symbols": symbols_part(book)},
-        "glossary": {"terms": terms_part(book)},
+        "glossary": {"terms": terms_part(book), "methods": methods_part(book, reference)},
+        "search": {},
+        "404": {},
         "methods": {"methods": raw(methods_page(reference, {one.name for one in book.written}))},
         "architectures": {"architectures": raw(architectures.page(architectures.read()))},
         "api/index": {"modules": _modules(reference)},
@@ -109,7 +113,11 @@ def write(
         _put(out / f"{page_of(module.name)}.md", module_page(module, reference, web.shown))
         web.sources.add(module.path.as_posix())
     for path in sorted(web.sources):
-        _put(extra / "source" / f"{path}.html", _source_page(path))
+        _put(extra / "source" / f"{path}.html", _source_page(path, reference, web.shown))
+    for name in tables(book):
+        target = extra / "results" / f"{name}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(REPOSITORY / "data" / "results" / f"{name}.json", target)
     shutil.copyfile(bibliography.FILE, extra / bibliography.FILE.name)
     unknown = sorted(set(web.cited) - set(bibliography.papers()))
     return reference.problems + [
@@ -144,6 +152,26 @@ def _cover_panel(book: Book, web: Web) -> str:
             where = link(written.chapter.title, "index", f"{written.name}.html")
             return raw(f'{panel}<p class="cover-from">From the chapter {where}.</p>')
     return ""
+
+
+def _gallery(book: Book, web: Web) -> str:
+    """The map with a picture of each chapter's result."""
+    parts = []
+    for section in SECTIONS.values():
+        inside = [one for one in book.written if one.chapter.section == section]
+        cards = "".join(
+            f'<li><a href="{one.name}.html">{web.first_picture(one, "index")}'
+            f"<strong>{html.escape(one.chapter.title)}</strong></a>"
+            f"<span>{html.escape(one.chapter.about)}</span></li>"
+            for one in inside
+        )
+        if cards:
+            parts.append(
+                '<section class="gallery-section">'
+                f'<p class="gallery-name">{html.escape(section)}</p>'
+                f'<ul class="gallery">{cards}</ul></section>'
+            )
+    return "".join(parts)
 
 
 def _facts(book: Book) -> str:
@@ -249,14 +277,34 @@ def _code_spans(said: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", said)
 
 
-def _source_page(path: str) -> str:
+def _described(path: str, reference: Reference, shown: dict[str, list[tuple[str, str]]]) -> str:
+    """Links from a file to its page in the reference, and to the chapters that show it."""
+    module = next((m for m in reference.modules.values() if m.path.as_posix() == path), None)
+    if module is None or module.name == "effnb":
+        return ""
+    page = f"source/{path}"
+    chapters: dict[str, str] = {}
+    for thing in module.things:
+        for title, target in shown.get(f"{module.name}.{thing.name}", ()):
+            place = target.removeprefix("/").replace(".ipynb", ".html")
+            chapters.setdefault(title, link(title, page, place))
+    said = f"Described in {link(module.name, page, f'{page_of(module.name)}.html')}."
+    return said + (f" Shown in {', '.join(chapters.values())}." if chapters else "")
+
+
+def _source_page(path: str, reference: Reference, shown: dict[str, list[tuple[str, str]]]) -> str:
     """A file of the repository as a separate page, on which every line has an anchor."""
     code = (REPOSITORY / path).read_text(encoding="utf-8")
     formatter = HtmlFormatter(nowrap=False, linenos="inline", lineanchors="L", anchorlinenos=True)
     coloured = highlight(code, PythonLexer(), formatter)
     template = (PAGES.parent / "source.html").read_text(encoding="utf-8")
     coloured = bibliography.linked(coloured)
-    place = {"top": up(f"source/{path}"), "path": html.escape(path), "code": coloured}
+    place = {
+        "top": up(f"source/{path}"),
+        "path": html.escape(path),
+        "described": _described(path, reference, shown),
+        "code": coloured,
+    }
     return re.sub(r"\{\{ (\w+) \}\}", lambda found: place[found[1]], template)
 
 

@@ -6,6 +6,7 @@ verdicts become cards, and links between notebooks and into the repository becom
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import html
@@ -183,7 +184,7 @@ class Web:
                 cells.append(_markdown(self.prose(name, text), tags))
                 continue
             new = deepcopy(cell)
-            new["metadata"] = _looks(tags)
+            new["metadata"] = _looks([*tags, *(["hide-input"] if prints_tables(cell) else [])])
             where = f"{name}, cell {number}"
             outputs = [self._output(output, written, where) for output in cell["outputs"]]
             new["outputs"] = [output for output in outputs if output]
@@ -280,6 +281,17 @@ class Web:
                     return panel_html(panel, "panel", lambda content: self.pictures(content, page))
         return ""
 
+    def first_picture(self, written: Written, page: str) -> str:
+        """The first picture of a chapter, for another page; nothing when it has none."""
+        for cell in written.notebook["cells"]:
+            for output in cell.get("outputs", ()):
+                content = output.get("data", {}).get("text/html", "")
+                found = re.search(r"<img[^>]*>", "".join(content))
+                if found and _DATA_URI.search(found[0]):
+                    bare = re.sub(r' (?:style|width|height)="[^"]*"', "", found[0])
+                    return self.pictures(bare, page)
+        return ""
+
     def _listing(self, data: dict[str, Any], page: str) -> str | None:
         """A listing in the page's own colours, with links to its file and to its description."""
         found = _LISTING.match(data["text/html"])
@@ -305,6 +317,24 @@ class Web:
             '<div class="highlight-python notranslate"><div class="highlight">'
             f"<pre>{coloured}</pre></div></div></figure>"
         )
+
+
+def prints_tables(cell: dict[str, Any]) -> bool:
+    """Whether a cell does nothing but show tables: its code is folded then."""
+    content = ["".join(one.get("data", {}).get("text/html", "")) for one in cell["outputs"]]
+    if not any("<table" in one for one in content):
+        return False
+    try:
+        statements = ast.parse(source(cell)).body
+    except SyntaxError:
+        return False
+    calls = [one for one in statements if not isinstance(one, ast.Import | ast.ImportFrom)]
+    return bool(calls) and all(
+        isinstance(one, ast.Expr)
+        and isinstance(one.value, ast.Call)
+        and re.search(r"table|_said$|^print$", ast.unparse(one.value.func)) is not None
+        for one in calls
+    )
 
 
 def _listed(cell: dict[str, Any], reference: Reference) -> list[str]:

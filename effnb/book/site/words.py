@@ -1,4 +1,4 @@
-r"""What a chapter adds to the book's common pages: symbols, terms, advice.
+r"""What a chapter adds to the book's common pages: symbols, terms, advice, answers.
 
 It is written once, in the file beside the chapter (`notebooks/05_inference/3_quantization.toml`):
 
@@ -17,6 +17,14 @@ It is written once, in the file beside the chapter (`notebooks/05_inference/3_qu
     when = "there is no data to calibrate with"
     use = "Round to nearest with four bits, one scale for each 64 weights."
     because = [{ claim = "S-I3", part = "memory" }]
+    says = "{smaller} times smaller."
+    table = "05_inference/3_quantization/methods"
+    at = "Does it hold?"            # the heading under which the chapter shows that table
+    numbers.smaller = { of = "bytes", where = { method = "original" }, over = { method = "RTN" } }
+
+    [[answer]]                      # the same without a recommendation, and so without `because`
+    goal = "A long text takes too much memory"
+    asked = "What does a cache of two bits save?"
 
 Every symbol in a chapter's formulas has to be introduced by some chapter, once in the whole book;
 with `local = true` a chapter uses a letter in its own way. What is below the line, and words,
@@ -25,14 +33,15 @@ need no entry, and a hat is introduced once for all letters, as '\hat{\cdot}'.
 Advice rests on measurements: each entry of `because` names a claim and the beginning of one piece
 of its evidence in that chapter, and what must have come out (`outcome`: shown, unless it says
 contradicted, undecided or by construction). Where one of them did not come out so, the advice does
-not appear.
+not appear. Numbers are read from stored results (see `Number`); a card of which one is missing does
+not appear either.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +97,32 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class Number:
+    """A number of a stored result, as a sentence has it.
+
+    Attributes:
+        of: The column, such as `loss`, `domains.novel` or `curve[-4:]`; without `where`, the path
+            from the top of what is stored.
+        where: What the rows of the table have to say. Several fitting rows are averaged.
+        over: The rows whose value it is divided by.
+        minus: The rows whose value is taken from it.
+        by: How several values of a row become one: mean, median, or perplexity (of losses).
+        times: A factor, such as 100 for per cent.
+        form: How it is written.
+        table: The stored result, where it is not that of the card.
+    """
+
+    of: str
+    where: dict[str, Any] | None = None
+    over: dict[str, Any] | None = None
+    minus: dict[str, Any] | None = None
+    by: str = "mean"
+    times: float = 1
+    form: str = ".1f"
+    table: str = ""
+
+
+@dataclass(frozen=True)
 class Advice:
     """What to do, and why.
 
@@ -96,12 +131,41 @@ class Advice:
         when: Under which circumstances, beginning in the middle of a sentence.
         use: What to do, in a sentence.
         because: The measurements that it rests on, at least one.
+        says: What was measured, with its numbers in braces, by name.
+        table: The stored result that it cites.
+        at: The heading under which the chapter shows that table.
+        numbers: The numbers of that sentence.
     """
 
     goal: str
     when: str
     use: str
     because: tuple[Reason, ...]
+    says: str = ""
+    table: str = ""
+    at: str = ""
+    numbers: dict[str, Number] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was measured, without a recommendation.
+
+    Attributes:
+        goal: As for advice.
+        asked: The question.
+        says: The answer, with its numbers in braces, by name.
+        table: The stored result that it cites.
+        at: The heading under which the chapter shows that table.
+        numbers: The numbers of the answer.
+    """
+
+    goal: str
+    asked: str
+    says: str
+    table: str
+    at: str
+    numbers: dict[str, Number] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +175,7 @@ class Words:
     symbols: tuple[Symbol, ...] = ()
     terms: tuple[Term, ...] = ()
     advice: tuple[Advice, ...] = ()
+    answers: tuple[Answer, ...] = ()
 
 
 def read_words(path: Path) -> Words:
@@ -122,15 +187,15 @@ def read_words(path: Path) -> Words:
     if not path.exists():
         return Words()
     content = tomllib.loads(path.read_text(encoding="utf-8"))
-    unknown = sorted(set(content) - {"symbol", "term", "advice"})
+    unknown = sorted(set(content) - {"symbol", "term", "advice", "answer"})
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is none of symbol, term, advice.")
+        raise ValueError(f"{unknown[0]!r} is none of symbol, term, advice, answer.")
     advice = []
     for row in content.get("advice", ()):
         reasons = tuple(_made(Reason, reason) for reason in row.get("because", ()))
         if not reasons:
             raise ValueError(f"the advice {row.get('use')!r} names no measurement in `because`.")
-        advice.append(_made(Advice, {**row, "because": reasons}))
+        advice.append(_card(Advice, {**row, "because": reasons}))
     for row in advice:
         for reason in row.because:
             if reason.outcome not in (SHOWN, CONTRADICTED, UNDECIDED, CONSTRUCTION):
@@ -139,7 +204,21 @@ def read_words(path: Path) -> Words:
         tuple(_made(Symbol, row) for row in content.get("symbol", ())),
         tuple(_made(Term, row) for row in content.get("term", ())),
         tuple(advice),
+        tuple(_card(Answer, row) for row in content.get("answer", ())),
     )
+
+
+def _card(kind: type, row: dict[str, Any]) -> Any:
+    """Advice or an answer, from its table; its sentence names its numbers, and no others."""
+    numbers = {name: _made(Number, one) for name, one in row.get("numbers", {}).items()}
+    made = _made(kind, {**row, "numbers": numbers})
+    named = set(re.findall(r"\{(\w+)\}", made.says))
+    if named != set(numbers):
+        odd = sorted(named ^ set(numbers))[0]
+        raise ValueError(f"{made.says!r} and its numbers disagree on {odd!r}.")
+    if made.says and not (made.table and made.at):
+        raise ValueError(f"{made.says!r} cites no table: give `table` and `at`.")
+    return made
 
 
 def _made(kind: type, row: dict[str, Any]) -> Any:
@@ -149,7 +228,7 @@ def _made(kind: type, row: dict[str, Any]) -> Any:
     except TypeError as problem:
         said = str(problem).replace(f"{kind.__name__}.__init__() ", "")
         raise ValueError(f"a {kind.__name__.lower()} {row} {said}.") from None
-    empty = [name for name, value in vars(made).items() if value == ""]
+    empty = [name for name in row if vars(made)[name] == ""]
     if empty:
         raise ValueError(f"{empty[0]!r} is empty in the {kind.__name__.lower()} {row}.")
     return made

@@ -95,7 +95,7 @@ def sinks(real: Row, mini: Row) -> Panel:
         "names. Stored readings.",
         figsize=(6.2, 2.0),
         main="cache",
-        frames={"cache": [without, tables.label(256, 4)]},
+        frames={"cache": [without, tables.label(256, 4)], "model": None},
         predict=guess(
             f"{real['model']} reads a text of {real['length']:,} tokens with a cache that keeps "
             "the latest 256. How does its perplexity on the second half compare with that of a "
@@ -161,7 +161,7 @@ def live(bench: Bench, lengths: tuple[int, ...] = (512, 1024)) -> Panel:
         draw,
         text=text,
         title="Your own cache",
-        caption="mini-5m, read live, 16 tokens at a time. Dotted: where the cache is full. The "
+        caption="mini-5m reads 16 tokens at a time. Dotted: where the cache is full. The "
         "grey curve keeps everything, also beyond the 512 tokens of its training.",
         figsize=(6.2, 2.0),
         main="window",
@@ -213,7 +213,7 @@ def masks() -> Panel:
         caption="Rows are queries, columns keys; dark pairs are computed.",
         figsize=(2.4, 2.4),
         main="globals_",
-        frames={"globals_": [0, 2]},
+        frames={"globals_": [0, 1]},
         predict=guess(
             "64 tokens, a window of 8 (four to either side), and no global token: how many layers "
             "does it take until every token has reached every other?",

@@ -71,7 +71,7 @@ def reading(data: Row) -> Panel:
         caption=f"Perplexity of {data['model']} by place. Grey: the length of its training texts. "
         "All methods have the scale 8; none is trained.",
         figsize=(6.4, 2.2),
-        frames={"method": ["RoPE", "YaRN"]},
+        frames={"method": ["RoPE", "PI", "YaRN"], "length": [lengths[0], lengths[-1]]},
         predict=guess(
             f"A model has read nothing longer than {trained} tokens. What is its perplexity on the "
             f"last {trained} of {lengths[-1]:,}, compared with the first {trained}?",

@@ -259,7 +259,7 @@ def decay_ranges(twin: Twin, documents: Sequence[Tensor]) -> Panel:
         caption="retnet-300k on a held-out novel, with the decays that it was trained with and "
         "with others. Nothing is trained again.",
         figsize=(4.8, 1.6),
-        frames={"decay": ["the paper's", "0.5 in all heads"]},
+        frames={"decay": ["the paper's", "0.5 in all heads"], "tokens": [64, 512]},
         predict=guess(
             "The twin's heads were trained to remember about 32 to 256 tokens. With a decay of 0.5 "
             "they remember two. How many times the perplexity does it have?",

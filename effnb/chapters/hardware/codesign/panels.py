@@ -81,7 +81,7 @@ def together(machine: roofs.Machine) -> Panel:
         caption="Left: time of one token, of all at once, and of all one after another. Right: "
         "the product under its roof.",
         figsize=(6.4, 2.0),
-        frames=[16, 256],
+        frames={"tokens": [16, 256], "on": [HERE, next(iter(roofline.DATA_SHEETS))]},
         predict=guess(
             "A layer is multiplied with 16 tokens at once. How many times as long as one token do "
             "they take on this machine?",

@@ -171,7 +171,7 @@ def storage() -> Panel:
         caption="A matrix of 512 × 512 numbers, part of them zero. Beyond the dashed line, not "
         "pruning would have been smaller.",
         figsize=(6.4, 1.6),
-        frames=(30, 50, 90),
+        frames={"sparsity": [50, 90], "bits": [16, 4]},
         predict=guess(
             "From which sparsity on does a matrix of 16-bit numbers take less in CSR form than "
             "dense?",

@@ -68,10 +68,10 @@ def errors() -> Panel:
         lambda result, fig: drawings.draw_errors(result["layers"], fig),
         text=text,
         title="Where a rounded encoder errs",
-        caption=f"MiniLM on {TEXTS} descriptions, its weights rounded while you wait. Numbers are "
+        caption=f"MiniLM on {TEXTS} descriptions, its weights rounded to nearest. Numbers are "
         "relative errors in per cent.",
         figsize=(7.4, 3.2),
-        frames={"bits": [3, 4, 8]},
+        frames={"bits": [4, 8], "rounded": list(MODULES)[:3]},
         predict=guess(
             "Only the feed-forward layers are rounded to 4 bits. Which module's output is wrong by "
             "most?",
