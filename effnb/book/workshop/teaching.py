@@ -12,10 +12,10 @@ It is written once, in a file beside the chapter (`notebooks/05_inference/2_low_
 
     [[exercise]]
     name = "The rank for a budget"     # as the exercise itself is named
-    wrong = [
-      { answer = "int(kept * min(m, n))", why = "They take a part of the rank ...",
-        says = "This is a part of the full rank" },
-    ]
+    [[exercise.wrong]]
+    answer = "int(kept * min(m, n))"
+    why = "They take a part of the rank and not of the numbers; ask how many numbers a rank costs."
+    says = "This is a part of the full rank"
 
 `says` is the beginning of the diagnosis that the exercise's check gives for this answer, so that a
 teacher knows what stands on the learner's screen; without it the check only shows the difference.
