@@ -42,7 +42,7 @@ FONTS = {
 
 _FACE = re.compile(r"@font-face\{[^}]*?url\(fonts/KaTeX_(?P<name>[\w-]+)\.woff2\)[^}]*\}")
 _HIDDEN = re.compile(r"\$\$.*?\$\$|\$[^$\n]+\$|`[^`\n]+`|\[[^\]]*\]\([^)]*\)", re.DOTALL)
-_END = re.compile(r"(?<=[.!?:])(?:\*\*|”|\))?\s+(?=[“(*`$\x00A-Z0-9])")
+_END = re.compile(r"(?<=[.!?])(?:\*\*|”|\))?\s+(?=[“(*`$\x00A-Z0-9])")
 _ABBREVIATED = re.compile(r"(?:\bet al|\be\.g|\bi\.e|\bvs|\bFig|\bNo|\bcf|\b[A-Z])\.$")
 
 
