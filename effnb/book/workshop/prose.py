@@ -132,13 +132,13 @@ def points(text: str, most: int = 6) -> list[str]:
         most: So many blocks at most; formulas and lists come before paragraphs.
     """
     found = [one for one in blocks(text) if not one.lstrip().startswith("<details")]
-    heavy = [i for i, one in enumerate(found) if _is_heavy(one)]
-    light = [i for i, one in enumerate(found) if not _is_heavy(one)]
+    heavy = [i for i, one in enumerate(found) if is_heavy(one)]
+    light = [i for i, one in enumerate(found) if not is_heavy(one)]
     chosen = sorted([*heavy[:most], *light[: max(0, most - len(heavy))]])
     return [found[i] if i in heavy else first_sentence(found[i]) for i in chosen]
 
 
-def _is_heavy(block: str) -> bool:
+def is_heavy(block: str) -> bool:
     """Whether a block is shown as a whole: a displayed formula, a list, a table, code."""
     bare = block.lstrip()
     return bare.startswith(("$$", "- ", "* ", "1. ", "|", "```")) or bare.endswith("$$")

@@ -52,13 +52,13 @@ class _Deck:
     names: dict[int, str]
     slides: list[Slide] = field(default_factory=list)
     heading: str = ""
-    prose: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
     panels: int = 0
 
     def flush(self) -> None:
         """Make a slide of the prose that waits."""
-        text = "\n\n".join(self.prose).strip()
-        self.prose = []
+        text = "\n\n".join(self.waiting).strip()
+        self.waiting = []
         shown = prose.points(text)
         if shown:
             body = "".join(prose.markdown(one) for one in shown)
@@ -79,7 +79,7 @@ class _Deck:
 
     def _take(self, text: str) -> None:
         if text.strip() and self.heading not in _LEFT_OUT:
-            self.prose.append(text.strip())
+            self.waiting.append(text.strip())
 
     def code(self, number: int, cell: dict[str, Any], tags: list[str]) -> None:
         """Take a cell of code with its outputs."""
@@ -91,13 +91,13 @@ class _Deck:
         shown = [one for one in (self._output(o) for o in cell["outputs"]) if one]
         if not shown:
             return
-        notes = "\n\n".join(self.prose).strip()
+        notes = "\n\n".join(self.waiting).strip()
         lead = ""
-        if any(prose._is_heavy(block) for block in prose.blocks(notes)):
+        if any(prose.is_heavy(block) for block in prose.blocks(notes)):
             self.flush()  # formulas and lists need room
         elif notes:
             lead = f'<p class="lead">{prose.inline(prose.first_sentence(_last(notes)))}</p>'
-        self.prose = []
+        self.waiting = []
         printed = all(one.startswith("<pre") for one in shown)
         code = _code(source(cell)) if printed and "hide-input" not in tags else ""
         body = f'{lead}{code}<div class="output">{"".join(shown)}</div>'
@@ -122,8 +122,8 @@ class _Deck:
 
     def _exercise(self, number: int, cell: dict[str, Any]) -> None:
         """A slide of an exercise: what is asked, and the stub."""
-        asked = "\n\n".join(self.prose).strip()
-        self.prose = []
+        asked = "\n\n".join(self.waiting).strip()
+        self.waiting = []
         name = self.names.get(number, "")
         practice = self.teaching.practice(name)
         body = prose.markdown(asked) + _code(source(cell), always=True)
