@@ -12,8 +12,10 @@ notebook), and `points` where `grade` is true.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
+import textwrap
 from typing import Any
 
 import nbformat
@@ -65,7 +67,7 @@ def assignment(notebook: dict[str, Any], found: list[Task], name: str) -> nbform
         answer = nbformat.v4.new_code_cell(solved(task))
         made.cells.append(_graded(answer, f"{stem}-{i}-answer", solution=True))
         test = (
-            f"right, verdict = {task.check}.judge({task.answer})\n"
+            f"right, verdict = {task.check}.judge({_written(task)})\n"
             "assert right, verdict\n"
             "print(verdict)"
         )
@@ -81,21 +83,43 @@ def assignment(notebook: dict[str, Any], found: list[Task], name: str) -> nbform
 def solved(task: Task) -> str:
     """A stub's cell with the right answer between nbgrader's two marks.
 
-    The answer is the exercise's own reference, whose source stands above as a comment: it may use
-    helpers of its module.
+    The marks stand where the stub raises, so that nbgrader's own stub comes into the same place.
+    The answer calls the exercise's reference, whose source stands there as a comment: it may need
+    what its module has. A GPU kernel cannot call it, and gets the reference's own body.
     """
-    head, mark, _ = task.stub.partition("raise NotImplementedError")
-    lines = "\n".join(f"# {line}".rstrip() for line in task.reference.splitlines())
-    simple = bool(mark) and task.stub.count("raise NotImplementedError") == 1
-    if not simple:  # one stub for readers with Triton, one for those without
-        given = task.stub
-    else:
-        space = re.search(r"[ \t]*$", head)[0]
-        given = f"{head}raise NotImplementedError  # your code in place of this line{space[:0]}"
-    return (
-        f"{given}\n\n\n### BEGIN SOLUTION\n{lines}\n"
-        f"{task.answer} = {task.check}.reference\n### END SOLUTION"
-    )
+    lines = task.stub.splitlines()
+    found = [
+        (function, node)
+        for function in ast.walk(ast.parse(task.stub))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Raise) and "NotImplementedError" in ast.unparse(node)
+    ]
+    for function, node in sorted(found, key=lambda one: -one[1].lineno):
+        answer = ["### BEGIN SOLUTION", *_answer(task, function), "### END SOLUTION"]
+        space = " " * node.col_offset
+        lines[node.lineno - 1 : node.end_lineno] = [f"{space}{line}".rstrip() for line in answer]
+    return "\n".join(lines)
+
+
+def _answer(task: Task, function: ast.FunctionDef) -> list[str]:
+    """The lines that answer one function of a stub."""
+    written = ast.parse(task.reference).body[0]
+    if not function.decorator_list:
+        arguments = ", ".join(one.arg for one in function.args.args)
+        comment = [f"# {line}".rstrip() for line in task.reference.splitlines()]
+        return [*comment, f"return {task.check}.reference({arguments})"]
+    if not isinstance(written, ast.FunctionDef) or written.name != function.name:
+        return ["raise NotImplementedError  # this machine has no reference for it"]
+    body = task.reference.splitlines()[written.body[1].lineno - 1 :]  # behind the docstring
+    return textwrap.dedent("\n".join(body)).splitlines()
+
+
+def _written(task: Task) -> str:
+    """The learner's function; where a cell offers two, the one that was made."""
+    if len(task.answers) == 1:
+        return task.answers[0]
+    return f"next(globals()[name] for name in {task.answers!r} if name in globals())"
 
 
 def slug(name: str) -> str:

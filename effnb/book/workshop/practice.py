@@ -19,7 +19,7 @@ from effnb.book.workshop.teaching import NoTeaching, Teaching
 from effnb.lab.checks import Exercise
 
 _IMPORT = re.compile(r"^from (effnb\.chapters[\w.]*) import ([\w, ]+)", re.MULTILINE)
-_CHECK = re.compile(r"^(?P<space>\s*)_ = (?P<which>[\w.]+)\.check\((?P<answer>\w+)\)\s*$", re.M)
+_CHECK = re.compile(r"^[ \t]*_ = (?P<which>[\w.]+)\.check\((?P<answer>\w+)\)[ \t]*$", re.M)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Task:
         number: The cell of the notebook that holds its stub.
         stub: The stub, without the check.
         check: The expression that is the exercise, such as `exercises.saving`.
-        answer: The name of the function that the learner writes.
+        answers: The function that the learner writes; two names where it depends on the machine.
         asked: What is asked, as Markdown.
         hint: The hint, as Markdown; may be empty.
         exercise: The exercise itself.
@@ -39,7 +39,7 @@ class Task:
     number: int
     stub: str
     check: str
-    answer: str
+    answers: tuple[str, ...]
     asked: str
     hint: str
     exercise: Exercise
@@ -72,18 +72,19 @@ def tasks(notebook: dict[str, Any]) -> list[Task]:
         if cell["cell_type"] != "code":
             continue
         known |= _imported(text)
-        if "exercise" in tags and (check := _CHECK.search(text)):
+        checks = list(_CHECK.finditer(text))
+        if "exercise" in tags and checks:
             following = cells[number + 1] if number + 1 < len(cells) else {}
             hinted = "hint" in following.get("metadata", {}).get("tags", ())
             found.append(
                 Task(
                     number,
                     _without_checks(text),
-                    check["which"],
-                    check["answer"],
+                    checks[0]["which"],
+                    tuple(check["answer"] for check in checks),
                     asked.strip(),
                     source(following).strip() if hinted else "",
-                    _looked_up(check["which"], known),
+                    _looked_up(checks[0]["which"], known),
                 )
             )
     return found
