@@ -62,7 +62,7 @@ def assignment(notebook: dict[str, Any], found: list[Task], name: str) -> nbform
     imports = _imports(notebook, found)
     made.cells.append(_locked(nbformat.v4.new_code_cell(imports), f"{stem}-imports"))
     for i, task in enumerate(found, 1):
-        asked = f"{task.asked}\n\n*{task.exercise}*"
+        asked = f"{task.stub.asked}\n\n*{task.exercise}*"
         made.cells.append(_locked(nbformat.v4.new_markdown_cell(asked), f"{stem}-{i}-text"))
         answer = nbformat.v4.new_code_cell(solved(task))
         made.cells.append(_graded(answer, f"{stem}-{i}-answer", solution=True))
@@ -87,10 +87,10 @@ def solved(task: Task) -> str:
     The answer calls the exercise's reference, whose source stands there as a comment: it may need
     what its module has. A GPU kernel cannot call it, and gets the reference's own body.
     """
-    lines = task.stub.splitlines()
+    lines = task.given.splitlines()
     found = [
         (function, node)
-        for function in ast.walk(ast.parse(task.stub))
+        for function in ast.walk(ast.parse(task.given))
         if isinstance(function, ast.FunctionDef)
         for node in ast.walk(function)
         if isinstance(node, ast.Raise) and "NotImplementedError" in ast.unparse(node)

@@ -1,7 +1,9 @@
-"""A chapter's exercises as its notebook and its companion module have them, and the answer key.
+"""A chapter's exercises, as its built notebook has them and as its companion module has them.
 
-A stub's cell ends with its check, `_ = exercises.saving.check(rank_of)`. The name on the left of
-`check` leads to the `Exercise` in the companion module, with its reference, cases and diagnoses.
+What the pages show needs the notebook alone: the stub, what is asked, the hint, and the solution
+that is stored in the output of its cell. An assignment and the full diagnoses need the `Exercise`
+itself: a stub's cell ends with its check, `_ = exercises.saving.check(rank_of)`, whose name leads
+to the companion module.
 """
 
 from __future__ import annotations
@@ -11,37 +13,55 @@ import importlib
 import inspect
 import re
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effnb.book.site.book import source
-from effnb.book.workshop.teaching import NoTeaching, Teaching
-from effnb.lab.checks import Exercise
+from effnb.book.workshop import prose
+from effnb.book.workshop.teaching import NoTeaching, Practice, Teaching
+
+if TYPE_CHECKING:
+    from effnb.lab.checks import Exercise
 
 _IMPORT = re.compile(r"^from (effnb\.chapters[\w.]*) import ([\w, ]+)", re.MULTILINE)
 _CHECK = re.compile(r"^[ \t]*_ = (?P<which>[\w.]+)\.check\((?P<answer>\w+)\)[ \t]*$", re.M)
+_FOLDED = re.compile(r"<details[^>]*>\s*<summary>.*?</summary>(.*)</details>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Stub:
+    """An exercise in a built notebook.
+
+    Attributes:
+        number: The cell of the notebook that holds the stub.
+        text: The cell's code.
+        asked: What is asked, as Markdown.
+        hint: The hint, as Markdown; may be empty.
+        solution: The solution as HTML; empty where the notebook stores none.
+    """
+
+    number: int
+    text: str
+    asked: str
+    hint: str
+    solution: str
 
 
 @dataclass(frozen=True)
 class Task:
-    """One exercise of a chapter.
+    """An exercise in a notebook together with the exercise of its companion module.
 
     Attributes:
-        number: The cell of the notebook that holds its stub.
-        stub: The stub, without the check.
+        stub: What the notebook has.
         check: The expression that is the exercise, such as `exercises.saving`.
         answers: The function that the learner writes; two names where it depends on the machine.
-        asked: What is asked, as Markdown.
-        hint: The hint, as Markdown; may be empty.
         exercise: The exercise itself.
     """
 
-    number: int
-    stub: str
+    stub: Stub
     check: str
     answers: tuple[str, ...]
-    asked: str
-    hint: str
     exercise: Exercise
 
     @property
@@ -50,52 +70,89 @@ class Task:
         return self.exercise.name
 
     @property
+    def given(self) -> str:
+        """The stub without the lines that check it."""
+        return re.sub(r"\n{3,}", "\n\n", _CHECK.sub("", self.stub.text)).strip()
+
+    @property
     def reference(self) -> str:
         """The source of the right answer."""
         return textwrap.dedent(inspect.getsource(inspect.unwrap(self.exercise.reference))).strip()
 
 
+# ------------------------------------------------------------------------- from the notebook
+
+
+def stubs(notebook: dict[str, Any]) -> list[Stub]:
+    """The exercises of a built chapter, in the order of the page."""
+    found: list[Stub] = []
+    asked, cells = "", notebook["cells"]
+    for number, cell in enumerate(cells):
+        tags, text = cell["metadata"].get("tags", ()), source(cell)
+        if cell["cell_type"] == "markdown":
+            asked = "" if "hint" in tags else text.strip()
+        elif "exercise" in tags and _CHECK.search(text):
+            hint, solution = _following(cells[number + 1 : number + 3])
+            found.append(Stub(number, text, asked, hint, solution))
+    return found
+
+
+def _following(cells: list[dict[str, Any]]) -> tuple[str, str]:
+    """The hint and the stored solution among the cells behind a stub."""
+    hint = solution = ""
+    for cell in cells:
+        tags = cell["metadata"].get("tags", ())
+        if "hint" in tags:
+            hint = source(cell).strip()
+        if "solution" in tags:
+            parts = ["".join(o.get("data", {}).get("text/html", "")) for o in cell["outputs"]]
+            folded = _FOLDED.search("".join(parts))
+            solution = folded[1] if folded else "".join(parts)
+    return hint, solution
+
+
+def names(notebook: dict[str, Any], teaching: Teaching) -> dict[int, str]:
+    """The exercises' names by the numbers of their cells.
+
+    Raises:
+        NoTeaching: When the file for teachers has more exercises than the chapter, or fewer.
+    """
+    found, known = stubs(notebook), teaching.practices
+    if len(found) != len(known):
+        raise NoTeaching(
+            f"the chapter has {len(found)} exercises and its file for teachers {len(known)}."
+        )
+    return {stub.number: practice.name for stub, practice in zip(found, known, strict=True)}
+
+
+# ------------------------------------------------------------------- with the companion module
+
+
 def tasks(notebook: dict[str, Any]) -> list[Task]:
-    """The exercises of a chapter, in the order of the page.
+    """The exercises of a chapter with those of its companion module.
 
     Raises:
         NoTeaching: When a stub's check does not lead to an exercise.
     """
     known: dict[str, Any] = {}
-    found, asked = [], ""
-    cells = notebook["cells"]
-    for number, cell in enumerate(cells):
-        tags, text = cell["metadata"].get("tags", ()), source(cell)
-        if cell["cell_type"] == "markdown":
-            asked = "" if "hint" in tags else text
-            continue
-        if cell["cell_type"] != "code":
-            continue
-        known |= _imported(text)
-        checks = list(_CHECK.finditer(text))
-        if "exercise" in tags and checks:
-            following = cells[number + 1] if number + 1 < len(cells) else {}
-            hinted = "hint" in following.get("metadata", {}).get("tags", ())
-            found.append(
-                Task(
-                    number,
-                    _without_checks(text),
-                    checks[0]["which"],
-                    tuple(check["answer"] for check in checks),
-                    asked.strip(),
-                    source(following).strip() if hinted else "",
-                    _looked_up(checks[0]["which"], known),
-                )
-            )
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            known |= _imported(source(cell))
+    found = []
+    for stub in stubs(notebook):
+        checks = list(_CHECK.finditer(stub.text))
+        which = checks[0]["which"]
+        answers = tuple(check["answer"] for check in checks)
+        found.append(Task(stub, which, answers, _looked_up(which, known)))
     return found
 
 
 def _imported(text: str) -> dict[str, Any]:
     """What a cell imports from the companion modules, by name."""
     found = {}
-    for package, names in _IMPORT.findall(text):
+    for package, imported in _IMPORT.findall(text):
         module = importlib.import_module(package)
-        for name in re.findall(r"\w+", names):
+        for name in re.findall(r"\w+", imported):
             if hasattr(module, name):
                 found[name] = getattr(module, name)
             else:
@@ -104,6 +161,8 @@ def _imported(text: str) -> dict[str, Any]:
 
 
 def _looked_up(which: str, known: dict[str, Any]) -> Exercise:
+    from effnb.lab.checks import Exercise
+
     first, *rest = which.split(".")
     thing = known.get(first)
     for part in rest:
@@ -113,64 +172,68 @@ def _looked_up(which: str, known: dict[str, Any]) -> Exercise:
     return thing
 
 
-def _without_checks(text: str) -> str:
-    """A stub's cell without the lines that check it."""
-    return re.sub(r"\n{3,}", "\n\n", _CHECK.sub("", text)).strip()
-
-
-def problems(found: list[Task], teaching: Teaching) -> list[str]:
+def problems(found: Sequence[Task], teaching: Teaching) -> list[str]:
     """Where a chapter's exercises and its file for teachers disagree, as sentences."""
-    said = []
-    here = {task.name for task in found}
-    for task in found:
-        practice = teaching.practice(task.name)
-        if practice is None:
-            said.append(f"the exercise {task.name!r} has no usual wrong answer.")
-            continue
-        for wrong in practice.wrong:
-            fitting = [one for one in task.exercise.wrong if one.startswith(wrong.says)]
-            if wrong.says and len(fitting) != 1:
-                said.append(
-                    f"{task.name!r}: {len(fitting)} diagnoses begin with {wrong.says!r}; name one."
+    here, said = [task.name for task in found], [one.name for one in teaching.practices]
+    if here != said:
+        return [f"the chapter's exercises are {here}, and its file for teachers has {said}."]
+    wrong = []
+    for task, practice in zip(found, teaching.practices, strict=True):
+        for one in practice.wrong:
+            fitting = [d for d in task.exercise.wrong if d.startswith(one.says)]
+            if one.says and len(fitting) != 1:
+                wrong.append(
+                    f"{task.name!r}: {len(fitting)} diagnoses begin with {one.says!r}; name one."
                 )
-    said += [
-        f"there is no exercise {one.name!r} in the chapter."
-        for one in teaching.practices
-        if one.name not in here
-    ]
-    return said
+    return wrong
 
 
-def diagnosis(task: Task, says: str) -> str:
-    """The whole sentence that an exercise's check gives for a mistake."""
-    return next((one for one in task.exercise.wrong if says and one.startswith(says)), "")
+# ------------------------------------------------------------------------------ the answer key
 
 
-def key_html(found: list[Task], teaching: Teaching) -> str:
-    """The answer key: each exercise with its reference, its wrong answers and its diagnoses."""
-    from effnb.book.workshop import prose
+def key_html(
+    notebook: dict[str, Any], teaching: Teaching, diagnoses: Mapping[str, Sequence[str]]
+) -> str:
+    """The answer key: each exercise with its solution and its usual wrong answers.
 
-    parts = []
-    for task in found:
-        practice = teaching.practice(task.name)
-        rows = "".join(
-            f"<li><code>{html.escape(one.answer)}</code><br>{prose.inline(one.why)}"
-            + _said(diagnosis(task, one.says))
-            + "</li>"
-            for one in (practice.wrong if practice else ())
-        )
-        named = {diagnosis(task, one.says) for one in (practice.wrong if practice else ())}
-        others = "".join(
-            f"<li>{html.escape(one)}.</li>" for one in task.exercise.wrong if one not in named
-        )
-        more = f"<h3>What the check also recognizes</h3><ul>{others}</ul>" if others else ""
+    Args:
+        notebook: The built chapter.
+        teaching: What its teacher needs.
+        diagnoses: For the exercises by name, every sentence that its check may give; may be empty.
+    """
+    parts, named = [], names(notebook, teaching)
+    for stub in stubs(notebook):
+        practice = teaching.practice(named[stub.number])
+        every = diagnoses.get(practice.name, ())
+        hint = f"<h3>Hint</h3>{prose.markdown(stub.hint)}" if stub.hint else ""
         parts.append(
-            f"<section><h2>{html.escape(str(task.exercise))}</h2>{prose.markdown(task.asked)}"
-            f"<h3>Answer</h3><pre><code>{html.escape(task.reference)}</code></pre>"
-            f"<h3>Usual wrong answers</h3><ul>{rows}</ul>{more}</section>"
+            f"<section><h2>{html.escape(practice.name)}</h2>{prose.markdown(stub.asked)}"
+            f"<h3>Answer</h3><div class='output'>{stub.solution}</div>"
+            f"{wrong_html(practice, every)}{_others(practice, every)}{hint}</section>"
         )
     return "".join(parts)
 
 
-def _said(words: str) -> str:
-    return f"<br><em>The check says: {html.escape(words)}.</em>" if words else ""
+def wrong_html(practice: Practice, every: Sequence[str] = ()) -> str:
+    """The usual wrong answers of an exercise as HTML.
+
+    Args:
+        practice: The exercise as its teacher knows it.
+        every: All sentences of its check, so that they are quoted in full.
+    """
+    rows = ""
+    for one in practice.wrong:
+        whole = next((d for d in every if one.says and d.startswith(one.says)), "")
+        quoted = f"{whole}." if whole else f"{one.says} …"
+        said = f"<br><em>The check says:</em> “{html.escape(quoted)}”" if one.says else ""
+        why = prose.inline(one.why)
+        rows += f"<li><code>{html.escape(one.answer)}</code><br>{why}{said}</li>"
+    return f"<h3>Usual wrong answers</h3><ul>{rows}</ul>"
+
+
+def _others(practice: Practice, every: Sequence[str]) -> str:
+    """The diagnoses of a check that the teacher's file does not mention."""
+    known = tuple(one.says for one in practice.wrong if one.says)
+    rest = [one for one in every if not one.startswith(known)] if known else list(every)
+    rows = "".join(f"<li>{html.escape(one)}.</li>" for one in rest)
+    return f"<h3>What the check recognizes besides</h3><ul>{rows}</ul>" if rows else ""

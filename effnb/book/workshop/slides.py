@@ -16,7 +16,8 @@ from typing import Any
 from effnb.book.site.book import REPOSITORY, source
 from effnb.book.site.panels import VIEW, NoPanel, panel_html, stored_panel
 from effnb.book.workshop import prose
-from effnb.book.workshop.teaching import Practice, Step, Teaching
+from effnb.book.workshop.practice import wrong_html
+from effnb.book.workshop.teaching import Step, Teaching
 
 ASSETS = REPOSITORY / ".make" / "workshop"
 CODE_LINES = 14
@@ -151,17 +152,6 @@ def _code(text: str, always: bool = False) -> str:
     if not always and (dull or len(lines) > CODE_LINES):
         return ""
     return f'<pre class="code"><code>{html.escape(text.strip())}</code></pre>'
-
-
-def wrong_html(practice: Practice) -> str:
-    """The usual wrong answers of an exercise as HTML."""
-    rows = "".join(
-        f"<li><code>{html.escape(one.answer)}</code><br>{prose.inline(one.why)}"
-        + (f"<br><em>The check says:</em> “{html.escape(one.says)} …”" if one.says else "")
-        + "</li>"
-        for one in practice.wrong
-    )
-    return f"<h3>Usual wrong answers</h3><ul>{rows}</ul>"
 
 
 def plan_html(steps: tuple[Step, ...]) -> str:
