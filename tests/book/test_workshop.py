@@ -181,7 +181,9 @@ def test_a_deck_is_one_file_that_asks_no_network(packed):
 
 
 def test_slides_show_points_and_notes_hold_the_prose(packed):
-    parts = re.findall(r'<section class="slide.*?</section>', text(packed / "tiny/slides.html"), re.S)
+    parts = re.findall(
+        r'<section class="slide.*?</section>', text(packed / "tiny/slides.html"), re.S
+    )
     title, idea, output, exercise = parts
     assert "Do another." in title.partition("<aside")[0]
     assert "50 minutes" in title.partition("<aside")[2]
@@ -398,7 +400,9 @@ def handed_in(tmp_path):
 
 
 def test_a_class_is_summed_up(handed_in, tmp_path, capsys):
-    times, which = sorted(predictions.summarize(predictions.read(handed_in)), key=lambda s: s.question)
+    times, which = sorted(
+        predictions.summarize(predictions.read(handed_in)), key=lambda s: s.question
+    )
     assert sorted(times.guesses) == [10.2, 12.0, 30.0, 2000.0]
     assert (times.skipped, times.answer, times.right) == (1, 10.0, 1)
     assert times.error == "too high, 3 of 3 wrong guesses, typically by a factor of 3"
@@ -554,7 +558,9 @@ def wheel(folder, name):
     info = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
         file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         file.writestr(f"{info}/RECORD", "")
 
 

@@ -159,7 +159,8 @@ def plan_html(steps: tuple[Step, ...]) -> str:
     rows, begins = [], 0
     for step in steps:
         rows.append(
-            f'<tr><td>{begins}</td><td>{step.minutes} min</td><td>{prose.inline(step.does)}</td></tr>'
+            f"<tr><td>{begins}</td><td>{step.minutes} min</td>"
+            f"<td>{prose.inline(step.does)}</td></tr>"
         )
         begins += step.minutes
     head = '<th scope="col">at</th><th scope="col">takes</th><th scope="col">what happens</th>'
@@ -237,5 +238,4 @@ def panel_style() -> str:
     sheet = (prose.STATIC / "book.css").read_text(encoding="utf-8")
     _, _, after = sheet.partition("- panels */")
     inside, _, _ = after.partition("\n/* ---")
-    hidden = ".visually-hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip:rect(0 0 0 0)}"
-    return f"{hidden}\n{inside}"
+    return f".visually-hidden {{ position: absolute; left: -9999px; }}\n{inside}"
