@@ -47,7 +47,9 @@ NO_NETWORK = re.compile(
 )
 NO_ROOM = re.compile(r"No space left on device|\[Errno 28\]|disk quota|not enough space", re.I)
 WRONG_HASH = re.compile(r"DO NOT MATCH THE HASHES")
-NO_FIT = re.compile(r"No matching distribution found for (\S+)|No matching distribution")
+NO_FIT = re.compile(
+    r"No matching distribution found for (\S+)|No matching distribution|Cannot install (\S+) because"
+)
 
 
 class Refusal(RuntimeError):
@@ -245,7 +247,7 @@ def run(*command: str) -> None:
     missing = NO_FIT.search(complaints)
     if missing:
         raise NotInTheIndex(
-            f"the package index has no {missing[1] or 'package'} for this Python "
+            f"the package index has no {missing[1] or missing[2] or 'package'} for this Python "
             f"({sys.version.split()[0]}, {sys.platform}): another Python from 3.11 to 3.13 may "
             "have it, as in `make lab PYTHON=python3.12`."
         )

@@ -305,7 +305,7 @@ def test_an_assignment_passes_with_its_answers_and_fails_without(packed, capsys)
     assert "reference" not in "".join(blank("".join(c["source"])) for c in notebook["cells"])
     with pytest.raises(AssertionError, match="Not yet"):
         run(notebook["cells"], blank)
-    mistaken = lambda code: MARKED.sub(r"\1return int(kept * min(m, n))", code)  # noqa: E731
+    mistaken = lambda code: MARKED.sub(r"\1return max(1, int(kept * min(m, n)))", code)  # noqa: E731
     with pytest.raises(AssertionError, match="a part of the full rank"):
         run(notebook["cells"], mistaken)
 
@@ -467,7 +467,7 @@ def test_each_fault_is_one_sentence(check, given, said):
 
 def test_a_machine_that_has_everything_passes():
     assert preflight.python((3, 12, 0)) == "Python 3.12"
-    assert "8.0 GiB" in preflight.memory(16.0, 8.0)
+    assert preflight.memory(16.0, 8.0) == "16.0 GiB of memory, 8.0 free"
     assert preflight.threads(4, 4) == "4 cores, 4 threads"
     assert "6 packages" in preflight.packages()
     assert "with the right SHA-256" in preflight.models()
