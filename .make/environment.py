@@ -48,7 +48,8 @@ NO_NETWORK = re.compile(
 NO_ROOM = re.compile(r"No space left on device|\[Errno 28\]|disk quota|not enough space", re.I)
 WRONG_HASH = re.compile(r"DO NOT MATCH THE HASHES")
 NO_FIT = re.compile(
-    r"No matching distribution found for (\S+)|No matching distribution|Cannot install (\S+) because"
+    r"No matching distribution found for (\S+)|No matching distribution|"
+    r"Cannot install (\S+) because"
 )
 
 

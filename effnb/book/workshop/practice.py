@@ -134,37 +134,34 @@ def tasks(notebook: dict[str, Any]) -> list[Task]:
     Raises:
         NoTeaching: When a stub's check does not lead to an exercise.
     """
-    known: dict[str, Any] = {}
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            known |= _imported(source(cell))
+    code = "\n".join(source(one) for one in notebook["cells"] if one["cell_type"] == "code")
     found = []
     for stub in stubs(notebook):
         checks = list(_CHECK.finditer(stub.text))
         which = checks[0]["which"]
         answers = tuple(check["answer"] for check in checks)
-        found.append(Task(stub, which, answers, _looked_up(which, known)))
+        found.append(Task(stub, which, answers, _looked_up(which, code)))
     return found
 
 
-def _imported(text: str) -> dict[str, Any]:
-    """What a cell imports from the companion modules, by name."""
-    found = {}
-    for package, imported in _IMPORT.findall(text):
-        module = importlib.import_module(package)
-        for name in re.findall(r"\w+", imported):
-            if hasattr(module, name):
-                found[name] = getattr(module, name)
-            else:
-                found[name] = importlib.import_module(f"{package}.{name}")
-    return found
+def _imported(name: str, code: str) -> Any:
+    """What a name of a chapter's code is, if it comes from a companion module."""
+    for package, imported in _IMPORT.findall(code):
+        for there, here in re.findall(r"(\w+)(?: as (\w+))?", imported):
+            if name == (here or there):
+                module = importlib.import_module(package)
+                if hasattr(module, there):
+                    return getattr(module, there)
+                return importlib.import_module(f"{package}.{there}")
+    return None
 
 
-def _looked_up(which: str, known: dict[str, Any]) -> Exercise:
+def _looked_up(which: str, code: str) -> Exercise:
+    """The exercise that an expression of a chapter's code is."""
     from effnb.lab.checks import Exercise
 
     first, *rest = which.split(".")
-    thing = known.get(first)
+    thing = _imported(first, code)
     for part in rest:
         thing = getattr(thing, part, None)
     if not isinstance(thing, Exercise):
