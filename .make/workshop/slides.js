@@ -87,6 +87,7 @@ addEventListener("touchend", (event) => {
 });
 addEventListener("keydown", pressed);
 addEventListener("resize", () => fit(slides[here]));
+document.addEventListener("click", () => setTimeout(() => fit(slides[here]))); // a panel has opened
 addEventListener("hashchange", () => go(Number(location.hash.slice(2)) - 1 || 0, false));
 setInterval(() => {
   const clock = speaker && !speaker.closed && speaker.document.querySelector(".clock");

@@ -268,10 +268,18 @@ def test_the_first_sentence_of_a_paragraph(paragraph, first):
     assert prose.first_sentence(paragraph) == first
 
 
+def test_a_first_sentence_of_a_word_or_two_takes_the_next_one_along():
+    assert prose.opening("**Speed.** The last row is the mistake. More.") == (
+        "**Speed.** The last row is the mistake."
+    )
+    assert prose.opening("This says enough alone. More.") == "This says enough alone."
+    assert prose.opening("Short.") == "Short."
+
+
 def test_formulas_and_lists_come_before_paragraphs():
     many = "\n\n".join(f"Paragraph {i}. More." for i in range(9))
     shown = prose.points(f"{many}\n\n$$x$$\n\n- a\n- b", most=4)
-    assert shown == ["Paragraph 0.", "Paragraph 1.", "$$x$$", "- a\n- b"]
+    assert shown == ["Paragraph 0. More.", "Paragraph 1. More.", "$$x$$", "- a\n- b"]
 
 
 def test_code_that_only_prints_the_labs_sentences_is_no_code_to_show():

@@ -124,6 +124,13 @@ def first_sentence(paragraph: str) -> str:
     return flat
 
 
+def opening(paragraph: str) -> str:
+    """How a paragraph begins: its first sentence, and the next one where that is a word or two."""
+    first = first_sentence(paragraph)
+    rest = " ".join(paragraph.split())[len(first) :].strip()
+    return f"{first} {first_sentence(rest)}" if rest and len(first.split()) <= 3 else first
+
+
 def points(text: str, most: int = 6) -> list[str]:
     """What a slide shows of a text, as Markdown: formulas and lists, and how paragraphs begin.
 
@@ -135,7 +142,7 @@ def points(text: str, most: int = 6) -> list[str]:
     heavy = [i for i, one in enumerate(found) if is_heavy(one)]
     light = [i for i, one in enumerate(found) if not is_heavy(one)]
     chosen = sorted([*heavy[:most], *light[: max(0, most - len(heavy))]])
-    return [found[i] if i in heavy else first_sentence(found[i]) for i in chosen]
+    return [found[i] if i in heavy else opening(found[i]) for i in chosen]
 
 
 def is_heavy(block: str) -> bool:

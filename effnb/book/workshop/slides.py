@@ -22,6 +22,8 @@ from effnb.book.workshop.teaching import Step, Teaching
 ASSETS = REPOSITORY / ".make" / "workshop"
 CODE_LINES = 14
 """The longest cell whose code a slide shows."""
+FEW = 2
+"""So many sentences, or printed lines, join the picture before them in place of a slide."""
 _HEADING = re.compile(r"^(#{1,4}) +(.+?)\s*#*$", re.MULTILINE)
 _LEFT_OUT = {"Further reading"}
 """Sections without slides."""
@@ -35,13 +37,15 @@ class Slide:
         title: Its heading, as Markdown.
         body: What it shows, as HTML.
         notes: What the speaker reads, as HTML.
-        kind: "title", "section", "text", "output" or "exercise".
+        kind: "title", "text", "output" or "exercise".
+        full: Whether nothing more is to be added.
     """
 
     title: str
     body: str
     notes: str
     kind: str = "text"
+    full: bool = False
 
 
 @dataclass
@@ -61,9 +65,25 @@ class _Deck:
         text = "\n\n".join(self.waiting).strip()
         self.waiting = []
         shown = prose.points(text)
-        if shown:
-            body = "".join(prose.markdown(one) for one in shown)
+        if not shown:
+            return
+        body = "".join(prose.markdown(one) for one in shown)
+        if len(shown) <= FEW and not any(map(prose.is_heavy, shown)) and self._continues():
+            self._add(f'<div class="after">{body}</div>', prose.markdown(text))
+        else:
             self.slides.append(Slide(self.heading, body, prose.markdown(text)))
+
+    def _continues(self) -> bool:
+        """Whether the last slide shows a picture or a table under the present heading."""
+        last = self.slides[-1]
+        return last.kind == "output" and last.title == self.heading and not last.full
+
+    def _add(self, body: str, notes: str = "") -> None:
+        """Put something short below what the last slide shows, so that it is not a slide alone."""
+        last = self.slides[-1]
+        last.body += body
+        last.notes += notes
+        last.full = last.body.count('class="after"') >= FEW
 
     def markdown(self, text: str, tags: list[str]) -> None:
         """Take a cell of prose."""
@@ -97,12 +117,15 @@ class _Deck:
         if any(prose.is_heavy(block) for block in prose.blocks(notes)):
             self.flush()  # formulas and lists need room
         elif notes:
-            lead = f'<p class="lead">{prose.inline(prose.first_sentence(_last(notes)))}</p>'
+            lead = f'<p class="lead">{prose.inline(prose.opening(_last(notes)))}</p>'
         self.waiting = []
         printed = all(one.startswith("<pre") for one in shown)
         code = _code(source(cell)) if printed and "hide-input" not in tags else ""
-        body = f'{lead}{code}<div class="output">{"".join(shown)}</div>'
         said = prose.markdown(notes) if lead else ""
+        if printed and not code and not lead and self._continues():
+            self._add(f'<div class="after">{"".join(shown)}</div>')
+            return
+        body = f'{lead}{code}<div class="output">{"".join(shown)}</div>'
         self.slides.append(Slide(self.heading, body, said, "output"))
 
     def _output(self, output: dict[str, Any]) -> str:
