@@ -6,11 +6,11 @@ const began = Date.now();
 let here = 0;
 let speaker = null;
 
-// Text shrinks until a slide fits; what is still too long scrolls.
+// A slide shrinks until it fits; what is still too long scrolls.
 const fit = (slide) => {
   const stage = slide.querySelector(".stage");
-  for (const size of [100, 90, 80, 70, 62]) {
-    stage.style.fontSize = `${size}%`;
+  for (const size of [1, 0.9, 0.8, 0.72, 0.65, 0.58]) {
+    slide.querySelector(".body").style.zoom = size;
     if (stage.scrollHeight <= stage.clientHeight + 2) break;
   }
   stage.tabIndex = stage.scrollHeight > stage.clientHeight + 2 ? 0 : -1;

@@ -107,7 +107,7 @@ def _following(cells: list[dict[str, Any]]) -> tuple[str, str]:
         if "solution" in tags:
             parts = ["".join(o.get("data", {}).get("text/html", "")) for o in cell["outputs"]]
             folded = _FOLDED.search("".join(parts))
-            solution = folded[1] if folded else "".join(parts)
+            solution = prose.unlinked(folded[1] if folded else "".join(parts))
     return hint, solution
 
 

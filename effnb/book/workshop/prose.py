@@ -75,6 +75,11 @@ def _without_links(text: str) -> str:
     return re.sub(r"(?<!!)\[([^\[\]]+)\]\((?![a-z]+:)[^()\s]+\)", r"\1", text)
 
 
+def unlinked(content: str) -> str:
+    """HTML without links into the repository, which lead nowhere from a page by itself."""
+    return re.sub(r'<a href="(?![a-z]+:|#)[^"]*"[^>]*>(.*?)</a>', r"\1", content, flags=re.DOTALL)
+
+
 # ------------------------------------------------------------------------------- what is shown
 
 

@@ -137,11 +137,11 @@ class _Deck:
             try:
                 panel = stored_panel(self.notebook, data[VIEW]["model_id"])
             except NoPanel:
-                return "".join(data.get("text/html", ""))
+                return prose.unlinked("".join(data.get("text/html", "")))
             self.panels += 1
             return panel_html(panel, f"panel-{self.panels}", lambda content: content)
         if "text/html" in data:
-            return "".join(data["text/html"])
+            return prose.unlinked("".join(data["text/html"]))
         return f"<pre>{html.escape(''.join(data.get('text/plain', '')))}</pre>"
 
     def _exercise(self, number: int, cell: dict[str, Any]) -> None:
