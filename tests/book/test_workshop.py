@@ -151,7 +151,8 @@ def folder(tmp_path_factory):
         if 'print("seven")' in cell.source:
             cell.outputs = [{"output_type": "stream", "name": "stdout", "text": "7 <numbers>\n"}]
         if "solution" in cell.metadata.get("tags", ()):
-            answer = "<details><summary>Solution</summary><pre>ANSWER</pre></details>"
+            listing = '<a href="effnb/lab.py#L1">lab</a><pre>ANSWER</pre>'
+            answer = f"<details><summary>Solution</summary>{listing}</details>"
             data = {"text/html": answer, "text/plain": ""}
             cell.outputs = [{"output_type": "display_data", "metadata": {}, "data": data}]
     (made / "tiny.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
