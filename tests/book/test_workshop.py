@@ -462,7 +462,7 @@ def test_what_a_notebook_exports_is_what_is_read(tmp_path):
         (preflight.threads, {"cores": 1, "used": 1}, "one processor core"),
         (preflight.threads, {"cores": 8, "used": 1, "set_to": "1"}, "OMP_NUM_THREADS is 1"),
         (preflight.room, {"free": 0.1}, "0.1 GiB left"),
-        (preflight.packages, {"names": ("torch", "no_such_package")}, "no_such_package is not"),
+        (preflight.packages, {"names": ("torch", "no_such_package")}, "lacks no_such_package"),
     ],
 )
 def test_each_fault_is_one_sentence(check, given, said):
@@ -525,7 +525,7 @@ def test_the_command_counts_faults_and_ends_with_their_status(capsys):
     assert "Not ready: 1 fault, after" in said
     assert preflight.main([], [("memory", strange), ("panel", broken)]) == 1
     said = capsys.readouterr().out
-    assert "Psutil cannot be imported: run `make lab` once." in said
+    assert "The package psutil cannot be imported: run `make lab` once." in said
     assert "disk" not in said
 
 

