@@ -17,7 +17,15 @@ from effnb.book import build
 from effnb.book.site import teach
 from effnb.book.workshop import __main__ as command
 from effnb.book.workshop import grading, pack, practice, predictions, preflight, prose, slides
-from effnb.book.workshop.teaching import ENDING, LENGTHS, NoTeaching, path_for, read_teaching
+from effnb.book.workshop.teaching import (
+    ENDING,
+    LENGTHS,
+    NoTeaching,
+    Step,
+    Teaching,
+    path_for,
+    read_teaching,
+)
 from effnb.lab.chapters import NOTEBOOKS, TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +208,22 @@ def test_slides_show_points_and_notes_hold_the_prose(packed):
     assert "raise NotImplementedError" in shown
     assert "ANSWER" not in exercise
     assert "int(kept * min(m, n))" in notes
+
+
+def test_a_verdict_is_short_on_a_slide_and_whole_in_its_notes():
+    parts = [{"outcome": "shown"}, {"outcome": "shown"}, {"outcome": "undecided"}]
+    verdict = {"id": "C-4", "verdict": "holds in part", "parts": parts}
+    data = {slides.CLAIMS: {"verdicts": [verdict]}, "text/html": "<ul>ALL THE EVIDENCE</ul>"}
+    cell = {"cell_type": "code", "metadata": {}, "source": "claims_table(x)"}
+    outputs = [{"output_type": "display_data", "metadata": {}, "data": data}]
+    title = {"cell_type": "markdown", "metadata": {}, "source": "# Title"}
+    notebook = {"cells": [title, cell | {"outputs": outputs}], "metadata": {}}
+    teaching = Teaching(("Do.",), dict.fromkeys(LENGTHS, (Step(50, "All."),)), ())
+    last = slides.slides(notebook, teaching, {})[-1]
+    assert "C-4: holds in part" in last.body
+    assert "2 shown, 1 undecided" in last.body
+    assert "EVIDENCE" not in last.body
+    assert "ALL THE EVIDENCE" in last.notes
 
 
 def test_the_key_has_the_answer_and_the_learners_have_none(packed, folder):

@@ -9,7 +9,9 @@ first. An exercise's notes name its usual wrong answers; no slide shows its solu
 from __future__ import annotations
 
 import html
+import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,8 @@ from effnb.book.site.panels import VIEW, NoPanel, panel_html, stored_panel
 from effnb.book.workshop import prose
 from effnb.book.workshop.practice import wrong_html
 from effnb.book.workshop.teaching import Step, Teaching
+from effnb.lab.claims import MIME as CLAIMS
+from effnb.lab.claims import ledger
 
 ASSETS = REPOSITORY / ".make" / "workshop"
 CODE_LINES = 14
@@ -126,6 +130,7 @@ class _Deck:
             self._add(f'<div class="after">{"".join(shown)}</div>')
             return
         body = f'{lead}{code}<div class="output">{"".join(shown)}</div>'
+        said += "".join(map(_evidence, cell["outputs"]))
         self.slides.append(Slide(self.heading, body, said, "output"))
 
     def _output(self, output: dict[str, Any]) -> str:
@@ -140,6 +145,8 @@ class _Deck:
                 return prose.unlinked("".join(data.get("text/html", "")))
             self.panels += 1
             return panel_html(panel, f"panel-{self.panels}", lambda content: content)
+        if CLAIMS in data:
+            return "".join(map(_verdict, _verdicts(data[CLAIMS])))
         if "text/html" in data:
             return prose.unlinked("".join(data["text/html"]))
         return f"<pre>{html.escape(''.join(data.get('text/plain', '')))}</pre>"
@@ -159,6 +166,32 @@ def _headings(text: str) -> list[re.Match[str]]:
     """The headings of a text, those in fenced code left out."""
     fenced = [m.span() for m in re.finditer(r"^```.*?^```", text, re.DOTALL | re.MULTILINE)]
     return [m for m in _HEADING.finditer(text) if not any(a <= m.start() < b for a, b in fenced)]
+
+
+def _verdicts(content: Any) -> list[dict[str, Any]]:
+    """The verdicts of a claims table, as its output stores them."""
+    content = json.loads(content) if isinstance(content, str) else content
+    return content["verdicts"]
+
+
+def _verdict(one: dict[str, Any]) -> str:
+    """A verdict in short: the claim, what became of it, and how many parts came out how."""
+    counted = Counter(part["outcome"] for part in one["parts"])
+    parts = ", ".join(f"{count} {outcome}" for outcome, count in counted.most_common())
+    claim = ledger()[one["id"]].claim if one["id"] in ledger() else ""
+    return (
+        f'<div class="verdict"><p><strong>{html.escape(one["id"])}: '
+        f"{html.escape(one['verdict'])}</strong></p><p>{html.escape(claim)}</p>"
+        f"<p>Its parts: {html.escape(parts)}.</p></div>"
+    )
+
+
+def _evidence(output: dict[str, Any]) -> str:
+    """The whole evidence of a claims table for the notes; nothing for another output."""
+    data = output.get("data", {})
+    if CLAIMS not in data:
+        return ""
+    return prose.unlinked("".join(data.get("text/html", "")))
 
 
 def _last(text: str) -> str:
