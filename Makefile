@@ -5,6 +5,7 @@ LAB_ARGS ?=
 CHAPTERS ?=
 AUTHOR =
 RESET =
+WHEELS =
 TEST_ARGS ?=
 export TORCH
 
@@ -16,7 +17,7 @@ endif
 SETUP = $(if $(PYTHON),$(PYTHON),$(error No Python was found: install Python 3.11 to 3.13, or name one, as in `make lab PYTHON=/path/to/python3`)) .make/setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-full notebooks site data models results bench test-gpu bench-gpu check clean
+.PHONY: help lab preflight test test-full notebooks site workshop data models results bench test-gpu bench-gpu check clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +25,9 @@ help: ## list these commands
 lab: ## open your copies of the chapters in JupyterLab (LAB_ARGS="--no-browser --port 9999", TORCH=cpu, RESET=CHAPTER begins one again, AUTHOR=1 opens the originals)
 	@$(if $(RESET),$(SETUP) reset $(RESET))
 	@$(SETUP) $(if $(AUTHOR),author,lab) $(LAB_ARGS)
+
+preflight: ## say within a minute whether this laptop is ready, with a sentence for each fault
+	@$(SETUP) preflight
 
 test: ## prove everything that takes minutes: methods, chapters, panels, pages (TEST_ARGS="tests/core")
 	@$(SETUP) install test
@@ -42,6 +46,11 @@ notebooks: ## build each chapter's .ipynb from its .py by executing it (CHAPTERS
 site: ## make the book's web pages, in build/site, from the chapters as they were executed; runs none
 	@$(SETUP) install docs
 	$(RUN) -m effnb.book.site
+
+workshop: ## write the teacher's pack, in build/workshop, from the stored chapters (WHEELS=1 adds packages for a room without a network)
+	@$(SETUP) install test
+	$(RUN) -m effnb.book.workshop $(CHAPTERS)
+	@$(if $(WHEELS),$(SETUP) wheels build/workshop/wheels)
 
 data: ## rebuild the corpora from Debian's archive; only on Debian or Ubuntu, needs the network
 	@$(SETUP) install data

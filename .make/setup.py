@@ -5,6 +5,8 @@
     python .make/setup.py reset CHAPTER ...                # begin copies again, keep what you had
     python .make/setup.py install lab|test|data            # only install what that needs
     python .make/setup.py browser                          # find or install one for the tests
+    python .make/setup.py preflight                        # is this laptop ready?
+    python .make/setup.py wheels FOLDER                    # packages for a room without a network
 
 Whatever Python comes first on a machine may run this file, so it is written in the Python of long
 ago: no f-strings, no annotations, the standard library only.

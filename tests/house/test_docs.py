@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TARGETS = [
-    *("help", "lab", "site", "check", "clean"),
+    *("help", "lab", "preflight", "site", "workshop", "check", "clean"),
     *("test", "test-full", "test-gpu", "bench", "bench-gpu"),
     *("notebooks", "data", "models", "results"),
 ]

@@ -34,6 +34,7 @@ from effnb.book.site.words import (
     symbols_in,
     unexplained,
 )
+from effnb.book.workshop.teaching import ENDING, read_teaching
 from effnb.lab.claims import MIME, Contrast, Evidence, judged, ledger, student_point, untested
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,12 +107,14 @@ def test_every_symbol_of_the_book_is_introduced_once(book):
 
 
 def test_files_beside_chapters_belong_to_one(book):
-    names = {f"{chapter.name}.toml" for chapter in book.chapters}
+    endings = (".toml", ENDING)
+    names = {f"{chapter.name}{ending}" for chapter in book.chapters for ending in endings}
     found = {p.relative_to(book.folder).as_posix() for p in book.folder.rglob("*.toml")}
     assert found
     assert found <= names
-    for name in found:
-        read_words(book.folder / name)  # also of chapters that have not been executed yet
+    for name in found:  # also of chapters that have not been executed yet
+        read = read_teaching if name.endswith(ENDING) else read_words
+        read(book.folder / name)
 
 
 def test_docstrings_are_well_formed(sources):

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from effnb.book.site import teach
 from effnb.book.site.address import home
 from effnb.book.site.book import REPOSITORY, SiteError, read_book
 from effnb.book.site.finish import finish
@@ -62,6 +63,7 @@ def build(
         shutil.rmtree(out / rest) if (out / rest).is_dir() else (out / rest).unlink(missing_ok=True)
     for rest in out.rglob("*.map"):
         rest.unlink()
+    teach.write(out, book)
     finish(out, book, reference, place)
     icons = out / "_static" / "scripts" / "fontawesome.js"
     if icons.exists():

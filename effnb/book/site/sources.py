@@ -33,6 +33,7 @@ from effnb.book.site.pages import (
     verdicts_on,
 )
 from effnb.book.site.reference import Reference, page_of, read_reference
+from effnb.book.site.teach import teach_part
 from effnb.book.site.web import Web
 from effnb.book.site.words import clashes
 from effnb.lab.chapters import SECTIONS
@@ -43,7 +44,7 @@ PAGES = REPOSITORY / ".make" / "site" / "pages"
 
 LOOK_UP = (
     *("map", "methods", "architectures", "which", "claims", "papers", "notation", "glossary"),
-    *("datasheet", "api/index"),
+    *("datasheet", "teach", "api/index"),
 )
 
 
@@ -99,6 +100,7 @@ def write(
         "architectures": {"architectures": raw(architectures.page(architectures.read()))},
         "api/index": {"modules": _modules(reference)},
         "reading": {},
+        "teach": {"chapters": raw(teach_part(book))},
         "papers": {"papers": raw(bibliography.papers_part(web.cited))},
     }
     for page, parts in generated.items():

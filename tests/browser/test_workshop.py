@@ -1,0 +1,72 @@
+"""The slides of a chapter as a teacher opens them: one file, from the disk, by the keyboard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, expect
+
+from effnb.book.workshop.pack import read_lessons, write_pages
+
+CHAPTER = "05_inference/2_low_rank"
+
+
+@pytest.fixture(scope="module")
+def deck(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The slides of one chapter."""
+    out = tmp_path_factory.mktemp("pack")
+    write_pages(out, read_lessons([CHAPTER]))
+    return out / CHAPTER / "slides.html"
+
+
+def test_a_teacher_goes_through_the_slides(browser: Browser, deck: Path):
+    page = browser.new_page(viewport={"width": 1280, "height": 720})
+    asked, complaints = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(deck.as_uri())
+
+    # One slide at a time, and the place is said.
+    here = page.locator(".slide.here")
+    expect(page.locator(".slide:visible")).to_have_count(1)
+    expect(here.locator("h1")).to_have_text("Low rank")
+    count = page.locator(".slide").count()
+    expect(page.locator(".place")).to_have_text(f"1 / {count}")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".place")).to_have_text(f"2 / {count}")
+    expect(here.locator("h2")).to_have_text("The picture")
+    page.keyboard.press("ArrowLeft")
+
+    # Notes are hidden until they are asked for; a window of the speaker's has them too.
+    expect(here.locator(".notes")).to_be_hidden()
+    page.keyboard.press("n")
+    expect(here.locator(".notes")).to_contain_text("50 minutes")
+    page.keyboard.press("n")
+    with page.expect_popup() as opened:
+        page.keyboard.press("s")
+    expect(opened.value.locator("body")).to_contain_text("50 minutes")
+    opened.value.close()
+
+    # A panel asks for a guess first; then its slider moves, with no kernel.
+    panel = page.locator("section.panel").first
+    number = panel.locator("xpath=ancestor::section[contains(@class, 'slide')]").get_attribute("id")
+    page.evaluate(f"location.hash = '#{number}'")
+    expect(panel).to_be_visible()
+    expect(panel.locator(".panel-body")).to_be_hidden()
+    panel.get_by_role("button", name="Skip").click()
+    before = panel.locator(".panel-frame:visible .effnb-numbers").inner_text()
+    slider = panel.locator("input[type=range]").first
+    slider.focus()
+    page.keyboard.press("ArrowLeft" if slider.input_value() != "0" else "ArrowRight")
+    expect(panel.locator(".panel-frame:visible .effnb-numbers")).not_to_have_text(before)
+
+    # Nothing leaves the room, no slide is wider than the screen, and formulas are set.
+    assert page.locator(".katex").count() > 20
+    for at in range(count):
+        page.evaluate(f"go({at})")
+        wide = page.locator(".slide.here .stage").evaluate("s => s.scrollWidth - s.clientWidth")
+        assert wide <= 2, f"slide {at + 1} is {wide} pixels too wide"
+    assert [url for url in asked if not url.startswith(("file:", "data:", "about:"))] == []
+    assert complaints == []
+    page.close()
