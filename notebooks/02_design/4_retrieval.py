@@ -171,7 +171,7 @@ panels.memory(here)
 # %% [markdown]
 # Things to try:
 #
-# - raise the share to 0.95. Why does the loss rise although many tokens gain?
+# - raise the share to its upper end. Why does the loss rise although many tokens gain?
 # - with one neighbour, which share is best? And with 64?
 # - go from 1,000 to 5,000 and to 30,000 entries. Each step is a factor of five or six: does each bring the same gain?
 #

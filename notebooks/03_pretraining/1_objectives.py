@@ -317,7 +317,7 @@ network = runs.build(seed=0)
 window = runs.text_windows(0, 8, 64)
 for name in ("MLM 15 %", "MLM 80 %"):
     example = runs.ALL[name].make(window, torch.Generator().manual_seed(0))
-    loss = float(objectives.example_loss(network, example))
+    loss = objectives.example_loss(network, example).item()
     print(f"{name}: {loss:.1f} nats asked, {loss * example.targets / window.numel():.1f} over all")
 
 # %% [markdown]
