@@ -192,13 +192,13 @@ print(f"transformers' loss / ours: {theirs / experts.balance_loss(layer.last):.3
 # %% [markdown]
 # ## Turn the knob
 #
-# A layer of experts is trained while you wait. Its tokens come from eight clusters: half of them from the first, a quarter from the next, and so on. Each cluster has a different map to learn.
+# When you run this page, a layer of experts is trained while you wait. Its tokens come from eight clusters: half of them from the first, a quarter from the next, and so on. Each cluster has a different map to learn.
 
 # %%
 panels.training()
 
 # %% [markdown]
-# Things to try:
+# Things to try when you run this page:
 #
 # - a weight of 0: how many bands survive? Then 0.1, and 1;
 # - pin a weight of 0.1 and go to 1: the load is as even as can be. What does the error say?

@@ -18,6 +18,7 @@ from effnb.book.build import name_of, read_source, sources
         ("Things to try:\n\n- go to 32 texts at once.", 1),
         ("Things to try:\n\n- when you run this page, go to 32 texts\n  at once.", 0),
         ("Things to try:\n\n- several texts are written.", 0),
+        ("After this chapter you can\n\n- write several texts at once.", 0),
         ("One could pin down the reason.", 0),
         ("Everything about texts at once is said in prose.", 0),
     ],

@@ -147,7 +147,7 @@ def watched(count: int, k: int, factor: float, auxiliary: float, seed: int = 0) 
         wanted = routing.wanted.float()
         loads.append(tuple((wanted / wanted.sum()).tolist()))
         dropped.append(routing.dropped)
-        losses.append(float(found))
+        losses.append(found.item())
     return Watched(tuple(loads), tuple(dropped), tuple(losses), routing.capacity)
 
 
@@ -180,7 +180,7 @@ def in_turn(
 
 def biggest_gap(a: Tensor, b: Tensor) -> float:
     """The largest difference of two tensors."""
-    return float((a - b).abs().max())
+    return (a - b).abs().max().item()
 
 
 def dense_of(size: Mapping[str, int] = twins.SIZES) -> nn.Module:
