@@ -52,7 +52,7 @@ from effnb.kernels._launch import (
     short,
     tl,
 )
-from effnb.kernels.bench import BenchCase, Runner
+from effnb.kernels.bench import EXACT, BenchCase, Runner, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.report import Work
 
@@ -361,7 +361,8 @@ def _bench_case(m: int, experts: int, n: int, k: int) -> BenchCase:
         owner = torch.randint(experts, (m,), generator=torch.Generator().manual_seed(0))
         ends = owner.bincount(minlength=experts).cumsum(0).to(torch.int32).to(device)
         return {
-            "ours": lambda: grouped_matmul(x, weight, ends),
+            EXACT: lambda: reference(x.double(), weight.double(), ends),
+            "ours": lambda: grouped_matmul(x, weight, ends, backend=pinned(device)),
             "torch, in a loop": lambda: reference(x, weight, ends),
             "torch._grouped_mm": lambda: torch._grouped_mm(x, weight.mT, offs=ends),
         }

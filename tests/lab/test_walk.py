@@ -47,7 +47,7 @@ def test_only_the_first_program_of_the_first_kernel_is_walked():
     assert found.kernel == "_states_kernel"
     by_name = {name: words for step in found.steps for name, words in step.made.items()}
     assert by_name["row"] == "1 int64: 0"
-    assert "for step in range(chunks):" in [step.code for step in found.steps]
+    assert "for step in range(blocks):" in [step.code for step in found.steps]
 
 
 def test_text_is_cut_to_columns():
