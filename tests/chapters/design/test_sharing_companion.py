@@ -123,6 +123,7 @@ def rows_of_sharing(names=tuple(methods.NAMES), seeds=2):
     return [
         {
             "method": name, "seed": seed, "parameters": 1000 * (i + 1), "multiply_adds": 500,
+            "training_tokens": 256_000,
             "documents": [base[name] + 0.01 * x for x in noise()],
         }
         for seed in range(seeds)

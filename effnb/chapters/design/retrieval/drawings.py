@@ -28,9 +28,9 @@ def result(rows: Sequence[Row]) -> CaptionedFigure:
             left.annotate("", (n, after), (n, before),
                           arrowprops={"arrowstyle": "->", "color": GREY})  # fmt: skip
         left.plot([plain.parameters[0], found.parameters], [joined[0]] * 2, ":", color=PALETTE[0])
-        left.text(plain.parameters[0] * 1.15, joined[0] - 0.02,
+        left.text(found.parameters * 1.15, joined[0],
                   f"worth {tables.times(found, plain.parameters[0])}\nthe parameters",
-                  color=PALETTE[0], fontsize=9, va="top")  # fmt: skip
+                  color=PALETTE[0], fontsize=9, va="center")  # fmt: skip
         left.set_xscale("log")
         left.set_xticks(plain.parameters, models)
         left.minorticks_off()
