@@ -57,6 +57,8 @@ drawings.result(grid)
 print(tables.grid_said(grid))
 
 # %% [markdown]
+# Did you expect the opposite? The papers that made experts famous found a lower loss for the same work, after billions of tokens. Here each expert learns only from the tokens that are sent to it: one of sixteen sees about a sixteenth of a text that is short to begin with, while the router that sends them is still learning too. More parameters pay when there is enough text to fill them.
+#
 # Losses are in **nats**: the mean of $-\ln p$ of the right token. The networks that a token can choose from are called **experts**. The name promises more than it delivers: no one assigns them subjects, and each learns whatever the tokens sent to it have in common.
 #
 # Each expert has a limited number of seats, as you will see. **Predict first:** the panel takes your guess before it answers. Then change the number of tokens that share the seats, and give each expert a few more seats than its fair share.

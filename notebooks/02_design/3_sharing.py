@@ -229,7 +229,11 @@ tables.shared_table(trained)
 # %% tags=["nbval-check-output"]
 masked = tables.claimed("masked").data["table"]
 print(tables.masked_said(masked))
+print(tables.plateau_said(masked))
 tables.masked_table(masked)
+
+# %% [markdown]
+# Compare the loss with what frequencies alone give before you read a difference between rows. A convolution is *told* where the neighbours are. Attention has to find them from vectors of positions, which takes long on a plateau on which nothing seems to happen, and a Perceiver has to find them twice: on the way into the latents and on the way out. So a short training says little about what the latents could let pass, and a model that reads characters through latents is better given its neighbours by a convolution first.
 
 # %% [markdown]
 # **Where steps are spent.** Three kinds of adders, trained with several seeds: one that halts by itself, one with six steps and one with a single step.

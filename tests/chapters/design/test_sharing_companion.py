@@ -101,6 +101,23 @@ def test_an_adder_learns():
     assert methods.addition_right(model, steps=1) < methods.addition_right(model)
 
 
+def test_neighbours_are_found_by_a_convolution_and_not_by_frequencies():
+    windows = methods.character_windows("test", 4, methods.PLACES)
+    loss, right = methods.masked_by_window(methods.train_neighbours(40), windows)
+    frequent = methods.frequency_loss(windows)
+    assert 2.5 < frequent < 3.5  # the entropy of English letters, with spaces and punctuation
+    assert sum(loss) / 4 < frequent - 0.3 and right > 0.25
+
+
+def test_the_plateau_is_said_of_those_who_are_on_it():
+    rows = [
+        {"model": "m", "method": name, "table": "masked", "seed": 0, "documents": [value] * 12}
+        for name, value in (("4 latents", 3.0), ("Transformer", 2.0))
+    ]
+    assert "Only Transformer did better" in tables.plateau_said(rows)
+    assert "None of them did better" in tables.plateau_said(rows[:1])
+
+
 def test_what_the_chapter_shows_of_the_code():
     assert methods.gradient_gap() < 1e-10
     apart, together = (methods.language_model(n, vocabulary=64).eval() for n in ("none", "all"))

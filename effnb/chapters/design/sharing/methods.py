@@ -285,6 +285,37 @@ def masked_by_window(
     return [round(float(x), 5) for x in each], round(float(right), 5)
 
 
+def frequency_loss(windows: Int[Tensor, "windows places"], seed: int = 12345) -> float:
+    """Nats per masked character of a guess that knows the characters' frequencies and no more."""
+    counts = torch.bincount(_stream("train").long(), minlength=CHARACTERS) + 1
+    _, labels = mask_some(windows, seed)
+    return float(-(counts / counts.sum()).log()[labels[labels != -100]].mean())
+
+
+class Neighbours(nn.Module):
+    """A convolution over seven places and one hidden layer: its neighbours are given, not found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(CHARACTERS + 1, WIDTH)
+        self.convolution = nn.Conv1d(WIDTH, 2 * WIDTH, 7, padding=3)
+        self.head = nn.Linear(2 * WIDTH, CHARACTERS + 1)
+
+    def forward(self, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocabulary"]:
+        """Logits of the character at each place."""
+        hidden = self.convolution(self.embedding(ids).transpose(1, 2)).transpose(1, 2)
+        return self.head(hidden.relu())
+
+
+def train_neighbours(steps: int = 100, seed: int = 0) -> nn.Module:
+    """The convolution after a few seconds of training on the texts that the others read."""
+    torch.manual_seed(seed)
+    model = Neighbours()
+    settings = TrainingSettings(steps=steps, learning_rate=4e-3, schedule="wsd", seed=seed)
+    train(model, masked_batches(seed, (16, PLACES)), settings, loss=masked_loss)
+    return model
+
+
 # --- the Universal Transformer on a task whose depth is known -------------------------------------
 
 DIGITS = 10

@@ -158,6 +158,28 @@ def masked_said(rows: Sequence[Row]) -> str:
     return " ".join(said)
 
 
+@if_measured
+def plateau_said(rows: Sequence[Row]) -> str:
+    """Whether any model does better than the frequencies, and a convolution that is trained now.
+
+    A twentieth of a nat is what counts as better.
+    """
+    windows = methods.character_windows("test", 24, methods.PLACES)
+    frequent = methods.frequency_loss(windows)
+    steps = 100
+    loss, _ = methods.masked_by_window(methods.train_neighbours(steps), windows)
+    reached = {
+        name: fmean(losses(rows, name)) for name in methods.FILLERS if pick(rows, method=name)
+    }
+    better = [name for name, value in reached.items() if value < frequent - 0.05]
+    who = f"Only {spoken(better)} did better" if better else "None of them did better"
+    return (
+        f"Guessing by the frequency of each character costs {frequent:.1f} nats. {who}. "
+        f"A convolution over seven places, trained here for {steps} steps, is at "
+        f"{fmean(loss):.1f} nats."
+    )
+
+
 # --- learning to add ------------------------------------------------------------------------------
 
 
