@@ -137,7 +137,7 @@ class Evidence:
             return self.why
         if self.part.role == "construction":
             return "counted, not measured: it does not count as evidence"
-        of = "timings" if self.part.ratio else "documents"
+        of = _repeated(self.part)
         counts = [
             f"{count} {name}"
             for count, name in ((self.seeds, "seeds"), (self.documents, of))
@@ -331,12 +331,17 @@ def _difference(part: Part, name: str, method, baseline) -> np.ndarray:
     return 100 * (first / second - 1) if part.unit == "per cent" else first - second
 
 
+def _repeated(part: Part) -> str:
+    """What a row lists: timings where the part compares seconds, else documents."""
+    return "timings" if part.ratio and part.value.endswith("seconds") else "documents"
+
+
 def _too_few(part: Part, shape: tuple[int, int]) -> str:
     seeds, samples = shape
     if seeds < part.seeds:
         return f"it takes {part.seeds} seeds, and {seeds} {'is' if seeds == 1 else 'are'} stored"
     if samples < part.samples:
-        of = "timings" if part.ratio else "documents"
+        of = _repeated(part)
         return f"it takes {part.samples} {of}, and {samples} are stored"
     return ""
 

@@ -41,7 +41,7 @@ def result(data: Row) -> CaptionedFigure:
             left.plot([x / 1e6] * len(losses), losses, ".", color="0.6", markersize=5)
             left.annotate(
                 "dense" if name == "dense" else name.split()[1], (x / 1e6, y),
-                textcoords="offset points", xytext=(4, 6),
+                textcoords="offset points", xytext=(8, -12),
             )  # fmt: skip
         left.plot(xs, ys, "o", color=PALETTE[0])
         left.set_xlabel("million parameters")
