@@ -83,7 +83,7 @@ def test_ratios_compare_with_a_factor():
     geometric = math.prod(s / f for s, f in zip(slow[0], fast[0])) ** 0.2
     assert one.numbers()[0] == pytest.approx(geometric)
     assert "95 % interval" in one.basis() and "5 documents" in one.basis()
-    timed = compared(part(unit="times", value="seconds"), slow, fast)
+    timed = compared(part(unit="times", value="seconds", bound=1.0), slow, fast)
     assert "5 timings" in timed.basis()
     same = [[4.0, 4.0, 4.0, 4.01, 4.0]]
     equal = compared(part(unit="times", expect="equal", bound=1), same, [[4.0] * 5])

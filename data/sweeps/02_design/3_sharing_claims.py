@@ -115,6 +115,13 @@ def shared(table: Table) -> None:
             )
 
 
+@cache
+def batches(seed: int) -> list[tuple[Tensor, Tensor]]:
+    """What every model of a seed reads, step by step, every token counted."""
+    drawn = training_batches(tokenizer(), seed, STEPS, SHAPE)
+    return [(ids, torch.ones(ids.shape)) for ids in drawn]
+
+
 def trained_briefly(method: str, seed: int, judged: list[Tensor]) -> dict[str, Any]:
     """Losses of every document after a short training; the recipe is that of the bench."""
     model = methods.language_model(method, seed)
@@ -123,12 +130,9 @@ def trained_briefly(method: str, seed: int, judged: list[Tensor]) -> dict[str, A
         steps=STEPS, learning_rate=train_models.MUON_RATE, warmup_steps=STEPS // 10,
         schedule="wsd", weight_decay=0.05, betas=(0.9, 0.95), seed=seed,
     )  # fmt: skip
-    batches = [
-        (ids, torch.ones(ids.shape)) for ids in training_batches(tokenizer(), seed, STEPS, SHAPE)
-    ]
     result = train(
         model,
-        batches.__getitem__,
+        batches(seed).__getitem__,
         settings,
         loss=train_models.mixture_loss,
         optimizers=train_models.muon_and_adamw,
