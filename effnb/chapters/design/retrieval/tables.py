@@ -145,10 +145,10 @@ def growth_said(rows: Sequence[Row]) -> str:
         return said + f"{small} does not gain from more entries here."
     if line.at(entries_of(rows, small)[-1]) <= goal:
         return said + f"Within the measured sizes {small} reaches the loss of {large}."
-    wanted = line.entries(goal)
+    wanted = float(f"{line.entries(goal):.0e}")  # one digit: the line is long
     return said + (
         f"If the line of {small} went on, it would reach the loss of {large} with "
-        f"{wanted:.0e} entries; nothing measured here says that it does."
+        f"about {wanted:,.0f} entries; nothing measured here says that it does."
     )
 
 
