@@ -229,7 +229,7 @@ def test_worth_follows_the_numbers():
     assert "230" not in tables.growth_said(planted_sizes())
     per = 1000 * 0.1 / math.log(10) * math.log(2)
     assert f"mini-300k {per:.0f}" in tables.growth_said(planted_sizes())
-    assert "1e+13" in tables.growth_said(planted_sizes())
+    assert "about 10,000,000,000,000 entries" in tables.growth_said(planted_sizes())
     assert "reaches the loss of mini-5m" in tables.growth_said(planted_sizes(0.6))
     assert "does not gain from more entries" in tables.growth_said(planted_sizes(-0.1))
     drawings.result(planted_sizes())
