@@ -21,6 +21,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from effnb.book import equations
 from effnb.book.site.address import Home
 from effnb.book.site.bar import bar_html
 from effnb.book.site.bibliography import cited, papers_aside
@@ -139,7 +140,10 @@ class Web:
             return f"[{match['words']}]({target})"
 
         pieces = _CODE.split(text)
-        pieces[::2] = [_LINK.sub(linked, self.hypertext(page, piece)) for piece in pieces[::2]]
+        pieces[::2] = [
+            _LINK.sub(linked, self.hypertext(page, equations.for_page(piece)))
+            for piece in pieces[::2]
+        ]
         return "".join(pieces)
 
     def hypertext(self, page: str, content: str) -> str:
