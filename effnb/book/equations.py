@@ -57,7 +57,7 @@ def displayed(texts: Iterable[str]) -> list[Equation]:
 
 
 def problems(texts: list[str]) -> Iterator[str]:
-    """What is wrong with the numbers of equations in a chapter's cells of Markdown, as sentences."""
+    """What is wrong with the numbers of equations in cells of Markdown, as sentences."""
     equations = displayed(texts)
     for number, one in enumerate(equations, 1):
         if one.tag.isdigit() and int(one.tag) != number:
