@@ -9,6 +9,7 @@ from effnb.book.site import finish, glossary
 from effnb.book.site.address import Home
 from effnb.book.site.book import REPOSITORY, read_book
 from effnb.book.site.coded import linked_code
+from effnb.book.site.katex import render
 from effnb.book.site.numbers import numbered, referred
 from effnb.book.site.pages import claims_part, methods_part, terms_part
 from effnb.book.site.reference import read_reference
@@ -269,7 +270,8 @@ def test_words_that_mean_no_figure_stay_alone():
 
 
 def test_an_equation_with_a_name_keeps_it():
-    page = numbered('<article><div class="math-block"><span class="tag">(a)</span></div></article>')
+    named = render(r"x \tag{a}", display=True)
+    page = numbered(f'<article><div class="math-block">{named}</div></article>')
     assert 'class="eqno"' not in page and 'id="equation-1"' in page
 
 
