@@ -496,6 +496,13 @@ def test_a_term_opens_under_the_focus_and_escape_closes_it(book, theme):
     assert term.get_by_role("tooltip").is_visible(), "a mouse opens it as well"
 
 
+COVERED = """() => {
+    const choice = document.querySelector('.claims-filter').getBoundingClientRect();
+    const header = document.querySelector('.bd-header-article').getBoundingClientRect();
+    return choice.bottom <= 0 ? 0 : header.bottom - choice.top;
+}"""
+
+
 def test_claims_can_be_chosen_and_sections_fold(book):
     page = book.page(**SCREEN)
     page.goto(f"{book.address}/claims.html")
@@ -507,6 +514,9 @@ def test_claims_can_be_chosen_and_sections_fold(book):
     for where in everywhere(page):
         assert page.locator("section.claim:visible").count() == shown, where
         assert page.get_by_label("Section").is_visible(), where
+        page.evaluate("scrollTo({top: 2500, behavior: 'instant'})")
+        covered = page.evaluate(COVERED)
+        assert covered <= 0, f"{where}: the header covers {covered} pixels of the choice"
     page.set_viewport_size(SCREEN)
     link = page.locator(".book-nav a", has_text="Matryoshka")
     assert not link.is_visible()

@@ -13,6 +13,7 @@ import html
 import json
 import re
 import shutil
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -224,12 +225,14 @@ class Web:
 
     def _package(self, page: str, used: list[str]) -> str:
         """The objects of the package that a chapter uses, with links to their descriptions."""
+        homes = {full: self.reference.home(full) for full in used}
+        named = Counter(thing.name for _, thing in homes.values())
         links = []
-        for full in sorted(used, key=lambda name: name.rpartition(".")[2].lower()):
-            _, thing = self.reference.home(full)
-            links.append(
-                f'<a href="{up(page)}{self.reference.page(full)}"><code>{thing.name}</code></a>'
-            )
+        for full in sorted(used, key=lambda name: (name.rpartition(".")[2].lower(), name)):
+            module, thing = homes[full]
+            several = named[thing.name] > 1  # the module tells them apart
+            said = f"{module.name.rpartition('.')[2]}.{thing.name}" if several else thing.name
+            links.append(f'<a href="{up(page)}{self.reference.page(full)}"><code>{said}</code></a>')
         return (
             '<aside class="from-package" aria-label="From the package"><p>'
             f"From the package, in the order of the alphabet: {', '.join(links)}.</p></aside>"
