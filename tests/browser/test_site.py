@@ -514,7 +514,8 @@ def test_claims_can_be_chosen_and_sections_fold(book):
     for where in everywhere(page):
         assert page.locator("section.claim:visible").count() == shown, where
         assert page.get_by_label("Section").is_visible(), where
-        page.evaluate("scrollTo({top: 2500, behavior: 'instant'})")
+        page.evaluate("scrollTo(0, 2500)")
+        page.wait_for_function("scrollY >= 2490")
         covered = page.evaluate(COVERED)
         assert covered <= 0, f"{where}: the header covers {covered} pixels of the choice"
     page.set_viewport_size(SCREEN)
