@@ -157,8 +157,9 @@ Markdown(chapter_map())
 # the nearest point on it: *round to nearest*.
 #
 # For a row of weights with smallest value $\min$ and largest value $\max$, the grid has the step
+# <a id="equation-1"></a>
 #
-# $$s = \frac{\max - \min}{2^b - 1},$$
+# $$s = \frac{\max - \min}{2^b - 1}, \tag{1}$$
 #
 # and each weight $w$ is stored as the whole number $q = \operatorname{round}(w / s) + z$, where $z$ is the code
 # of the value 0. Reading it back gives $\hat w = s\,(q - z)$. Papers call the step the *scale*, and so do the knobs on this page.
@@ -179,7 +180,7 @@ print("read back ", [round(v, 2) for v in (s * (q - z)).tolist()])
 
 # %% [markdown]
 # There are eight codes, from 0 to 7. The smallest and the largest weight keep their values. Those in between may
-# move: −0.2 became −0.3, because the step is 0.3. **The extremes set the step, and every weight that shares the grid
+# move: −0.2 became −0.3, because the step is 0.3 by [equation 1](#equation-1). **The extremes set the step, and every weight that shares the grid
 # pays for it.** One large weight makes the grid coarse for all of them. This is why smaller groups brought
 # Paris back.
 

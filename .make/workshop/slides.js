@@ -6,14 +6,49 @@ const began = Date.now();
 let here = 0;
 let speaker = null;
 
-// A slide shrinks until it fits; what is still too long scrolls.
+// A slide shrinks until it fits, to 13 pixels a letter; code then runs in two columns. What is still
+// too long scrolls in a box, with words that say so.
+const wide = (stage) =>
+  [...stage.querySelectorAll(".output, .after, .katex-display")].filter((one) => one.scrollWidth > one.clientWidth + 2);
+const tall = (stage) => stage.scrollHeight - stage.clientHeight - 2;
+const hint = (words) => {
+  const said = document.createElement("p");
+  said.className = "more";
+  said.textContent = words;
+  return said;
+};
+
+const boxed = (one, words) => {
+  one.classList.add("boxed");
+  one.tabIndex = 0;
+  one.setAttribute("role", "region");
+  one.setAttribute("aria-label", words);
+  one.after(hint(words));
+};
+
 const fit = (slide) => {
   const stage = slide.querySelector(".stage");
-  for (const size of [1, 0.9, 0.8, 0.72, 0.65, 0.58]) {
-    slide.querySelector(".body").style.zoom = size;
-    if (stage.scrollHeight <= stage.clientHeight + 2) break;
+  const body = slide.querySelector(".body");
+  body.querySelectorAll(".more").forEach((one) => one.remove());
+  body.querySelectorAll(".boxed").forEach((one) => {
+    one.classList.remove("boxed");
+    ["tabindex", "role", "aria-label"].forEach((name) => one.removeAttribute(name));
+    one.style.maxHeight = "";
+  });
+  const code = body.querySelector("pre.effnb-code, pre.code");
+  const sizes = [1, 0.9, 0.8, 0.72, 0.65].map((size) => [size, false]);
+  if (code && innerWidth >= 900) sizes.splice(4, 1, [0.9, true], [0.8, true], [0.72, true], [0.65, true]);
+  for (const [size, columns] of sizes) {
+    body.style.zoom = size;
+    body.classList.toggle("columns", columns);
+    if (tall(stage) <= 0 && !wide(stage).length) return;
   }
-  stage.tabIndex = stage.scrollHeight > stage.clientHeight + 2 ? 0 : -1;
+  for (const one of wide(stage)) boxed(one, "Goes on to the right: scroll here, or see the chapter.");
+  if (tall(stage) <= 0) return;
+  const height = (one) => one.getBoundingClientRect().height;
+  const long = [...body.children].filter((one) => !one.matches(".more")).sort((a, b) => height(b) - height(a))[0];
+  if (!long.matches(".boxed")) boxed(long, "Goes on below: scroll here, or see the chapter.");
+  long.style.maxHeight = `${Math.max(120, (height(long) - tall(stage) - 6) / body.style.zoom)}px`;
 };
 
 const minutes = () => {

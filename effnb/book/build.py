@@ -45,7 +45,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from traitlets import default
 
-from effnb.book import first_cell, limits, methods
+from effnb.book import equations, first_cell, limits, methods
 from effnb.book.limits import tags
 from effnb.book.shrink import VIEW, WIDGETS, shrink, text_of
 from effnb.lab.chapters import (
@@ -499,6 +499,7 @@ def _source_problems(path: Path, source: Notebook) -> Iterator[str]:
             yield f"{where} uses a magic or a shell command; write it in Python."
         exercises += "exercise" in tags(cell)
         verdicts += cell.cell_type == "code" and ".check(" in cell.source
+    yield from equations.problems([c.source for c in source.cells if c.cell_type == "markdown"])
     if exercises and not verdicts:
         yield "it has exercises, and none is checked with `.check(…)`."
 

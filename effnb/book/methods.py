@@ -390,7 +390,7 @@ def page(reference: Reference, written: set[str]) -> str:
         )
         rows.append(
             f'<tr><th scope="row">{html.escape(method.name)}</th>'
-            f'<td><a href="{place}"><code>{method.function}</code></a></td>'
+            f'<td><a href="{place}"><code>{breakable(method.function)}</code></a></td>'
             f"<td>{chapter}</td><td>{method.section}</td><td>{papers}</td></tr>"
         )
     heads = ("Method", "Function", "Chapter", "Section", "Paper")
@@ -399,6 +399,11 @@ def page(reference: Reference, written: set[str]) -> str:
         f'<table class="method-index"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
+
+
+def breakable(name: str) -> str:
+    """A dotted name as HTML that may break after a dot or an underscore, and nowhere else."""
+    return re.sub(r"(?<=[a-z\d])([._])(?=[a-zA-Z\d])", r"\1<wbr>", name)
 
 
 def readme_with_index(text: str, found: list[Method] | None = None) -> str:

@@ -79,8 +79,9 @@ panels.sinks(real, mini)
 # ### FlashAttention: one softmax, block by block
 #
 # A softmax needs its largest score and the sum of all exponentials. Both can be kept up to date while keys arrive in blocks (**online softmax**; Milakov and Gimelshein, 2018). Keep $m$, the largest score so far; $\ell$, the sum of $e^{s - m}$; and $o$, the sum of $e^{s - m} v$. A new block changes them to
+# <a id="equation-2"></a>
 #
-# $$m' = \max(m, \max s), \qquad \begin{aligned} \ell' &= e^{m - m'} \ell + \textstyle\sum e^{s - m'}, \\ o' &= e^{m - m'} o + \textstyle\sum e^{s - m'} v, \end{aligned}$$
+# $$m' = \max(m, \max s), \qquad \begin{aligned} \ell' &= e^{m - m'} \ell + \textstyle\sum e^{s - m'}, \\ o' &= e^{m - m'} o + \textstyle\sum e^{s - m'} v, \end{aligned} \tag{2}$$
 #
 # and at the end $o / \ell$ is the output. By hand: one query, four keys, in blocks of two. Let the scores be $\ln 2 \cdot (1, 3, 4, 2)$ and the values $(4, 2, 8, 0)$.
 #
@@ -189,7 +190,7 @@ print("fewer   ", [round(x, 3) for x in s[used].softmax(0).tolist()])
 # %% [markdown]
 # ## The code
 #
-# The online softmax is its three equations, and the cache with sinks is two lists that are cut and joined:
+# The online softmax is the three updates of [equation 2](#equation-2), and the cache with sinks is two lists that are cut and joined:
 
 # %%
 from effnb.lab import show

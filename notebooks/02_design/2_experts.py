@@ -74,8 +74,9 @@ panels.fair()
 # ### One of many
 #
 # Let a layer have $E$ experts. For a token $x$ a **router**, a single matrix $W_r$, makes one score for each expert. **Switch** (Fedus, Zoph and Shazeer, 2022) takes the best:
+# <a id="equation-1"></a>
 #
-# $$p = \operatorname{softmax}(x W_r), \qquad e^\ast = \arg\max_e p_e, \qquad y = p_{e^\ast}\, \mathrm{FFN}_{e^\ast}(x).$$
+# $$p = \operatorname{softmax}(x W_r), \qquad e^\ast = \arg\max_e p_e, \qquad y = p_{e^\ast}\, \mathrm{FFN}_{e^\ast}(x). \tag{1}$$
 #
 # The probability $p_{e^\ast}$, the **gate**, multiplies the output. It looks like a detail, but it is the whole trick: $\arg\max$ has no gradient, so the gate is the only path by which the loss reaches the router. If an expert helps a token, its gate grows, and tokens like it will come again.
 #
@@ -122,8 +123,9 @@ drawings.drops()
 # ### Balance
 #
 # Real routers are not fair. An expert that is slightly better early on gets more tokens, learns more from them, and gets more still. Switch adds a loss. With $f_e$ the fraction of the tokens that choose expert $e$, counted *before* any is dropped, and $P_e$ the mean of its probability,
+# <a id="equation-4"></a>
 #
-# $$L_\text{balance} = E \sum_e f_e P_e.$$
+# $$L_\text{balance} = E \sum_e f_e P_e. \tag{4}$$
 #
 # The counts $f_e$ have no gradient. The $P_e$ have one, and each is pushed down in proportion to its count: popular experts become less likely. By hand, for two experts and three tokens that give the first one the probabilities 0.9, 0.8 and 0.4: $f = (\tfrac23, \tfrac13)$, $P = (0.7, 0.3)$, and the loss is $2\,(\tfrac23 \cdot 0.7 + \tfrac13 \cdot 0.3) = 1.13$.
 
@@ -227,7 +229,7 @@ claims_table(verdicts.s_m4(*evidence))
 tables.grid_table(grid)
 
 # %% [markdown]
-# **Must the load be balanced?** The same model, trained with three weights of the loss:
+# **Must the load be balanced?** The same model, trained with three weights of the loss of [equation 4](#equation-4):
 
 # %%
 drawings.loads(grid)
@@ -309,7 +311,7 @@ for name, expert_layer in list(experts.expert_layers(pruned).items())[:2]:
 # %% [markdown]
 # ## Where it breaks
 #
-# **A gate that is divided by itself.** With $k = 1$, "gates sum to 1" makes every gate 1. The router then gets no gradient from the loss:
+# **A gate that is divided by itself.** With $k = 1$, "gates sum to 1" makes the gate of [equation 1](#equation-1) always 1. The router then gets no gradient from the loss:
 
 # %% tags=["nbval-check-output"]
 learned = scores.clone().requires_grad_()

@@ -90,8 +90,9 @@ print("the shared gradient is the sum over an untied copy's layers:", gap < 1e-9
 # ### Short token vectors
 #
 # An embedding table of $V$ tokens and $d$ channels holds $V d$ numbers. Nothing says that a token's own vector must be as wide as the stream that the layers work on. A **factorized embedding** gives each token $E$ numbers, and one matrix $P$ widens them:
+# <a id="equation-3"></a>
 #
-# $$x = t P, \qquad V d \;\to\; V E + E d.$$
+# $$x = t P, \qquad V d \;\to\; V E + E d. \tag{3}$$
 #
 # The output head is usually **tied** to the embedding: it uses the same table. Then it has to be factorized too, $\text{logits} = (h P^\top)\, T^\top$, which saves multiplications as well. For the sizes of ALBERT-base:
 
@@ -436,7 +437,7 @@ exercises.cross.solution()
 #
 # **Perceiver IO** (Jaegle et al., 2022). Because answers are asked for by queries, there may be any number of them and of any kind: `PerceiverIO(config)(inputs, queries)`. Forgetting to tell a query *where* it asks is the usual mistake; then all answers are the same.
 #
-# **Which one?** If memory, downloads or the exchange of gradients is the bottleneck, share. The table above shows what it costs to share each part; compare with a smaller model of as many parameters, and choose the number of groups by your budget. If the vocabulary is large relative to the model, factorize its embedding first: that saves bytes and time. If inputs are long and an answer is short, read them into latents. Adaptive steps are for tasks in which some positions are much harder than others.
+# **Which one?** If memory, downloads or the exchange of gradients is the bottleneck, share. The table above shows what it costs to share each part; compare with a smaller model of as many parameters, and choose the number of groups by your budget. If the vocabulary is large relative to the model, factorize its embedding first, by [equation 3](#equation-3): that saves bytes and time. If inputs are long and an answer is short, read them into latents. Adaptive steps are for tasks in which some positions are much harder than others.
 #
 # ## Further reading
 #

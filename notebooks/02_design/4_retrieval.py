@@ -71,8 +71,9 @@ print(tables.worth_said(sizes))
 # $$p_\text{kNN}(y \mid c) = \sum_i 1[v_i = y]\; \frac{e^{-d(k_i, f(c)) / \tau}}{\sum_j e^{-d(k_j, f(c)) / \tau}}.$$
 #
 # The **temperature** $\tau$ says how fast a vote fades with distance. The vote is mixed with the decoder's own prediction; $\lambda$ is the share of the neighbours:
+# <a id="equation-2"></a>
 #
-# $$p(y \mid c) = \lambda\, p_\text{kNN}(y \mid c) + (1 - \lambda)\, p_\text{LM}(y \mid c).$$
+# $$p(y \mid c) = \lambda\, p_\text{kNN}(y \mid c) + (1 - \lambda)\, p_\text{LM}(y \mid c). \tag{2}$$
 #
 # By hand: three neighbours at squared distances 0, 1 and 1 say *cat*, *dog*, *cat*. Their weights are $1$, $e^{-1}$ and $e^{-1}$, divided by their sum:
 
@@ -91,7 +92,7 @@ for lam in (0.0, 0.25, 1.0):
     print(f"share {lam:4}: cat {p[CAT]:.2f}, dog {p[DOG]:.2f}, fox {p[FOX]:.2f}")
 
 # %% [markdown]
-# With a share of 1 the fox gets no probability at all, because no neighbour said it; if it comes, the loss is infinite. That is why the decoder keeps a share of the prediction.
+# With a share of 1 in [equation 2](#equation-2), the fox gets no probability at all, because no neighbour said it; if it comes, the loss is infinite. That is why the decoder keeps a share of the prediction.
 #
 # ### Chunks
 #

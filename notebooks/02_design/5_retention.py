@@ -76,6 +76,7 @@ panels.writing(mini.model, twin, written.ids, mini.loaded.tokenizer)
 # $$o_n = s \sum_{m \le n} \gamma^{n-m}\, (q_n k_m^\top)\, v_m .$$
 #
 # With each new token, all earlier weights shrink by the same factor $\gamma$. So the sum need not be computed again: without $q_n$ it is a matrix, the state, which each token changes once:
+# <a id="equation-2"></a>
 #
 # $$S_n = \gamma\, S_{n-1} + k_n^\top v_n, \qquad o_n = s\, q_n S_n. \tag{recurrent}$$
 #
@@ -98,6 +99,7 @@ for form in methods.FORMS:
 
 # %% [markdown]
 # **Chunkwise** is the third form, and the one for training on long texts: parallel inside chunks of $C$ tokens, recurrent from chunk to chunk. Token $i$ of a chunk (counted from 0) sees the tokens of its chunk, and the state $S$ before it:
+# <a id="equation-4"></a>
 #
 # $$O_i = s\,\big[(Q K^\top \odot D)\, V\big]_i + s\,\gamma^{i+1} q_i S, \qquad S \leftarrow \gamma^C S + \sum_i \gamma^{C-1-i}\, k_i^\top v_i. \tag{chunkwise}$$
 #
@@ -122,7 +124,7 @@ tables.break_even_table()
 # %% [markdown]
 # ## The code
 #
-# The recurrent form is one line of arithmetic, and the chunkwise form a loop over chunks. The layer around them is as short:
+# The [recurrent form](#equation-2) is one line of arithmetic, and the [chunkwise form](#equation-4) a loop over chunks. The layer around them is as short:
 
 # %%
 from effnb.kernels.retention import retention_chunkwise, retention_step_reference

@@ -111,8 +111,9 @@ drawings.slowest_angle(own.dim, own.trained_length)
 # But now the fastest pairs turn by less per token than the model has ever seen, and neighbours look alike.
 #
 # **NTK-aware scaling** (bloc97, 2023) changes the base instead:
+# <a id="equation-3"></a>
 #
-# $$b' = b\, s^{d/(d-2)}, \qquad h(\theta_i) = \theta_i\, s^{-2i/(d-2)}.$$
+# $$b' = b\, s^{d/(d-2)}, \qquad h(\theta_i) = \theta_i\, s^{-2i/(d-2)}. \tag{3}$$
 #
 # The exponent is chosen so that the fastest pair stays as it is and the slowest is divided by exactly $s$. With $d = 4$ and $b = 100$ this can be done by hand: $\theta = (1, \tfrac{1}{10})$. For $s = 2$, the new base is $100 \cdot 2^{4/2} = 400$, and $400^{-2/4} = \tfrac{1}{20}$:
 
@@ -129,8 +130,9 @@ for name, new in (
 # Everything between the two ends is slowed by less than $s$. Some of those pairs leave their trained range before the new context is full, which is why NTK-aware scaling wants a larger $s$ than the ratio of the lengths.
 #
 # **NTK-by-parts** (bloc97; Peng et al., 2023) decides pair by pair, and asks how many rotations it makes:
+# <a id="equation-4"></a>
 #
-# $$h(\theta_i) = (1 - \gamma_i)\,\frac{\theta_i}{s} + \gamma_i\,\theta_i, \qquad \gamma_i = \begin{cases} 0 & r_i \le \alpha \\ 1 & r_i \ge \beta \end{cases}$$
+# $$h(\theta_i) = (1 - \gamma_i)\,\frac{\theta_i}{s} + \gamma_i\,\theta_i, \qquad \gamma_i = \begin{cases} 0 & r_i \le \alpha \\ 1 & r_i \ge \beta \end{cases} \tag{4}$$
 #
 # With at least $\beta = 32$ rotations, a pair is left alone. With at most $\alpha = 1$, it is interpolated. Between the two, $\gamma$ is a **ramp**. And here paper and code part: the paper's ramp is linear in the rotations, $\gamma_i = (r_i - \alpha)/(\beta - \alpha)$. The authors' code, `transformers` and every published checkpoint have one that is linear in the *index* $i$.
 
@@ -141,8 +143,9 @@ drawings.ramps()
 # The ends agree and the middle does not. If you load a checkpoint that was fine-tuned with one ramp, use that ramp.
 #
 # **YaRN** (Peng et al., 2023) is NTK-by-parts with one addition. A longer context gives the softmax more tokens to spread over. YaRN makes it sharper again, by a **temperature** $t$:
+# <a id="equation-5"></a>
 #
-# $$\operatorname{softmax}\!\left(\frac{q^\top k}{t\sqrt{d}}\right), \qquad \sqrt{1/t} = 0.1 \ln s + 1.$$
+# $$\operatorname{softmax}\!\left(\frac{q^\top k}{t\sqrt{d}}\right), \qquad \sqrt{1/t} = 0.1 \ln s + 1. \tag{5}$$
 #
 # Queries and keys are both multiplied by $\sqrt{1/t}$, so scores grow by its square. Despite the name, a larger scale means a *lower* temperature:
 
@@ -167,7 +170,7 @@ drawings.spectrum(shown | {"paper's ramp": methods.divisors(model, paper)}, fact
 # %% [markdown]
 # ## The code
 #
-# Each method is a function of frequencies, as short as its equation:
+# Each method is a function of frequencies, as short as its equation. Here are [equation 3](#equation-3) and [equation 4](#equation-4):
 
 # %%
 from effnb.lab import show
@@ -430,7 +433,7 @@ _ = exercises.parts.check(by_parts)
 exercises.parts.solution()
 
 # %% [markdown]
-# **3.** A row of attention weights, from the scores that unscaled queries and keys have, as YaRN computes it at the scale $s$.
+# **3.** A row of attention weights, from the scores that unscaled queries and keys have, as YaRN computes it by [equation 5](#equation-5) at the scale $s$.
 
 
 # %% tags=["exercise", "nbval-check-output"]

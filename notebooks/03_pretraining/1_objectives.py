@@ -68,8 +68,9 @@ print(tables.text_said(runs_stored))
 #
 # The network is the same Transformer throughout. An objective makes three choices: what the network **reads** (perhaps not the text as it was), what each position may **see**, and which positions are **asked**. If $T$ is the set of positions that are asked, and $y_t$ the right answer at position $t$,
 # all objectives but one minimize
+# <a id="equation-1"></a>
 #
-# $$\mathcal L = -\frac{1}{|T|} \sum_{t \in T} \ln p_t(y_t).$$
+# $$\mathcal L = -\frac{1}{|T|} \sum_{t \in T} \ln p_t(y_t). \tag{1}$$
 
 # %%
 drawings.masks()
@@ -129,8 +130,9 @@ tables.work_table()
 #
 # Training $N$ parameters on $D$ tokens takes about $C = 6 N D$ operations. A larger network learns more from a token, a smaller one reads more tokens for the same $C$. Hoffmann et al. (2022) trained over 400 models and found that both should grow at the same rate: $N \propto C^{0.5}$, with about 20 tokens for each parameter.
 # Hence **Chinchilla's rule**:
+# <a id="equation-3"></a>
 #
-# $$N = \sqrt{C / (6 \cdot 20)}, \qquad D = 20\, N.$$
+# $$N = \sqrt{C / (6 \cdot 20)}, \qquad D = 20\, N. \tag{3}$$
 #
 # Their Chinchilla, with 70 billion parameters, beats Gopher, which has four times as many but was trained on less text.
 
@@ -308,7 +310,7 @@ else:
 # **Losses that are compared.** The table of mask rates has two columns of losses. Only the right one asks all networks the same question. The left one mixes what a network has learned with how hard its own question is, and the more is hidden, the harder it is to answer. The same holds, even more so, for MLM beside CLM, and
 # for ELECTRA, whose loss is that of a yes-or-no question.
 #
-# **A mean over everything.** If the loss is averaged over all positions instead of those that are asked, it shrinks with the rate, and the gradient with it. Here is one batch at two rates:
+# **A mean over everything.** If the loss of [equation 1](#equation-1) is averaged over all positions instead of those that are asked, it shrinks with the rate, and the gradient with it. Here is one batch at two rates:
 
 # %% tags=["nbval-check-output"]
 from effnb.chapters.pretraining.objectives import runs
@@ -402,7 +404,7 @@ _ = exercises.spans.check(targets_of)
 exercises.spans.solution()
 
 # %% [markdown]
-# **3.** Spend $C$ operations by Chinchilla's rule: return $N$ and $D$.
+# **3.** Spend $C$ operations by Chinchilla's rule, [equation 3](#equation-3): return $N$ and $D$.
 
 
 # %% tags=["exercise", "nbval-check-output"]

@@ -119,8 +119,9 @@ print("merged weight:", [[round(v, 3) for v in row] for row in merged.tolist()])
 #
 # **Prompt tuning** (Lester et al., 2021) changes nothing inside the model. It puts $p$ trained vectors $P$ in front of the embedded text, as if they were words:
 # $X' = [P; E(x)]$. A **prefix** (Li and Liang, 2021) does so in every layer, by $l$ trained keys and values that each token can attend to besides those of the text. He et al. (2022) showed what that amounts to. For a query $q$,
+# <a id="equation-3"></a>
 #
-# $$\operatorname{Attn}(q, [P_k; K], [P_v; V]) = (1 - \lambda) \operatorname{Attn}(q, K, V) + \lambda \operatorname{Attn}(q, P_k, P_v),$$
+# $$\operatorname{Attn}(q, [P_k; K], [P_v; V]) = (1 - \lambda) \operatorname{Attn}(q, K, V) + \lambda \operatorname{Attn}(q, P_k, P_v), \tag{3}$$
 #
 # where $\lambda$ is the part of the softmax that falls on the prefix. So a prefix mixes a learned answer into each head, the more the better the query fits its keys. Neither a prefix nor a prompt has a start at which the model is unchanged.
 #
@@ -424,7 +425,7 @@ _ = exercises.merging.check(lora_weight)
 exercises.merging.solution()
 
 # %% [markdown]
-# **3.** The number $\lambda$ of the formula for prefixes: how much of a query's attention falls on the prefix? Scores are divided by the root of the head's width, as usual.
+# **3.** The number $\lambda$ of [equation 3](#equation-3), for prefixes: how much of a query's attention falls on the prefix? Scores are divided by the root of the head's width, as usual.
 
 
 # %% tags=["exercise", "nbval-check-output"]

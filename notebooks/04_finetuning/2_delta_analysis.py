@@ -71,8 +71,9 @@ print(tables.serving_said(serve.data["table"]))
 # ### A batch in which every row has its own LoRA
 #
 # Row $m$ of a batch belongs to user $u$, whose LoRA has the matrices $A_u$ and $B_u$ and the scaling $s_u$. Its output is
+# <a id="equation-1"></a>
 #
-# $$y_m = W x_m + s_u B_u A_u x_m .$$
+# $$y_m = W x_m + s_u B_u A_u x_m . \tag{1}$$
 #
 # The first term is the same for everybody. It is nearly all of the work, and a large product over the whole batch uses a processor far better than many small ones. The second term is thin. So the frozen product is computed **once**, and only the update looks up its user (Chen et al., 2023; Sheng et al., 2023).
 #
@@ -118,8 +119,9 @@ with serving.users(served, ["first", "second", None]):
 # $$x_{t+1} = f_t(x_t, u_t), \qquad \min_u\; J(u) = \Phi(x_T) + \frac{\lambda}{2} \sum_t \lVert u_t \rVert^2 .$$
 #
 # $\Phi$ is the loss at the end, and $\lambda$ the price of a push. Pontryagin's conditions describe a solution by **costates** $p_t$, which run backward from the end:
+# <a id="equation-4"></a>
 #
-# $$p_T = -\frac{\partial \Phi}{\partial x_T}, \qquad p_t = \Bigl(\frac{\partial f_t}{\partial x_t}\Bigr)^{\!\top} p_{t+1}, \qquad u_t = \operatorname*{arg\,max}_u \; p_{t+1} \cdot f_t(x_t, u) - \frac{\lambda}{2} \lVert u \rVert^2 .$$
+# $$p_T = -\frac{\partial \Phi}{\partial x_T}, \qquad p_t = \Bigl(\frac{\partial f_t}{\partial x_t}\Bigr)^{\!\top} p_{t+1}, \qquad u_t = \operatorname*{arg\,max}_u \; p_{t+1} \cdot f_t(x_t, u) - \frac{\lambda}{2} \lVert u \rVert^2 . \tag{4}$$
 #
 # Each control thus solves a problem of its own, given the path and the costates. Doing this for all of them, running the path again, and repeating is the **method of successive approximations**. With one gradient step in place of the maximum it is back-propagation with gradient descent: costates are what back-propagation carries, with the sign reversed.
 #
@@ -152,7 +154,7 @@ for way in (optimal_control.by_backpropagation, optimal_control.successive_appro
 # %% [markdown]
 # ## The code
 #
-# What a layer does that serves many users, and how costates run backward:
+# What a layer does that serves many users, by [equation 1](#equation-1), and how the costates of [equation 4](#equation-4) run backward:
 
 # %%
 from effnb.lab import show

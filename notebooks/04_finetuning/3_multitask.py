@@ -108,8 +108,9 @@ print([round(p, 3) for p in found.tolist()])
 # **T5** (Raffel et al., 2020) trains one model on many tasks by the same trick. Every input is text, every answer is text, and every label is a word. Then one loss serves all tasks: the mean of $-\log p$ over the tokens of the answers. What remains to be chosen is the **mixture**, how often the model meets each task.
 #
 # Let task $m$ have $e_m$ examples. With a **cap** $K$ on what counts, and a **temperature** $T$, its part of the training rows is
+# <a id="equation-3"></a>
 #
-# $$r_m = \frac{\min(e_m, K)^{1/T}}{\sum_j \min(e_j, K)^{1/T}}.$$
+# $$r_m = \frac{\min(e_m, K)^{1/T}}{\sum_j \min(e_j, K)^{1/T}}. \tag{3}$$
 #
 # At $T = 1$ without a cap, parts follow sizes, and a huge task drowns the small ones. As $T$ grows, all parts become equal. By hand, two tasks with 100 and 4 examples: at $T = 1$ they get 100 and 4 parts of 104. At $T = 2$ the roots count, 10 and 2 of 12:
 
@@ -130,8 +131,9 @@ tables.repeats_table()
 # ### T-Few: a few examples, three losses
 #
 # **T-Few** (Liu et al., 2022) learns from a few examples with answers to choose from, and trains nothing but **(IA)³**: vectors that scale the keys, the values and the inner channels of each block, and start at 1. Let $y$ be the right answer with $T_y$ tokens. Three losses are added:
+# <a id="equation-4"></a>
 #
-# $$L_{LM} = -\frac{1}{T_y} \sum_t \log p(y_t), \qquad L_{UL} = -\frac{\sum \log\bigl(1 - p(\hat y_t)\bigr)}{\text{number of wrong tokens}}, \qquad L_{LN} = -\log \frac{e^{\beta(y)}}{e^{\beta(y)} + \sum_k e^{\beta(\hat y^{(k)})}}.$$
+# $$L_{LM} = -\frac{1}{T_y} \sum_t \log p(y_t), \qquad L_{UL} = -\frac{\sum \log\bigl(1 - p(\hat y_t)\bigr)}{\text{number of wrong tokens}}, \qquad L_{LN} = -\log \frac{e^{\beta(y)}}{e^{\beta(y)} + \sum_k e^{\beta(\hat y^{(k)})}}. \tag{4}$$
 #
 # The first makes the right answer likely. The second, **unlikelihood**, runs over the tokens $\hat y_t$ of all wrong answers and makes them unlikely. The third compares: $\beta$ is the mean log-probability of an answer's tokens, and the right one should have the largest. Answers are chosen by $\beta$ afterwards, so this loss trains what is used.
 #
@@ -248,7 +250,7 @@ tables.instructions_table(instructed)
 tables.wordings_table(tables.stored("instructions").data["table"])
 
 # %% [markdown]
-# **T-Few's losses**, with more steps than in the panel and over several seeds:
+# **T-Few's losses**, those of [equation 4](#equation-4), with more steps than in the panel and over several seeds:
 
 # %% tags=["nbval-check-output"]
 few = tables.stored("few").data["table"]
@@ -358,7 +360,7 @@ for word in ("French", "Portuguese", "Polish"):
 tables.rates_table(tables.stored("rates").data["table"])
 
 # %% [markdown]
-# **Mean over tasks or over tokens?** The loss of a mixture is a mean over all tokens of a batch. A task with long answers, such as *summary*, then weighs more than its part of the rows. Averaging task by task would be another mixture.
+# **Mean over tasks or over tokens?** The loss of a mixture is a mean over all tokens of a batch. A task with long answers, such as *summary*, then weighs more than its part of the rows in [equation 3](#equation-3). Averaging task by task would be another mixture.
 #
 # **What cannot work** is refused with one sentence, before any work starts:
 

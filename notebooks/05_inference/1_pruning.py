@@ -106,8 +106,9 @@ for name, mask in kinds.items():
 #
 # **Magnitude pruning** takes the score $|w|$. It needs no data, and it is blind to what the weight is multiplied by. **Wanda** (Sun et al., 2023) multiplies by the size of the input. It is measured by
 # **calibration**: a few sequences of real text are run through the model.
+# <a id="equation-1"></a>
 #
-# $$S_{ij} = |W_{ij}| \cdot \lVert X_j \rVert_2,$$
+# $$S_{ij} = |W_{ij}| \cdot \lVert X_j \rVert_2, \tag{1}$$
 #
 # where $X_j$ holds the values of input $j$ at all calibration tokens. Scores compete within each row. Here are one output and three inputs; the first weight is the largest, but its input is nearly always small:
 
@@ -158,8 +159,9 @@ print(f"the price by the formula: {two[1] ** 2 / (2 * inverse[1, 1]):.2f}")
 # through the columns once, in one order for all rows, and leaves those it has passed as they are. Then one **Cholesky decomposition**, which writes a positive definite matrix as the product of a
 # triangular matrix and its transpose, holds all the inverses that are needed: $U^\top U = (H + \lambda I)^{-1}$ with $U$ upper triangular. Row $i$ of $U$ serves step $i$ (the chapter on quantization derives
 # this for GPTQ), and the **damping** $\lambda$ keeps the matrix invertible. A weight of column $i$ has the score $w_i^2 / U_{ii}^2$, and the error that its removal leaves is passed on to the later columns:
+# <a id="equation-4"></a>
 #
-# $$e_i = \frac{w_i - \hat w_i}{U_{ii}}, \qquad W_{:,j} \leftarrow W_{:,j} - e_i\, U_{ij} \quad (j > i).$$
+# $$e_i = \frac{w_i - \hat w_i}{U_{ii}}, \qquad W_{:,j} \leftarrow W_{:,j} - e_i\, U_{ij} \quad (j > i). \tag{4}$$
 #
 # The mask is chosen for 128 columns at a time, on weights that have moved already. If a weight that stays is rounded too, its error is passed on in the same way.
 #
@@ -185,7 +187,7 @@ print(f"the price by the formula: {two[1] ** 2 / (2 * inverse[1, 1]):.2f}")
 # %% [markdown]
 # ## The code
 #
-# Wanda's score is one line, and SparseGPT's walk is one loop. The loop keeps the weight transposed, so that a column lies together in memory:
+# Wanda's score is one line, [equation 1](#equation-1), and SparseGPT's walk is one loop. The loop keeps the weight transposed, so that a column lies together in memory:
 
 # %%
 from effnb.inference.pruning.sparsegpt import sparsegpt_columns
@@ -194,7 +196,7 @@ from effnb.lab import show
 show(pruning.wanda_score, sparsegpt_columns)
 
 # %% [markdown]
-# Does it do what the equations say? Whatever was removed, $\sum_i \lVert e_i \rVert^2$ must equal $\operatorname{tr}\bigl(\Delta W (H + \lambda I) \Delta W^\top\bigr)$, with $\Delta W$ the change of the weights. Here is a real layer of `mini-5m`:
+# Does it do what [equation 4](#equation-4) says? Whatever was removed, $\sum_i \lVert e_i \rVert^2$ must equal $\operatorname{tr}\bigl(\Delta W (H + \lambda I) \Delta W^\top\bigr)$, with $\Delta W$ the change of the weights. Here is a real layer of `mini-5m`:
 
 # %% tags=["nbval-check-output"]
 from effnb.chapters.inference.pruning import methods as live

@@ -139,8 +139,9 @@ tables.break_even_table()
 #   together; making them so is called **whitening**.
 #
 # Why $L$? Because $\lVert \Delta L \rVert_F^2 = \operatorname{tr}(\Delta L L^\top \Delta^\top)$ *is* the error of the output. Truncating $W L$ therefore does the least damage that rank $r$ allows on these inputs, and says how much it is:
+# <a id="equation-5"></a>
 #
-# $$\hat W = U_r \Sigma_r V_r^\top L^{-1}, \qquad \lVert (W - \hat W) X \rVert_F^2 = \sum_{i > r} \sigma_i^2(W L).$$
+# $$\hat W = U_r \Sigma_r V_r^\top L^{-1}, \qquad \lVert (W - \hat W) X \rVert_F^2 = \sum_{i > r} \sigma_i^2(W L). \tag{5}$$
 #
 # Here is the matrix from above once more, with three kinds of inputs. At rank 1 each method can read only one direction of the inputs. Which one does it choose?
 
@@ -178,7 +179,7 @@ show(low_rank.scaled_svd)
 show(low_rank.LowRankLinear.forward, low_rank.rank_for)
 
 # %% [markdown]
-# Does it do what the equations say? SVD-LLM claims to know the damage in advance. For one layer of `mini-5m`, on the left the error that the singular values predict, on the right the error found by running the layer
+# Does it do what the equations say? SVD-LLM claims to know the damage in advance, by [equation 5](#equation-5). For one layer of `mini-5m`, on the left the error that the singular values predict, on the right the error found by running the layer
 # with and without its factors, both as parts of the output's norm:
 
 # %% tags=["hide-input"]

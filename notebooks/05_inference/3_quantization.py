@@ -157,8 +157,9 @@ for name, rounded in (("to nearest", two.round()), ("GPTQ", torch.stack([first, 
 # Repeating that step for every column is exactly what a **Cholesky decomposition** does. It writes a positive definite matrix as the product of a triangular matrix and its transpose, here
 # $H^{-1} = U^\top U$ with $U$ upper triangular. The first row of $U$ is $(H^{-1})_{1:} / \sqrt{(H^{-1})_{11}}$; subtracting $U_{1:}^\top U_{1:}$ leaves $(H_{rr})^{-1}$, which yields the second row, and so on. Row $i$ of $U$ therefore
 # holds all that step $i$ needs:
+# <a id="equation-7"></a>
 #
-# $$e_i = \frac{w_i - \hat w_i}{U_{ii}}, \qquad w_j \leftarrow w_j - e_i\, U_{ij} \quad (j > i), \qquad U^\top U = (H + \lambda I)^{-1}.$$
+# $$e_i = \frac{w_i - \hat w_i}{U_{ii}}, \qquad w_j \leftarrow w_j - e_i\, U_{ij} \quad (j > i), \qquad U^\top U = (H + \lambda I)^{-1}. \tag{7}$$
 #
 # The **damping** $\lambda$, one per cent of the mean diagonal, keeps the matrix invertible when some inputs always move together. All rows of $W$ see the same inputs, so they share one $U$. Step $i$ costs
 # exactly $\tfrac12 e_i^2$, so the damage is known without measuring it. On the two weights, without damping:
@@ -246,7 +247,7 @@ from effnb.lab import show
 show(quantization.gptq_columns)
 
 # %% [markdown]
-# Does it do what the equations say? With $\Delta W$ the difference from the original weight, $\sum_i \lVert e_i \rVert^2$ must equal $\operatorname{tr}\bigl(\Delta W (H + \lambda I) \Delta W^\top\bigr)$
+# Does it do what [equation 7](#equation-7) says? With $\Delta W$ the difference from the original weight, $\sum_i \lVert e_i \rVert^2$ must equal $\operatorname{tr}\bigl(\Delta W (H + \lambda I) \Delta W^\top\bigr)$
 # on any grid. A wrong update breaks that:
 
 # %% tags=["nbval-check-output"]

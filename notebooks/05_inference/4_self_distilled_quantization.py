@@ -89,8 +89,9 @@ panels.errors()
 # Quantization-aware training (QAT) rounds all weights in every forward pass. Rounding has no useful gradient, so the gradient is passed **straight through**, as if nothing had been rounded. That is wrong for every weight in every step.
 #
 # **Quant-Noise** (Fan et al., 2020) cuts each weight into blocks $b_{kl}$, a few neighbours of a row each, and draws a random set $J$ of them in each pass. Only these are rounded by $\varphi$:
+# <a id="equation-2"></a>
 #
-# $$\psi(b_{kl}) = \begin{cases} \varphi(b_{kl}) & (k, l) \in J \\ b_{kl} & \text{otherwise,} \end{cases} \qquad P\bigl((k, l) \in J\bigr) = p.$$
+# $$\psi(b_{kl}) = \begin{cases} \varphi(b_{kl}) & (k, l) \in J \\ b_{kl} & \text{otherwise,} \end{cases} \qquad P\bigl((k, l) \in J\bigr) = p. \tag{2}$$
 #
 # The blocks that were left alone have exact gradients. At $p = 1$ this is QAT, at $p = 0$ ordinary training; at the end everything is rounded whatever $p$ was. By hand, for two rows in 3 bits and blocks of two:
 
@@ -109,8 +110,9 @@ panels.noise()
 # ### Learning from oneself
 #
 # The **teacher** is the fine-tuned model in full precision. The **student** is a copy of it with noise in its weights. Besides the label $y$, it gets the teacher's answer and the teacher's attention:
+# <a id="equation-3"></a>
 #
-# $$\begin{aligned} \mathcal L =\ & \mathrm{CE}(y, z^S) + \beta\, \tau^2\, \mathrm{KL}(p^\tau \,\|\, q^\tau) \\ & + \frac{\alpha}{L H} \sum_{l=1}^{L} \sum_{h=1}^{H} d(A^S_{l,h}, A^T_{l,h}). \end{aligned}$$
+# $$\begin{aligned} \mathcal L =\ & \mathrm{CE}(y, z^S) + \beta\, \tau^2\, \mathrm{KL}(p^\tau \,\|\, q^\tau) \\ & + \frac{\alpha}{L H} \sum_{l=1}^{L} \sum_{h=1}^{H} d(A^S_{l,h}, A^T_{l,h}). \end{aligned} \tag{3}$$
 #
 # $z^S$ are the student's scores; $p^\tau$ and $q^\tau$ are the teacher's and the student's answers at temperature $\tau$, as in the chapter on distillation. The last sum runs over all $L$ layers and $H$ heads, and $d$ is one of two distances:
 #
@@ -239,7 +241,7 @@ print(tables.cost_said(tables.stored("claims/cost").data["table"]))
 # %% [markdown]
 # ## On a real model
 #
-# MiniLM, live: its value matrices in 4 bits, once as a step of Quant-Noise sees them and once rounded as a whole:
+# MiniLM, live: its value matrices in 4 bits, once as a step of Quant-Noise sees them by [equation 2](#equation-2) and once rounded as a whole:
 
 # %% tags=["real-model"]
 from effnb.lab import results
@@ -321,7 +323,7 @@ _ = exercises.blocks.check(noisy)
 exercises.blocks.solution()
 
 # %% [markdown]
-# **2.** The attention part of the loss with squared errors, for one text. `real` is False for padding.
+# **2.** The attention part of [equation 3](#equation-3) with squared errors, for one text. `real` is False for padding.
 
 
 # %% tags=["exercise", "nbval-check-output"]

@@ -78,8 +78,9 @@ print(tables.sizes_said())
 # ### Temperature
 #
 # Let $v$ be the teacher's scores of the $N$ classes, one number each before the softmax, and $z$ the student's. With a temperature $\tau > 0$,
+# <a id="equation-1"></a>
 #
-# $$\begin{gathered} p^\tau = \operatorname{softmax}(v / \tau), \qquad q^\tau = \operatorname{softmax}(z / \tau), \\ L = a\, \tau^2\, \mathrm{KL}(p^\tau \,\|\, q^\tau) + (1 - a)\, \mathrm{CE}(y, q^1). \end{gathered}$$
+# $$\begin{gathered} p^\tau = \operatorname{softmax}(v / \tau), \qquad q^\tau = \operatorname{softmax}(z / \tau), \\ L = a\, \tau^2\, \mathrm{KL}(p^\tau \,\|\, q^\tau) + (1 - a)\, \mathrm{CE}(y, q^1). \end{gathered} \tag{1}$$
 #
 # $\mathrm{KL}(p \,\|\, q) = \sum_i p_i \ln (p_i / q_i)$ is the **divergence** of two answers: 0 if they agree, larger the more $q$ neglects what $p$ finds probable. $\mathrm{CE}$ is the usual loss on the label $y$, and the weight $a$ divides the student's attention between teacher and label (Hinton, Vinyals and Dean, 2015).
 #
@@ -95,15 +96,16 @@ tables.softened_table()
 #
 # The answer is the last thing a network computes. A student can also be asked to match what happens on the way:
 #
-# - **Outputs**: the loss above. It fits every pair of models that share their classes; for language models, a vocabulary.
+# - **Outputs**: the loss of [equation 1](#equation-1). It fits every pair of models that share their classes; for language models, a vocabulary.
 # - **Features**: hidden states and attention. DistilBERT adds the cosine between last hidden states; TinyBERT compares layer by layer, $\mathrm{MSE}(H^S W, H^T)$, where a learned $W$ bridges the widths, and compares attention *scores*, before the softmax. Which of the student's layers is compared with which of the teacher's is a choice, the **layer map**.
 # - **Relations**: how tokens of one text relate to each other. MiniLM compares $\operatorname{softmax}(Q K^\top\! / \sqrt d)$ and $\operatorname{softmax}(V V^\top\! / \sqrt d)$ of the *last* layers by their divergence. Both are tables of tokens by tokens, whatever the width: no $W$ and no layer map are needed. Its second version joins all heads and cuts them again, so that their numbers may differ.
 #
 # ### On whose texts?
 #
 # A language model that learned from given texts only has never seen its own mistakes. In **on-policy** distillation the student writes and the teacher comments: GKD (Agarwal et al., 2023) lets the student write a share $\lambda$ of the batches. It also generalizes the divergence. With $m = \beta p + (1 - \beta) q$,
+# <a id="equation-2"></a>
 #
-# $$\mathrm{JSD}_\beta = \beta\, \mathrm{KL}(p \,\|\, m) + (1 - \beta)\, \mathrm{KL}(q \,\|\, m).$$
+# $$\mathrm{JSD}_\beta = \beta\, \mathrm{KL}(p \,\|\, m) + (1 - \beta)\, \mathrm{KL}(q \,\|\, m). \tag{2}$$
 #
 # The direction is not a detail. **Forward** KL, $\mathrm{KL}(p \,\|\, q)$, punishes the student for missing anything that the teacher finds possible. **Reverse** KL, $\mathrm{KL}(q \,\|\, p)$, punishes it for saying what the teacher finds impossible. MiniLLM (Gu et al., 2023) therefore takes reverse KL for students that are too small to cover everything:
 
@@ -167,7 +169,7 @@ print(tables.grid_said(grid))
 panels.jump()
 
 # %% [markdown]
-# By definition $\beta = 0$ and $\beta = 1$ stand for the two KLs, but the formula itself tends to 0 at both ends, where $m$ becomes equal to one of the two answers. A small $\beta$ is thus not "nearly forward KL" but a nearly vanishing loss. Divided by $\beta (1 - \beta)$ the curve becomes continuous; the package calls that `rescaled_jsd`, and it is this book's own scale.
+# By definition $\beta = 0$ and $\beta = 1$ stand for the two KLs, but the divergence of [equation 2](#equation-2) itself tends to 0 at both ends, where $m$ becomes equal to one of the two answers. A small $\beta$ is thus not "nearly forward KL" but a nearly vanishing loss. Divided by $\beta (1 - \beta)$ the curve becomes continuous; the package calls that `rescaled_jsd`, and it is this book's own scale.
 #
 # **Noise and budget.** How many answers of an unreliable teacher are worth how much?
 

@@ -125,8 +125,9 @@ print(tables.turned_said())
 # $$R_Q = \frac1n \sum_q \lVert E^T_Q(q) - W E^S_Q(q) \rVert_2, \qquad R_D = \frac1m \sum_d \lVert E^T_D(d) - W E^S_D(d) \rVert_2.$$
 #
 # $T$ marks the teacher's encoder, $S$ the student's. The matrix $W$ is needed where widths differ, and stays part of the student when it is used. Note that this is the length itself, not its square. Embeddings that are close give scores that are close:
+# <a id="equation-4"></a>
 #
-# $$\lvert t - s \rvert \le \lVert q_T - q_S \rVert\, \lVert d_T \rVert + \lVert q_S \rVert\, \lVert d_T - d_S \rVert.$$
+# $$\lvert t - s \rvert \le \lVert q_T - q_S \rVert\, \lVert d_T \rVert + \lVert q_S \rVert\, \lVert d_T - d_S \rVert. \tag{4}$$
 #
 # Here $q_T$ is short for $E^T_Q(q)$, and so on. The second term vanishes if the student *inherits* the teacher's document encoder and leaves it **frozen**: $d_S = d_T$. Then only queries have to be learned, the student's index is the teacher's, and nothing has to be encoded again. Two numbers for each pair, the gap and what the distances allow:
 
@@ -139,7 +140,7 @@ for name, given in (("own documents", pairs), ("the teacher's", frozen)):
     print(f"{name:13}: gap {gap.abs().max():.2f}, bound {bound[gap.argmax()]:.2f}")
 
 # %% [markdown]
-# For the turned student the bound is far from tight: its scores are right although its embeddings are not. A bound promises that matching is *enough*; it does not say that it is *needed*.
+# For the turned student the bound of [equation 4](#equation-4) is far from tight: its scores are right although its embeddings are not. A bound promises that matching is *enough*; it does not say that it is *needed*.
 #
 # ### Queries that cost nothing
 #
@@ -357,7 +358,7 @@ _ = exercises.lengths.check(distance)
 exercises.lengths.solution()
 
 # %% [markdown]
-# **3.** By how much can a student's score be off, if only the distances of its embeddings are known? Derive the bound of "The same scores in another place": write $\langle a, b \rangle - \langle q, d \rangle$ as two products, each with one difference in it.
+# **3.** By how much can a student's score be off, if only the distances of its embeddings are known? Derive [equation 4](#equation-4): write $\langle a, b \rangle - \langle q, d \rangle$ as two products, each with one difference in it.
 
 
 # %% tags=["exercise", "nbval-check-output"]

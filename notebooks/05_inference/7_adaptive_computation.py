@@ -124,8 +124,9 @@ print("came out :", [round(x, 2) for x in counted.tolist()])
 
 # %% [markdown]
 # If each draft is accepted with probability $\alpha$, independently, a pass of the target gives $(1 - \alpha^{\gamma + 1}) / (1 - \alpha)$ tokens. With a draft that takes $c$ times the target's time per token, the pair is faster than the target alone by
+# <a id="equation-5"></a>
 #
-# $$\frac{1 - \alpha^{\gamma + 1}}{(1 - \alpha)(\gamma c + 1)}.$$
+# $$\frac{1 - \alpha^{\gamma + 1}}{(1 - \alpha)(\gamma c + 1)}. \tag{5}$$
 #
 # This can be below 1. The formula also assumes that checking $\gamma + 1$ tokens takes the target as long as writing one, which holds where reading the weights takes the time, and not where arithmetic or overhead does.
 #
@@ -193,7 +194,7 @@ panels.leaving(writer)
 #
 # ### Does a draft pay?
 #
-# The formula from above, and the pairs of this book's models, where they were measured.
+# The speed of [equation 5](#equation-5), and the pairs of this book's models, where they were measured.
 
 # %%
 from effnb.chapters.inference.adaptive_computation import tables

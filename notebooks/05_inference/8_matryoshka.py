@@ -91,13 +91,15 @@ print("two, divided      :", [round(x, 2) for x in cut[0].tolist()])
 # ### One loss for many lengths
 #
 # A retriever is trained with pairs. In a batch of $n$ queries and their documents, each query should give its own document the highest score; the documents of the others serve as wrong answers:
+# <a id="equation-2"></a>
 #
-# $$\ell(q, d) = -\frac1n \sum_{i} \log \frac{e^{s\, q_i \cdot d_i}}{\sum_j e^{s\, q_i \cdot d_j}},$$
+# $$\ell(q, d) = -\frac1n \sum_{i} \log \frac{e^{s\, q_i \cdot d_i}}{\sum_j e^{s\, q_i \cdot d_j}}, \tag{2}$$
 #
 # where $s = 20$ stretches cosines, which lie between −1 and 1, to scores that a softmax can tell apart. Nothing in this loss cares about order: any rotation of the numbers gives the same value, so information may lie anywhere, and a prefix holds an arbitrary part of it. **Matryoshka
 # representation learning** (Kusupati et al., 2022), after the Russian dolls that sit inside each other, adds the same loss for every length in a list $\mathcal M$:
+# <a id="equation-3"></a>
 #
-# $$\mathcal L = \sum_{m \in \mathcal M} c_m\, \ell\bigl(z_{1:m}\bigr), \qquad \mathcal M = \{8, 16, 32, 64, 128, 256, 384\}, \quad c_m = 1.$$
+# $$\mathcal L = \sum_{m \in \mathcal M} c_m\, \ell\bigl(z_{1:m}\bigr), \qquad \mathcal M = \{8, 16, 32, 64, 128, 256, 384\}, \quad c_m = 1. \tag{3}$$
 #
 # The first 8 numbers occur in all seven terms, the last 128 in one. What matters most must therefore come first. The vector is not longer, and the encoder does not run more often.
 #
@@ -144,7 +146,7 @@ show(matryoshka.prefix, matryoshka.in_batch_softmax, matryoshka.matryoshka_loss)
 show(matryoshka.rerank, matryoshka.funnel)
 
 # %% [markdown]
-# The first is equal to `MatryoshkaLoss` of sentence-transformers, and exact search to FAISS's, in the tests. Two checks that need no library: with the full width alone, the loss is the ordinary one; and with a shortlist of all documents, two looks find what exact search finds.
+# The first is equal to `MatryoshkaLoss` of sentence-transformers, and exact search to FAISS's, in the tests. Two checks that need no library: with the full width alone, [equation 3](#equation-3) gives the ordinary loss of [equation 2](#equation-2); and with a shortlist of all documents, two looks find what exact search finds.
 #
 # The repository does to itself what this chapter teaches. It has no room for all 384 numbers of 10,000 documents. It holds the first 128, rounded and compressed:
 

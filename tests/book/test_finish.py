@@ -4,13 +4,14 @@ import re
 
 import pytest
 
-from effnb.book.methods import methods
+from effnb.book.methods import breakable, methods
 from effnb.book.site import finish, glossary
 from effnb.book.site.address import Home
 from effnb.book.site.book import REPOSITORY, read_book
 from effnb.book.site.coded import linked_code
+from effnb.book.site.katex import render
 from effnb.book.site.numbers import numbered, referred
-from effnb.book.site.pages import claims_part, methods_part, terms_part
+from effnb.book.site.pages import claims_part, in_words, methods_part, terms_part
 from effnb.book.site.reference import read_reference
 from effnb.book.site.web import prints_tables
 
@@ -269,7 +270,8 @@ def test_words_that_mean_no_figure_stay_alone():
 
 
 def test_an_equation_with_a_name_keeps_it():
-    page = numbered('<article><div class="math-block"><span class="tag">(a)</span></div></article>')
+    named = render(r"x \tag{a}", display=True)
+    page = numbered(f'<article><div class="math-block">{named}</div></article>')
     assert 'class="eqno"' not in page and 'id="equation-1"' in page
 
 
@@ -297,3 +299,22 @@ def test_printed_sentences_wrap_and_columns_do_not():
     ):
         done = finish.with_sentences(page.format(text))
         assert ('class="sentences"' in done) == wraps, text
+
+
+def test_a_sentence_of_a_docstring_has_its_formulas_set():
+    done = in_words("Keep $x < 1$ of `a < b`, & more.")
+    assert 'class="katex"' in done and "$" not in re.sub(r"<annotation.*?</annotation>", "", done)
+    assert done.endswith(" of <code>a &lt; b</code>, &amp; more.")
+
+
+def test_no_entry_of_the_glossary_shows_tex(book):
+    reference = read_reference(REPOSITORY)
+    said = re.sub(
+        r"<annotation.*?</annotation>", "", methods_part(book, reference), flags=re.DOTALL
+    )
+    assert said.count('class="katex"') > 5 and not re.search(r"\$|\\[a-z]{2}", said)
+
+
+def test_a_dotted_name_breaks_between_its_words():
+    assert breakable("a.b_c.De") == "a.<wbr>b_<wbr>c.<wbr>De"
+    assert breakable("_private.x") == "_private.<wbr>x"

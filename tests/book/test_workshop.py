@@ -226,6 +226,16 @@ def test_a_verdict_is_short_on_a_slide_and_whole_in_its_notes():
     assert "ALL THE EVIDENCE" in last.notes
 
 
+def test_a_listing_has_a_slide_of_its_own_and_verdicts_share_few():
+    listing = '<figure style="x"><figcaption><code>{}</code></figcaption><pre>y</pre></figure>'
+    both = listing.format("one") + listing.format("two")
+    assert slides._parts([both]) == [listing.format("one"), listing.format("two")]
+    assert slides._parts([both, "<p>more</p>"]) == [both + "<p>more</p>"]
+    verdicts = [f'<div class="verdict">{i}</div>' for i in range(slides.VERDICTS + 1)]
+    assert slides._parts(["".join(verdicts)]) == ["".join(verdicts[:-1]), verdicts[-1]]
+    assert slides._parts(["<table></table>"]) == ["<table></table>"]
+
+
 def test_the_key_has_the_answer_and_the_learners_have_none(packed, folder):
     key = text(packed / "tiny/key.html")
     assert "<pre>ANSWER</pre>" in key

@@ -18,8 +18,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page
 
+from effnb.book import equations
 from effnb.book.site.__main__ import build
 from effnb.book.site.finish import first_load
+from effnb.lab.chapters import NOTEBOOKS
 
 PATIENCE = 60_000
 PHONE, SCREEN = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
@@ -488,6 +490,17 @@ def test_a_term_opens_under_the_focus_and_escape_closes_it(book, theme):
         assert box["x"] >= 0 and box["x"] + box["width"] <= size["width"]
         page.keyboard.press("Escape")
         assert not term.get_by_role("tooltip").is_visible()
+    page.mouse.move(0, 0)
+    term.locator("a").blur()
+    term.hover()
+    assert term.get_by_role("tooltip").is_visible(), "a mouse opens it as well"
+
+
+COVERED = """() => {
+    const choice = document.querySelector('.claims-filter').getBoundingClientRect();
+    const header = document.querySelector('.bd-header-article').getBoundingClientRect();
+    return choice.bottom <= 0 ? 0 : header.bottom - choice.top;
+}"""
 
 
 def test_claims_can_be_chosen_and_sections_fold(book):
@@ -498,6 +511,14 @@ def test_claims_can_be_chosen_and_sections_fold(book):
     shown = page.locator("section.claim:visible").count()
     assert 0 < shown < every
     assert page.locator(".claims-filter [role=status]").text_content() == f"{shown} claims"
+    for where in everywhere(page):
+        assert page.locator("section.claim:visible").count() == shown, where
+        assert page.get_by_label("Section").is_visible(), where
+        page.evaluate("scrollTo(0, 2500)")
+        page.wait_for_function("scrollY >= 2490")
+        covered = page.evaluate(COVERED)
+        assert covered <= 0, f"{where}: the header covers {covered} pixels of the choice"
+    page.set_viewport_size(SCREEN)
     link = page.locator(".book-nav a", has_text="Matryoshka")
     assert not link.is_visible()
     page.locator(".book-nav summary", has_text="Inference").click()
@@ -537,17 +558,22 @@ TALL_CELLS = """() => [...document.querySelectorAll(
 ).map(cell => cell.textContent)"""
 
 
-def test_every_output_of_every_chapter_can_be_read_on_a_phone(book, folder):
+def test_every_output_of_every_chapter_can_be_read_at_every_width(book, folder):
     """Lines of columns never break, tables never re-wrap, and what is wider scrolls."""
     page = book.page(**PHONE)
     bad, seen = {}, 0
-    for name in [path for path in pages(folder) if re.match(r"0\d", path)]:
+    for number, name in enumerate(path for path in pages(folder) if re.match(r"0\d", path)):
+        page.emulate_media(color_scheme=("light", "dark")[number % 2])
         page.goto(f"{book.address}/{name}")
         seen += page.locator(".cell_output .output:not(.text_html) pre:not(.sentences)").count()
-        for what in (BROKEN_LINES, LOST, TALL_CELLS):
-            found = page.evaluate(what)
+        for size in SIZES:
+            page.set_viewport_size(size)
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            found = [f"{wide} pixels wide"] if wide > size["width"] else []
+            for what in (BROKEN_LINES, LOST, TALL_CELLS):
+                found += page.evaluate(what)
             if found:
-                bad.setdefault(name, []).extend(found)
+                bad.setdefault(f"{name} at {size['width']}", []).extend(found)
     assert seen > 20
     assert bad == {}
     page.add_style_tag(content=".cell_output pre { white-space: pre-wrap !important }")
@@ -612,6 +638,75 @@ def test_words_lead_to_the_figure_that_they_mean(book, read):
             "e => (y => y >= 0 && y < innerHeight)(e.getBoundingClientRect().top)",
             arg=target.element_handle(),
         )
+
+
+def test_words_lead_to_the_equation_that_they_mean(book, folder):
+    """Every reference of every chapter: to the equation that the source has in that place."""
+    page, followed = book.page(**SCREEN), 0
+    for name in [path for path in pages(folder) if re.match(r"0\d", path)]:
+        built = json.loads((NOTEBOOKS / name).with_suffix(".ipynb").read_text(encoding="utf-8"))
+        texts = ["".join(c["source"]) for c in built["cells"] if c["cell_type"] == "markdown"]
+        meant, written = equations.displayed(texts), "\n".join(texts)
+        wanted = [int(found[2]) for found in equations.REFERENCE.finditer(written)]
+        page.goto(f"{book.address}/{name}")
+        shown = page.evaluate(
+            """() => [...document.querySelectorAll('article .math-block')].map(block => [
+                block.id, block.querySelector('annotation').textContent,
+                block.querySelectorAll('.eqno, .katex-tag').length])"""
+        )
+        assert [number for number, _, _ in shown] == [
+            f"equation-{i}" for i in range(1, len(meant) + 1)
+        ]
+        assert [named for _, _, named in shown] == [1] * len(meant), "one number or one name"
+        for one, (_, tex, _) in zip(meant, shown, strict=True):
+            assert " ".join(re.sub(r"\s*\\tag\{\w+\}", "", tex).split()) == one.tex
+        links = page.locator("article a.equation-link")
+        led = links.evaluate_all("all => all.map(link => link.getAttribute('href'))")
+        assert sorted(led) == sorted(f"#equation-{number}" for number in wanted), name
+        followed += len(led)
+    assert followed > 25
+    page.goto(f"{book.address}/02_design/2_experts.html")
+    link = page.locator("article a.equation-link").first
+    for _ in everywhere(page):
+        link.click()
+        target = page.locator(link.get_attribute("href"))
+        assert link.text_content() == target.locator(".eqno").get_attribute("aria-label").lower()
+        page.wait_for_function(
+            "e => (y => y >= 0 && y < innerHeight)(e.getBoundingClientRect().top)",
+            arg=target.element_handle(),
+        )
+
+
+def test_ways_out_of_a_chapter_are_open(book, folder):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/05_inference/2_low_rank.html")
+    ways = page.get_by_role("list", name="Take this chapter along").get_by_role("link")
+    papers = page.locator("article a[href^='https://arxiv.org/abs/']")
+    for where in everywhere(page):
+        for way in ways.all():
+            box = way.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= page.viewport_size["width"], where
+        assert papers.locator("visible=true").count() >= 3, where
+    for ending in ("ipynb", "py"):
+        with page.expect_download() as taken:
+            ways.filter(has_text=f"Download .{ending}").click()
+        assert taken.value.suggested_filename == f"2_low_rank.{ending}"
+    book_of_papers = page.request.get(f"{book.address}/bibliography.bib")
+    assert book_of_papers.ok and "@" in book_of_papers.text()
+
+
+def test_a_teacher_finds_every_chapter_and_its_slides(book, folder):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/teach.html")
+    slides = page.get_by_role("link", name=re.compile("slides$"))
+    chapters = [path for path in pages(folder) if re.match(r"0\d", path)]
+    assert slides.count() == len(chapters)
+    for where in everywhere(page):
+        table = page.locator("table.teach")
+        assert table.is_visible() and slides.first.is_visible(), where
+    slides.first.click()
+    page.wait_for_url("**/_static/teach/00_start_here/slides.html*")
+    assert page.locator(".slide.here h1").is_visible()
 
 
 def test_code_reference_and_chapters_lead_to_each_other(book):
@@ -737,4 +832,8 @@ def test_it_can_be_read_without_scripts(browser, served):
         page.emulate_media(color_scheme=theme)
         page.wait_for_timeout(500)
         assert page.evaluate(paper) == colour
+        for size in SIZES:
+            page.set_viewport_size(size)
+            assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+            assert panel.locator("img:visible").count() == 1
     context.close()

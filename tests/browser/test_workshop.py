@@ -13,11 +13,17 @@ CHAPTER = "05_inference/2_low_rank"
 
 
 @pytest.fixture(scope="module")
-def deck(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The slides of one chapter."""
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages of every chapter that can be taught."""
     out = tmp_path_factory.mktemp("pack")
-    write_pages(out, read_lessons([CHAPTER]))
-    return out / CHAPTER / "slides.html"
+    write_pages(out, read_lessons())
+    return out
+
+
+@pytest.fixture(scope="module")
+def deck(pack: Path) -> Path:
+    """The slides of one chapter."""
+    return pack / CHAPTER / "slides.html"
 
 
 def test_a_teacher_goes_through_the_slides(browser: Browser, deck: Path):
@@ -69,4 +75,49 @@ def test_a_teacher_goes_through_the_slides(browser: Browser, deck: Path):
         assert wide <= 2, f"slide {at + 1} is {wide} pixels too wide"
     assert [url for url in asked if not url.startswith(("file:", "data:", "about:"))] == []
     assert complaints == []
+    page.close()
+
+
+LOST = """() => slides.flatMap((slide, i) => {
+    go(i);
+    const stage = slide.querySelector(".stage"), body = slide.querySelector(".body"), lost = [];
+    if (stage.scrollHeight > stage.clientHeight + 2) lost.push("goes on below the screen");
+    if (stage.scrollWidth > stage.clientWidth + 2) lost.push("is wider than the screen");
+    if (parseFloat(body.style.zoom) < 0.65) lost.push("is too small to read");
+    for (const one of stage.querySelectorAll(".stage *")) {
+        if (!one.offsetParent || one.matches(".katex *")) continue;
+        const style = getComputedStyle(one);
+        const hidden =
+            (style.overflowX !== "visible" && one.scrollWidth > one.clientWidth + 2) ||
+            (style.overflowY === "auto" && one.scrollHeight > one.clientHeight + 2);
+        if (!hidden || one.matches(".visually-hidden, input")) continue;
+        const said = one.nextElementSibling;
+        const box = said && said.matches(".more") && said.getBoundingClientRect();
+        const told = one.matches(".boxed[tabindex='0']") && box && box.bottom < innerHeight;
+        if (!told) lost.push(`hides a part of ${one.tagName} ${one.className}`);
+    }
+    return lost.map((what) => `slide ${i + 1} ${what}`);
+})"""
+
+
+def test_every_slide_of_every_chapter_fits_or_says_that_it_goes_on(browser: Browser, pack: Path):
+    page = browser.new_page()
+    bad, boxes, seen = [], 0, 0
+    for deck in sorted(pack.rglob("slides.html")):
+        page.goto(deck.as_uri())
+        for width, height in ((1280, 720), (1024, 768)):
+            page.set_viewport_size({"width": width, "height": height})
+            found = page.evaluate(LOST)
+            bad += [f"{deck.parent.name} at {width}: {one}" for one in found]
+            boxes += page.locator(".boxed").count()
+        seen += page.locator(".slide").count()
+    assert bad == []
+    assert seen > 400 and 0 < boxes < seen / 20, "a box is the exception"
+
+    # The measure would find a slide that is too long; one long block in it gets a box.
+    page.evaluate("slides[1].querySelector('.body').append('word '.repeat(9000))")
+    assert page.evaluate(LOST) != []
+    page.evaluate("slides[1].querySelector('.body').innerHTML = `<div>${'<p>x</p>'.repeat(99)}`")
+    assert page.evaluate(LOST) == []
+    assert page.locator(".boxed").get_attribute("aria-label").startswith("Goes on below")
     page.close()

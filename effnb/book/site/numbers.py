@@ -41,7 +41,7 @@ def numbered(page: str) -> str:
     def equation(found: re.Match[str]) -> str:
         nonlocal equations
         equations += 1
-        if 'class="tag"' in (found["set"] or ""):  # it has a name of its own
+        if re.search(r'class="(?:katex-)?tag"', found["set"] or ""):  # it has a name of its own
             return found[0].replace(">", f' id="equation-{equations}">', 1)
         return (
             f'<div class="math-block" id="equation-{equations}"><a class="eqno" '

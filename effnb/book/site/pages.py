@@ -10,6 +10,7 @@ from effnb.book.methods import methods
 from effnb.book.site.book import Book, SiteError, Written, link
 from effnb.book.site.docstrings import first_sentence
 from effnb.book.site.glossary import anchor
+from effnb.book.site.katex import render
 from effnb.book.site.reference import Reference, page_of
 from effnb.book.site.verdicts import badge, evidence_html
 from effnb.lab.chapters import SECTIONS
@@ -156,6 +157,15 @@ def _bare(tex: str) -> str:
     return ("~" if letters.startswith("\\") else "") + letters.lstrip("\\")
 
 
+def in_words(sentence: str) -> str:
+    """A sentence of a docstring as HTML: its code as code, its formulas set."""
+    pieces = re.split(r"`([^`]+)`|\$([^$]+)\$", sentence)
+    done = [html.escape(one) for one in pieces[::3]]
+    for i, (code, tex) in enumerate(zip(pieces[1::3], pieces[2::3], strict=True)):
+        done[i] += f"<code>{html.escape(code)}</code>" if code else render(tex)
+    return "".join(done)
+
+
 def methods_part(book: Book, reference: Reference) -> str:
     """The methods whose names are no terms of a chapter, as entries of the glossary."""
     known = {anchor(term.name) for written in book.written for term in written.words.terms}
@@ -164,8 +174,7 @@ def methods_part(book: Book, reference: Reference) -> str:
         if anchor(method.name) in known or method.name.lower() in rows:
             continue
         module, thing = reference.home(method.home)
-        said = html.escape(first_sentence(thing.doc))
-        said = re.sub(r"`([^`]+)`", r"<code>\1</code>", said)
+        said = in_words(first_sentence(thing.doc))
         place = f"{page_of(module.name)}.html#{method.home}"
         chapter = next((one for one in book.chapters if one.name == method.chapter), None)
         where = f'<a href="{place}"><code>{html.escape(thing.name)}</code></a>'

@@ -25,6 +25,7 @@ from effnb.book.site.guide import advice_part, tables
 from effnb.book.site.map import map_html
 from effnb.book.site.pages import (
     claims_part,
+    in_words,
     methods_part,
     raw,
     summary_part,
@@ -256,10 +257,10 @@ def _modules(reference: Reference) -> str:
         for name in sorted(groups[group]):
             module = reference.modules[name]
             count = f"{len(module.things)}" if module.things else ""
-            said = html.escape(first_sentence(module.doc))
+            said = in_words(first_sentence(module.doc))
             rows.append(
                 f'<tr><th scope="row">{link(name, "api/index", f"{page_of(name)}.html")}</th>'
-                f"<td>{_code_spans(said)}</td><td>{count}</td></tr>"
+                f"<td>{said}</td><td>{count}</td></tr>"
             )
         head = '<th scope="col">Module</th><th scope="col">About</th><th scope="col">Names</th>'
         table = "".join(rows[2:])
@@ -273,10 +274,6 @@ def _modules(reference: Reference) -> str:
         )
     names = [page_of(name) for name in reference.modules if name != "effnb"]
     return "\n\n".join([*parts, _toctree("", sorted(names))])
-
-
-def _code_spans(said: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", said)
 
 
 def _described(path: str, reference: Reference, shown: dict[str, list[tuple[str, str]]]) -> str:

@@ -13,6 +13,7 @@ import html
 import json
 import re
 import shutil
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from effnb.book import equations
 from effnb.book.site.address import Home
 from effnb.book.site.bar import bar_html
 from effnb.book.site.bibliography import cited, papers_aside
@@ -139,7 +141,10 @@ class Web:
             return f"[{match['words']}]({target})"
 
         pieces = _CODE.split(text)
-        pieces[::2] = [_LINK.sub(linked, self.hypertext(page, piece)) for piece in pieces[::2]]
+        pieces[::2] = [
+            _LINK.sub(linked, self.hypertext(page, equations.for_page(piece)))
+            for piece in pieces[::2]
+        ]
         return "".join(pieces)
 
     def hypertext(self, page: str, content: str) -> str:
@@ -220,12 +225,14 @@ class Web:
 
     def _package(self, page: str, used: list[str]) -> str:
         """The objects of the package that a chapter uses, with links to their descriptions."""
+        homes = {full: self.reference.home(full) for full in used}
+        named = Counter(thing.name for _, thing in homes.values())
         links = []
-        for full in sorted(used, key=lambda name: name.rpartition(".")[2].lower()):
-            _, thing = self.reference.home(full)
-            links.append(
-                f'<a href="{up(page)}{self.reference.page(full)}"><code>{thing.name}</code></a>'
-            )
+        for full in sorted(used, key=lambda name: (name.rpartition(".")[2].lower(), name)):
+            module, thing = homes[full]
+            several = named[thing.name] > 1  # the module tells them apart
+            said = f"{module.name.rpartition('.')[2]}.{thing.name}" if several else thing.name
+            links.append(f'<a href="{up(page)}{self.reference.page(full)}"><code>{said}</code></a>')
         return (
             '<aside class="from-package" aria-label="From the package"><p>'
             f"From the package, in the order of the alphabet: {', '.join(links)}.</p></aside>"

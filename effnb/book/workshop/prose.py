@@ -15,6 +15,7 @@ from functools import cache
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
+from effnb.book.equations import ANCHOR
 from effnb.book.site.book import REPOSITORY
 from effnb.book.site.katex import render
 
@@ -72,6 +73,7 @@ def inline(text: str) -> str:
 
 def _without_links(text: str) -> str:
     """The text without links into the repository, which a page by itself cannot follow."""
+    text = ANCHOR.sub("", text)
     return re.sub(r"(?<!!)\[([^\[\]]+)\]\((?![a-z]+:)[^()\s]+\)", r"\1", text)
 
 

@@ -26,9 +26,13 @@ from effnb.lab.claims import ledger
 ASSETS = REPOSITORY / ".make" / "workshop"
 CODE_LINES = 14
 """The longest cell whose code a slide shows."""
+VERDICTS = 3
+"""So many verdicts on one slide."""
 FEW = 2
 """So many sentences, or printed lines, join the picture before them in place of a slide."""
 _HEADING = re.compile(r"^(#{1,4}) +(.+?)\s*#*$", re.MULTILINE)
+_LISTING = re.compile(r"<figure[^>]*><figcaption[^>]*><code>.*?</figure>", re.DOTALL)
+_VERDICT = '<div class="verdict">'
 _LEFT_OUT = {"Further reading"}
 """Sections without slides."""
 
@@ -129,9 +133,11 @@ class _Deck:
         if printed and not code and not lead and self._continues():
             self._add(f'<div class="after">{"".join(shown)}</div>')
             return
-        body = f'{lead}{code}<div class="output">{"".join(shown)}</div>'
         said += "".join(map(_evidence, cell["outputs"]))
-        self.slides.append(Slide(self.heading, body, said, "output"))
+        for part in _parts(shown):
+            body = f'{lead}{code}<div class="output">{part}</div>'
+            self.slides.append(Slide(self.heading, body, said, "output"))
+            lead = code = said = ""
 
     def _output(self, output: dict[str, Any]) -> str:
         """One output as HTML; a panel whose frames are stored moves."""
@@ -168,6 +174,19 @@ def _headings(text: str) -> list[re.Match[str]]:
     return [m for m in _HEADING.finditer(text) if not any(a <= m.start() < b for a, b in fenced)]
 
 
+def _parts(shown: list[str]) -> list[str]:
+    """What a cell shows, as what is put on one slide each: one listing, or a few verdicts."""
+    whole = "".join(shown)
+    listings = _LISTING.findall(whole)
+    if len(listings) > 1 and not _LISTING.sub("", whole).strip():
+        return listings
+    verdicts = whole.split(_VERDICT)[1:]
+    if len(verdicts) > VERDICTS and whole.startswith(_VERDICT):
+        kept = [_VERDICT + one for one in verdicts]
+        return ["".join(kept[i : i + VERDICTS]) for i in range(0, len(kept), VERDICTS)]
+    return [whole]
+
+
 def _verdicts(content: Any) -> list[dict[str, Any]]:
     """The verdicts of a claims table, as its output stores them."""
     content = json.loads(content) if isinstance(content, str) else content
@@ -179,10 +198,10 @@ def _verdict(one: dict[str, Any]) -> str:
     counted = Counter(part["outcome"] for part in one["parts"])
     parts = ", ".join(f"{count} {outcome}" for outcome, count in counted.most_common())
     claim = ledger()[one["id"]].claim if one["id"] in ledger() else ""
+    told = f"<p>Its parts: {html.escape(parts)}.</p>" if parts else ""
     return (
-        f'<div class="verdict"><p><strong>{html.escape(one["id"])}: '
-        f"{html.escape(one['verdict'])}</strong></p><p>{html.escape(claim)}</p>"
-        f"<p>Its parts: {html.escape(parts)}.</p></div>"
+        f"{_VERDICT}<p><strong>{html.escape(one['id'])}: "
+        f"{html.escape(one['verdict'])}</strong></p><p>{html.escape(claim)}</p>{told}</div>"
     )
 
 
