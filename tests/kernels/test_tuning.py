@@ -12,7 +12,7 @@ from effnb.kernels import _tuning, bench
 from effnb.kernels import compile as compiler
 from effnb.kernels._tuning import Candidate, TuneCase, chosen, key_of, read, said, store, tune
 
-NAMES = ("lora", "int4_matmul", "retention")
+NAMES = tuple(compiler.modules())
 CPU = torch.device("cpu")
 
 
@@ -103,16 +103,15 @@ def test_what_is_stored_names_kernels_that_are_tuned():
 
 
 @pytest.mark.parametrize("name", compiler.modules())
-def test_which_kernels_have_candidates(name):
+def test_every_kernel_has_candidates_with_reasons(name):
     module = importlib.import_module(f"effnb.kernels.{name}")
-    assert hasattr(module, "tune_cases") == (name in NAMES)
-    if name in NAMES:
-        found = module.tune_cases()
-        assert len({c.key for c in found}) == len(found)
-        for one in found:
-            assert 1 <= len(one.candidates) <= 10 and all(c.why for c in one.candidates)
-            assert len({c.numbers for c in one.candidates}) == len(one.candidates)
-            assert {len(c.numbers) for c in one.candidates} == {len(one.default)}
+    found = module.tune_cases()
+    assert len({c.key for c in found}) == len(found)
+    for one in found:
+        assert one.kernel == name
+        assert 2 <= len(one.candidates) <= 10 and all(c.why for c in one.candidates)
+        assert len({c.numbers for c in one.candidates}) == len(one.candidates)
+        assert {len(c.numbers) for c in one.candidates} == {len(one.default)}
 
 
 @pytest.mark.parametrize("name", NAMES)
