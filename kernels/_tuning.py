@@ -56,6 +56,7 @@ class TuneCase:
         default: What the kernel chooses by itself.
         candidates: All ways, the default among them or not.
         make: From a device and numbers, a function that runs the kernel cut in that way.
+        alike: What sets it apart from others beside sizes, as a width of head that is a constant.
     """
 
     kernel: str
@@ -63,6 +64,7 @@ class TuneCase:
     default: Numbers
     candidates: tuple[Candidate, ...]
     make: Callable[[torch.device, Numbers], Callable[[], Tensor]]
+    alike: str = ""
 
 
 def key_of(dtype: torch.dtype, **sizes: int) -> str:

@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import effnb.kernels
 from effnb.kernels import report
-from effnb.kernels._launch import INTERPRETED, LIMITS, triton
+from effnb.kernels._launch import INTERPRETED, LIMITS, Launched, recorded, triton
 from effnb.kernels._stored import RESULTS, provenance, write
+from effnb.kernels._tuning import TuneCase
 from effnb.kernels.assembly import Assembly, disassemble
 from effnb.kernels.report import Work
 
@@ -109,6 +111,67 @@ def cases(*names: str) -> list[CompileCase]:
     for name in names or modules():
         found += importlib.import_module(f"effnb.kernels.{name}").compile_cases()
     return found
+
+
+POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
+    torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
+}  # fmt: skip
+
+
+def candidate_cases(*names: str) -> list[CompileCase]:
+    """What tuning would launch with each of its candidates, by these kernels or by all.
+
+    The launches are recorded, at the sizes that are tuned on a GPU, in tensors without numbers
+    where the way to the launch asks for none. Of cases that differ in sizes alone, and are cut in
+    the same ways, the first stands for all.
+    """
+    found: dict[tuple, CompileCase] = {}
+    for name in names or modules():
+        firsts: dict[tuple, TuneCase] = {}
+        for case in importlib.import_module(f"effnb.kernels.{name}").tune_cases():
+            firsts.setdefault((case.alike, case.default, case.candidates), case)
+        for case in firsts.values():
+            for numbers in dict.fromkeys([case.default, *(c.numbers for c in case.candidates)]):
+                title = f"{name}: {case.key} {numbers}"
+                for one in (_as_case(title, *launched) for launched in _launches(case, numbers)):
+                    kept = tuple(one.constants.items()), tuple(one.types.items())
+                    found.setdefault((one.kernel, kept, one.warps, one.stages), one)
+    return list(found.values())
+
+
+def _launches(case: TuneCase, numbers: tuple[int, ...]) -> list[Launched]:
+    cpu = torch.device("cpu")
+    with recorded() as launches:
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                case.make(cpu, numbers)()
+        except DataDependentOutputException:
+            launches.clear()
+            case.make(cpu, numbers)()
+    return launches
+
+
+def _as_case(name: str, kernel: Any, given: tuple, settings: dict[str, Any]) -> CompileCase:
+    """A launch as the compiler would see it: of whole numbers, 1 and absent tensors are constants."""
+    values = dict(zip(kernel.arg_names, given)) | settings
+    warps, stages = values.pop("num_warps", 4), values.pop("num_stages", 3)
+    types, constants = {}, {}
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or _is_one(value):
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            types[parameter.name] = "fp32"
+        else:
+            types[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+    return CompileCase(name, kernel, types, constants, warps=warps, stages=stages)
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, int) and value == 1
 
 
 def compile_case(case: CompileCase, arch: int) -> Compiled:

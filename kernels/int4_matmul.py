@@ -712,7 +712,8 @@ def _tune_case(m: int, n: int, k: int, small: bool, *, nf4: bool) -> TuneCase:
     fit = tuple(c for c in CANDIDATES if (c.numbers[0] == 1) == (m == 1))
     fit = tuple(c for c in fit if c.numbers[0] < 2 * max(m, 16))
     default = _numbers(_blocks(m, n, k, dtype))
-    return TuneCase("int4_matmul", _key(m, n, k, group, nf4, dtype), default, fit, make)
+    key = _key(m, n, k, group, nf4, dtype)
+    return TuneCase("int4_matmul", key, default, fit, make, alike=f"{nf4}")
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

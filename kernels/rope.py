@@ -345,7 +345,7 @@ def _tune_case(batch, q_heads, k_heads, tokens, dim, *, small: bool) -> TuneCase
         return cut("rope", numbers, lambda: rope(q, k, inv_freq, backend="triton")[0])
 
     key, default = key_of(dtype, heads=q_heads, dim=dim), _cut(q_heads, dim // 2)
-    return TuneCase("rope", key, default, CANDIDATES, make)
+    return TuneCase("rope", key, default, CANDIDATES, make, alike=f"{dim}")
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:
