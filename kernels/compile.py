@@ -58,6 +58,7 @@ class CompileCase:
         stages: Stages of the pipeline.
         work: What a launch of it does at sizes that people use, for the report.
         archs: Compute capabilities whose settings these are.
+        multiples: Other whole numbers that are multiples of 16, as Triton finds out at a launch.
     """
 
     name: str
@@ -69,6 +70,7 @@ class CompileCase:
     stages: int = 2
     work: Work | None = None
     archs: tuple[int, ...] = tuple(LIMITS)
+    multiples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,10 @@ def _launches(case: TuneCase, numbers: tuple[int, ...]) -> list[Launched]:
 
 
 def _as_case(name: str, kernel: Any, given: tuple, settings: dict[str, Any]) -> CompileCase:
-    """A launch as the compiler would see it: of whole numbers, 1 and absent tensors are constants."""
-    values = dict(zip(kernel.arg_names, given)) | settings
+    """A launch as the compiler sees it: what is 1, and tensors that are absent, are constants."""
+    values = dict(zip(kernel.arg_names, given, strict=False)) | settings
     warps, stages = values.pop("num_warps", 4), values.pop("num_stages", 3)
-    types, constants = {}, {}
+    types, constants, multiples = {}, {}, []
     for parameter in kernel.params:
         value = values[parameter.name]
         if parameter.is_constexpr or value is None or _is_one(value):
@@ -167,7 +169,9 @@ def _as_case(name: str, kernel: Any, given: tuple, settings: dict[str, Any]) -> 
             types[parameter.name] = "fp32"
         else:
             types[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-    return CompileCase(name, kernel, types, constants, warps=warps, stages=stages)
+            multiples += [parameter.name] * (value % 16 == 0)
+    about = dict(warps=warps, stages=stages, multiples=tuple(multiples))
+    return CompileCase(name, kernel, types, constants, **about)
 
 
 def _is_one(value: Any) -> bool:
@@ -194,7 +198,9 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (name.startswith("stride") and kind != "constexpr")
+        if kind.startswith("*")
+        or (name.startswith("stride") and kind != "constexpr")
+        or name in case.multiples
     }
     constants = {name: v for name, v in case.constants.items() if name in signature}
     source = ASTSource(case.kernel, signature, constants, aligned)
