@@ -552,7 +552,8 @@ def compile_cases() -> list[CompileCase]:
         types |= {f"stride_{name}": "i64" for name in strides}
         constants = dict(
             BITS=bits, GROUP=group_size, PRECISION="ieee", ASM=_unpacking(bits, KINDS[kind]),
-            DIM=dim, VALUE_DIM=dim, BLOCK_Q=16, BLOCK_T=TOKENS, key_bytes=tokens * bits // 8, key_groups=tokens // group_size,
+            DIM=dim, VALUE_DIM=dim, BLOCK_Q=16, BLOCK_T=TOKENS, key_bytes=tokens * bits // 8,
+            key_groups=tokens // group_size,
         )  # fmt: skip
         each = bits + 32 / group_size  # bits of a number with its share of scale and minimum
         work = Work(
