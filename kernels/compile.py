@@ -3,6 +3,7 @@
     python -m effnb.kernels.compile [--arch 80 90] [NAME ...]
     python -m effnb.kernels.compile --report [NAME ...]    # and what each can reach at best
     python -m effnb.kernels.compile --report --store       # as results/kernel_report.json
+    python -m effnb.kernels.compile --report --store NAME  # the lines of one that was changed
 
 Triton's compiler needs no GPU. What it refuses here would have failed at the first launch: types
 that do not fit, products too small for the tensor cores, more shared memory than a GPU has. A case
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -37,6 +39,7 @@ from effnb.kernels.assembly import Assembly, disassemble
 from effnb.kernels.report import Work
 
 HELPERS = ("assembly", "bench", "compile", "report")
+REPORT = RESULTS / "kernel_report.json"
 KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Types of cases, by the names that Triton has for them."""
 
@@ -237,16 +240,36 @@ def _devices() -> dict[str, dict[str, Any]]:
     return {str(arch): dict(vars(device)) for arch, device in report.DEVICES.items()}
 
 
+def _module(row: Mapping[str, Any]) -> str:
+    return row["kernel"].partition(":")[0]
+
+
+def of_others(stored: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The stored lines of all kernels but these, which the same compiler would give again.
+
+    A test compiles everything and compares, so that a line that is out of date does not stay.
+
+    Raises:
+        ValueError: When another compiler wrote them, or they follow from other data sheets.
+    """
+    data = stored["data"]
+    if data["triton"] != triton.__version__:
+        raise ValueError(f"the report is by Triton {data['triton']}, and this is another.")
+    if data["devices"] != _devices():
+        raise ValueError("the report follows from other data sheets.")
+    return [row for row in data["table"] if _module(row) not in names]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print a table; 1 when something failed."""
     parser = argparse.ArgumentParser(prog="python -m effnb.kernels.compile")
     parser.add_argument("names", nargs="*", help="kernels, all by default")
     parser.add_argument("--arch", nargs="+", type=int, default=sorted(LIMITS), metavar="80")
     parser.add_argument("--report", action="store_true", help="what each can reach at best")
-    parser.add_argument("--store", action="store_true", help="store that; all kernels only")
+    parser.add_argument("--store", action="store_true", help="store that; of names, their lines")
     options = parser.parse_args(arguments)
-    if options.store and (options.names or not options.report):
-        parser.error("--store goes with --report and no names: what is stored is the whole report.")
+    if options.store and (not options.report or set(options.arch) != set(LIMITS)):
+        parser.error("--store goes with --report, for all targets: what is stored is whole.")
     if triton is None or INTERPRETED:
         why = "TRITON_INTERPRET is set" if INTERPRETED else "Triton is not installed"
         print(f"Nothing can be compiled: {why}.", file=sys.stderr)
@@ -255,6 +278,13 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         print(f"{unknown[0]} is no kernel: {', '.join(modules())}.", file=sys.stderr)
         return 2
+    kept: list[dict[str, Any]] = []
+    if options.store and options.names:
+        try:
+            kept = of_others(json.loads(REPORT.read_text(encoding="utf-8")), options.names)
+        except (OSError, ValueError) as problem:
+            print(f"All kernels have to be stored at once: {problem}", file=sys.stderr)
+            return 2
     built, failures = build(options.names, options.arch)
     print(report.HEAD if options.report else HEAD)
     rows = []
@@ -275,8 +305,9 @@ def main(arguments: list[str] | None = None) -> int:
         about = provenance(
             "python -m effnb.kernels.compile --report --store", "not run", ("triton", "torch")
         )
+        rows = sorted(kept + rows, key=lambda one: modules().index(_module(one)))
         data = {"triton": triton.__version__, "devices": _devices(), "table": rows}
-        write({"provenance": about, "data": data}, RESULTS / "kernel_report.json")
+        write({"provenance": about, "data": data}, REPORT)
     return 1 if failures else 0
 
 

@@ -344,7 +344,7 @@ machine_code.bounds(compiled, roofs.SHOWN)
 # %% [markdown]
 # Block sizes follow from this. A program of `int4_matmul` takes four units of inputs at once, because their words are what it has in flight. It takes 32 outputs, because a thread that converts an input then uses it for four weights; more would take the registers of other programs.
 #
-# **A tile on the tensor cores.** With many rows, arithmetic is plenty, and bytes must only arrive in time. `linear_cross_entropy` multiplies a tile at a time on **tensor cores**, units that multiply small matrices in one instruction of a **warp**, 32 threads in step. One turn of its loop:
+# **A tile on the tensor cores.** With many rows there is so much arithmetic that bytes need only arrive in time. `linear_cross_entropy` multiplies a tile at a time on **tensor cores**, units that multiply small matrices in one instruction of a **warp**, 32 threads in step. One turn of its loop:
 
 # %% tags=["nbval-check-output"]
 machine_code.walk_table(compiled)
