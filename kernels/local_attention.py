@@ -773,7 +773,7 @@ def _tune_case(batch, heads, key_heads, tokens, dim, window, *, small: bool) -> 
     settings = _settings("rows", dim, dtype, True, min(LIMITS))  # the same on all, in 16 bits
     default = tuple(settings[name] for name in NUMBERS)
     key = key_of(dtype, dim=dim, tokens=tokens)
-    return TuneCase("local_attention", key, default, CANDIDATES, make, alike=f"{dim}")
+    return TuneCase("local_attention", key, default, CANDIDATES, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

@@ -841,7 +841,7 @@ def _tune_case(batch, heads, tokens, dim_k, dim_v, *, small: bool) -> TuneCase:
         return lambda: retention(q, k, v, gamma, chunk_size=chunk, backend="triton")[0]
 
     key, default = key_of(dtype, k=dim_k, v=dim_v), (_chunk_size(dtype),)
-    return TuneCase("retention", key, default, CANDIDATES, make, alike=f"{dim_k}, {dim_v}")
+    return TuneCase("retention", key, default, CANDIDATES, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

@@ -67,7 +67,7 @@ def walk_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         (
             "registers of a thread",
             {arch: str(row["registers"]) for arch, row in stored.items()},
-            "a larger tile would not fit: 255 are the most",
+            "sums, their logits, and copies of both; 255 are the most",
         ),
         ("one instruction multiplies", each, "by one warp on an A100, by four on an H100"),
         (
