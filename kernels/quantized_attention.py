@@ -170,14 +170,16 @@ def _unpacking(bits: int, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 @jit
-def _numbers(codes, step, low, ASM: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr):
-    """The numbers c s + m of the J-th code of each byte, in the type of the steps."""
+def _numbers(
+    codes, step, low, kind: tl.constexpr, ASM: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """The numbers c s + m of the J-th code of each byte, in a type."""
     if ASM[J] == "":
         code = ((codes.to(tl.int32) >> (J * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
-        return (code * step.to(tl.float32) + low.to(tl.float32)).to(step.dtype)
+        return (code * step + low).to(kind)
     else:
         return tl.inline_asm_elementwise(
-            ASM[J], "=r,=r,r,r,r,r,r", [codes, step, low], dtype=step.dtype, is_pure=True, pack=4
+            ASM[J], "=r,=r,r,r,r,r,r", [codes, step, low], dtype=kind, is_pure=True, pack=4
         )
 
 
@@ -207,6 +209,8 @@ def _packed_kernel(
     value_group = tl.arange(0, VALUE_DIM // GROUP)
     at_q = query + (head * group + row[:, None]) * DIM + dim[None, :]
     q = tl.load(at_q, mask=(row < group)[:, None], other=0.0)
+    PACKED: tl.constexpr = ASM[0] != ""
+    held: tl.constexpr = q.dtype if PACKED else tl.float32  # the type of steps and minima
     key_codes += head * stride_keys
     key_scales += head * stride_key_groups
     key_minima += head * stride_key_groups
@@ -225,50 +229,59 @@ def _packed_kernel(
         first = tile * SOME
         codes = tl.load(key_codes + dim[:, None] * key_bytes + first + byte[None, :])
         at = dim[:, None] * key_groups + tile * (BLOCK_T // GROUP) + key_group[None, :]
-        step, low = tl.load(key_scales + at).to(q.dtype), tl.load(key_minima + at).to(q.dtype)
+        step, low = tl.load(key_scales + at).to(held), tl.load(key_minima + at).to(held)
         step = _spread(step, DIM, BLOCK_T // GROUP, GROUP // EACH)
         low = _spread(low, DIM, BLOCK_T // GROUP, GROUP // EACH)
-        # Scores of all tokens of the tile come first: the sums are shrunk once for all of them.
-        z_0 = scale * tl.dot(q, _numbers(codes, step, low, ASM, 0, BITS), input_precision=PRECISION)
-        most, z_1, z_2, z_3 = z_0, z_0, z_0, z_0
-        if EACH > 1:
-            k = _numbers(codes, step, low, ASM, 1, BITS)
-            z_1 = scale * tl.dot(q, k, input_precision=PRECISION)
-            most = tl.maximum(most, z_1)
-        if EACH > 2:
-            k = _numbers(codes, step, low, ASM, 2, BITS)
-            z_2 = scale * tl.dot(q, k, input_precision=PRECISION)
-            k = _numbers(codes, step, low, ASM, 3, BITS)
-            z_3 = scale * tl.dot(q, k, input_precision=PRECISION)
-            most = tl.maximum(most, tl.maximum(z_2, z_3))
-        new_m = tl.maximum(m, tl.max(most, axis=1))
-        shrink = tl.exp2(m - new_m)[:, None]
-        m = new_m
-        out_0, out_1, out_2, out_3 = out_0 * shrink, out_1 * shrink, out_2 * shrink, out_3 * shrink
-        share = tl.zeros((BLOCK_Q, SOME), tl.float32)
+        if PACKED:  # scores of the whole tile come first: sums are shrunk once for all of them
+            z_0 = scale * tl.dot(q, _numbers(codes, step, low, q.dtype, ASM, 0, BITS))
+            most, z_1, z_2, z_3 = z_0, z_0, z_0, z_0
+            if EACH > 1:
+                z_1 = scale * tl.dot(q, _numbers(codes, step, low, q.dtype, ASM, 1, BITS))
+                most = tl.maximum(most, z_1)
+            if EACH > 2:
+                z_2 = scale * tl.dot(q, _numbers(codes, step, low, q.dtype, ASM, 2, BITS))
+                z_3 = scale * tl.dot(q, _numbers(codes, step, low, q.dtype, ASM, 3, BITS))
+                most = tl.maximum(most, tl.maximum(z_2, z_3))
+            new_m = tl.maximum(m, tl.max(most, axis=1))
+            shrink = tl.exp2(m - new_m)
+            m, s = new_m, s * shrink
+            out_0, out_1 = out_0 * shrink[:, None], out_1 * shrink[:, None]
+            out_2, out_3 = out_2 * shrink[:, None], out_3 * shrink[:, None]
+            share = tl.zeros((BLOCK_Q, SOME), tl.float32)
         for j in tl.static_range(EACH):
-            z = z_0 if j == 0 else (z_1 if j == 1 else (z_2 if j == 2 else z_3))
-            p = tl.exp2(z - m[:, None])
-            share += p
+            if PACKED:
+                z = z_0 if j == 0 else (z_1 if j == 1 else (z_2 if j == 2 else z_3))
+                p = tl.exp2(z - m[:, None])
+                share += p
+            else:
+                k = _numbers(codes, step, low, q.dtype, ASM, j, BITS)
+                z = scale * tl.dot(q, k, input_precision=PRECISION)
+                new_m = tl.maximum(m, tl.max(z, axis=1))
+                shrink = tl.exp2(m - new_m)
+                p = tl.exp2(z - new_m[:, None])
+                m, s = new_m, s * shrink + tl.sum(p, axis=1)
+                out_0, out_1 = out_0 * shrink[:, None], out_1 * shrink[:, None]
+                out_2, out_3 = out_2 * shrink[:, None], out_3 * shrink[:, None]
             token = tile * BLOCK_T + byte * EACH + j
             packed = tl.load(value_codes + token[:, None] * PLACES + place[None, :])
             at_v = token[:, None] * (VALUE_DIM // GROUP) + value_group[None, :]
-            v_step = tl.load(value_scales + at_v).to(q.dtype)
-            v_low = tl.load(value_minima + at_v).to(q.dtype)
+            v_step = tl.load(value_scales + at_v).to(held)
+            v_low = tl.load(value_minima + at_v).to(held)
             v_step = _spread(v_step, SOME, VALUE_DIM // GROUP, GROUP // EACH)
             v_low = _spread(v_low, SOME, VALUE_DIM // GROUP, GROUP // EACH)
             w = p.to(q.dtype)
-            v = _numbers(packed, v_step, v_low, ASM, 0, BITS)
+            v = _numbers(packed, v_step, v_low, q.dtype, ASM, 0, BITS)
             out_0 = tl.dot(w, v, out_0, input_precision=PRECISION)
             if EACH > 1:
-                v = _numbers(packed, v_step, v_low, ASM, 1, BITS)
+                v = _numbers(packed, v_step, v_low, q.dtype, ASM, 1, BITS)
                 out_1 = tl.dot(w, v, out_1, input_precision=PRECISION)
             if EACH > 2:
-                v = _numbers(packed, v_step, v_low, ASM, 2, BITS)
+                v = _numbers(packed, v_step, v_low, q.dtype, ASM, 2, BITS)
                 out_2 = tl.dot(w, v, out_2, input_precision=PRECISION)
-                v = _numbers(packed, v_step, v_low, ASM, 3, BITS)
+                v = _numbers(packed, v_step, v_low, q.dtype, ASM, 3, BITS)
                 out_3 = tl.dot(w, v, out_3, input_precision=PRECISION)
-        s = s * tl.max(shrink, axis=1) + tl.sum(share, axis=1)
+        if PACKED:
+            s += tl.sum(share, axis=1)
     here = (head * group + row) * parts + part
     real = row < group
     tl.store(largest + here, m, mask=real)

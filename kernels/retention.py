@@ -466,9 +466,9 @@ def _settings(
     large = chunk > 64 or exact if kernel == "outputs" else block_k * block_v > 4096
     # 64 tokens of 128 keys and values are 32 KiB, of which two stages are under way. Before wgmma,
     # which reads them from shared memory, they pass through registers, and beside 64 sums there is
-    # room for 32 tokens: three stages of 16 KiB.
+    # room for 32 tokens: four stages of 16 KiB.
     narrow = how == "narrow" and block_k * block_v > 8192 and arch < 90
-    block_t, stages = (32, 4) if narrow else (64, 3)
+    block_t, stages = (32, 5) if narrow else (64, 3)
     return dict(
         DIM_K=dim_k,
         DIM_V=dim_v,

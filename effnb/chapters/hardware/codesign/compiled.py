@@ -127,12 +127,16 @@ def bounds(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Captioned
         axes = fig.subplots()
         for place, ((_, row), roof) in enumerate(zip(shown, least, strict=True)):
             axes.plot([roof, row["bound_us"]], [place, place], color="0.6", linewidth=2)
-            axes.plot(roof, place, "|", color=PALETTE[1], markersize=16, markeredgewidth=2.5)
-            axes.plot(row["bound_us"], place, "o", color=PALETTE[0], markersize=6)
+            bar = dict(color=PALETTE[1], markersize=16, markeredgewidth=2.5, linestyle="")
+            axes.plot(roof, place, "|", label="roofline" if not place else None, **bar)
+            dot = dict(color=PALETTE[0], markersize=6, linestyle="")
+            label = "what the machine code allows" if not place else None
+            axes.plot(row["bound_us"], place, "o", label=label, **dot)
         axes.set_xscale("log")
         axes.set_yticks(range(len(shown)), [name for name, _ in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
-        axes.set_xlabel("µs: roofline (bar) and what the machine code allows (dot)")
+        axes.set_xlabel("µs at least")
+        axes.legend(loc="lower right", fontsize="small")
 
     return figure(
         draw,
