@@ -179,7 +179,7 @@ def _numbers(
         return (code * step + low).to(kind)
     else:
         return tl.inline_asm_elementwise(
-            ASM[J], "=r,=r,r,r,r,r,r", [codes, step, low], dtype=kind, is_pure=True, pack=4
+            ASM[J], "=r,=r,r,r,r,r,r", [codes, step, low], dtype=step.dtype, is_pure=True, pack=4
         )
 
 
