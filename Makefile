@@ -76,8 +76,9 @@ test-gpu: ## prove the kernels on this machine's GPU, also for accesses out of b
 	EFFNB_GPU=1 $(RUN) -m pytest --numprocesses=0 tests/kernels $(TEST_ARGS)
 	EFFNB_GPU=1 $(RUN) .make/sanitize.py
 
-bench-gpu: ## measure the kernels on this machine's GPU beside others', and store the table
+bench-gpu: ## tune the kernels on this machine's GPU, measure them beside others', and store the table
 	@$(SETUP) install peers
+	$(RUN) -m effnb.kernels.bench --tune
 	$(RUN) -m effnb.kernels.bench --gpu --store
 
 check: ## lint, format, docstrings, spelling, and whether each chapter agrees with its source

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -29,7 +30,7 @@ except ImportError:  # macOS, Windows, and Linux with a torch without CUDA
 __all__ = [
     "BACKENDS", "INTERPRETED", "LIMITS", "arch_of", "cdiv", "check_floats", "check_number",
     "check_shape", "check_whole", "choose", "empty", "exact", "jit", "launch", "next_power_of_2",
-    "precision", "rows_of", "short", "tl", "triton", "wide_precision",
+    "precision", "recorded", "rows_of", "short", "tl", "triton", "wide_precision",
 ]  # fmt: skip
 
 BACKENDS = (None, "triton", "torch")
@@ -195,7 +196,8 @@ def choose(backend: str | None, *tensors: Tensor | None, obstacle: str = "") -> 
         )
     if backend == "torch":
         return "torch"
-    obstacle = obstacle or _obstacle(given)
+    if _recorder is None:
+        obstacle = obstacle or _obstacle(given)
     if backend == "triton" and obstacle:
         raise ValueError(f"the Triton kernel cannot run: {obstacle}")
     # The interpreter is for proofs: on its own nothing chooses it.
@@ -217,6 +219,24 @@ def wide_precision(dtype: torch.dtype) -> str:
     return precision(dtype) if dtype == torch.float32 else "tf32"
 
 
+Launched = tuple[Any, tuple[Any, ...], dict[str, Any]]
+_recorder: list[Launched] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launched]]:
+    """Inside, nothing is launched: kernel, arguments and settings of each launch are kept.
+
+    That is how block sizes are compiled on a machine without a GPU. Every call takes the kernel.
+    """
+    global _recorder
+    before, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = before
+
+
 _allocate = torch.empty  # tests put memory here that is poisoned and has guarded edges
 
 
@@ -232,6 +252,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any)
         ValueError: When the grid is larger than a GPU's.
     """
     if 0 in grid:
+        return
+    if _recorder is not None:
+        _recorder.append((kernel, arguments, settings))
         return
     if any(n > most for n, most in zip(grid, GRID)):
         raise ValueError(

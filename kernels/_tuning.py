@@ -56,6 +56,7 @@ class TuneCase:
         default: What the kernel chooses by itself.
         candidates: All ways, the default among them or not.
         make: From a device and numbers, a function that runs the kernel cut in that way.
+        alike: What sets it apart from others beside sizes, as a width of head that is a constant.
     """
 
     kernel: str
@@ -63,6 +64,7 @@ class TuneCase:
     default: Numbers
     candidates: tuple[Candidate, ...]
     make: Callable[[torch.device, Numbers], Callable[[], Tensor]]
+    alike: str = ""
 
 
 def key_of(dtype: torch.dtype, **sizes: int) -> str:
@@ -108,12 +110,39 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def drawn(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """The same normal numbers for every candidate, so that sums over the last axis are near 1."""
+    draw = torch.Generator(device=device).manual_seed(0)
+    return [
+        (torch.randn(shape, device=device, generator=draw) / shape[-1] ** 0.5).to(dtype)
+        for shape in shapes
+    ]
+
+
+_FORCED: dict[str, Numbers] = {}
+
+
+def cut(kernel: str, numbers: Numbers, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The function, run with these numbers in place of what `chosen` would find."""
+
+    def forced() -> Tensor:
+        _FORCED[kernel] = numbers
+        try:
+            return run()
+        finally:
+            del _FORCED[kernel]
+
+    return forced
+
+
 def chosen(kernel: str, key: Callable[[], str], device: torch.device, default: Numbers) -> Numbers:
     """What was stored for these sizes on this device, or else the kernel's choice.
 
     The key is asked for where something is stored: a launch has no time for more. An entry of
     another length is of an older kernel, and counts as none.
     """
+    if kernel in _FORCED:
+        return _FORCED[kernel]
     if not _STORED:
         return default
     found = _STORED.get(device_name(device), {}).get(kernel, {}).get(key(), default)

@@ -14,22 +14,29 @@ decades: for $i = 0 \ldots 6$ the range from $10^{i-7}$ to $10^{i-6}$ is cut int
 whose middles are entries, $K_i = 2^i$ for $m$ (with either sign) and $2^{i+1}$ for $v$ (never
 negative); 0 and 1 are entries too. What is coded is the number over the largest one of its block.
 
-**No table.** With $n$ counted from 0 upwards, an entry's decade is the exponent of $n$ (of $n + 1$
-for $v$) as a binary number, and its place in the decade are the digits after it. So decoding takes
-a shift, a power and a product, and coding takes a logarithm, where a search in a table takes eight
-steps that wait for one another. Widths grow fivefold from decade to decade, so that a number is
-nearer to the last entry of the decade below if it lies less than a fifth of a part above the edge.
+**Decoding** is a look into a table of 256 entries, which every program copies into shared memory.
+
+**Coding** has no such table to look into, and a search in one takes eight steps that wait for one
+another. But within a decade entries are evenly spaced, so that a line counts them; parts widen
+fivefold from one decade to the next, so that lines of higher decades are flatter, and the right one
+of the seven is the **lowest**: seven products and six minima, none of which waits for memory. What
+they count is right, or one too large; a look at the edge below the entry says which. (A decade's
+first entry is nearest only from a fifth of its part on, and 1 already from a quarter of a part
+below it: the table of edges knows.)
 
 **Bytes.** At two bytes a weight and a gradient, and with scales of two moments for 256 weights,
 $2 + 2 \cdot 2 + 4 \cdot 1 + 4 \cdot 4 / 256 = 10.06$ bytes a weight move once, where Adam in
 float32 moves $2 + 4 + 16 = 22$: a quarter of the memory for moments, and by bytes alone 2.2 times
-as fast. Coding and decoding take as many instructions as the bytes leave time for, and again as
-many (`python -m effnb.kernels.compile --report adam8bit`), so what is saved is memory.
+as fast. Instructions have to keep up with that: memory leaves an H100 time for 92 on each weight,
+and coding by logarithms took 199 of them, twice the time (`python -m effnb.kernels.compile --report
+adam8bit` counts).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Float, UInt8
@@ -46,14 +53,17 @@ from effnb.kernels._launch import (
     launch,
     tl,
 )
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, chosen, cut, key_of
 from effnb.kernels.bench import EXACT, OTHER, BenchCase, Runner, absent, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.report import Work
 
 BLOCK = 256
 """Weights that share a scale."""
-ROWS = 4
-"""Blocks of a program: with 4 warps each thread has 8 weights, 16 bytes of 16-bit gradients."""
+ROWS, WARPS = 8, 4
+"""Blocks and warps of a program. Each thread has 16 weights, so that what is done once for a row or
+a program, as copying the tables, costs two instructions a weight; 12 KiB of a program are in flight
+while six of them fit into the registers of a multiprocessor, six times what memory needs."""
 DECADES = 7
 ZERO = 127
 """The code of 0 among signed ones; 127 negative ones lie below it, 128 positive ones above."""
@@ -178,61 +188,61 @@ def _step_size(step: int, lr: float, betas: tuple[float, float], eps: float) -> 
 # ---------------------------------------------------------------- the kernel
 
 
-@jit
-def _exponent(n):
-    """The whole part of log2 of a whole number above 0."""
-    return (n.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+def _line(decade: int, first: int) -> tuple[float, float]:
+    r"""Slope and height of the line that counts entries in a decade.
+
+    The $K_i = $ `first` $\cdot 2^i$ parts of decade $i$ follow on the $K_i - $ `first` of the
+    decades below and on 0: a share $s$ lies in part
+    $K_i (10^{7-i} s - 1) / 9$ of them. `LEAD` is added, so that the whole part is never too small.
+    """
+    count = first * 2**decade
+    return count * 10.0 ** (DECADES - decade) / 9, count * 8 / 9 - (first - 1) + LEAD
+
+
+LEAD = 0.3
+"""Between 1/4, by which the upper edge of the last part lies nearer to the entry 1, and 4/5."""
+LINES = tuple(tuple(_line(i, first) for i in range(DECADES)) for first in (1, 2))
+"""Of signed and of unsigned entries."""
+
+
+@lru_cache
+def _tables(device: torch.device) -> Float[Tensor, "4 256"]:
+    """What codes of m and of v stand for; the smallest shares of which entries are nearest."""
+    found = []
+    for signed in (True, False):
+        entries = dynamic_map(signed).double()[ZERO if signed else 0 :]
+        middles = (entries[1:] + entries[:-1]) / 2
+        edges = torch.cat([middles.new_tensor([-1.0]), middles])
+        found.append(torch.nn.functional.pad(edges, (0, 256 - len(edges)), value=2.0))
+    return torch.stack([dynamic_map(True), dynamic_map(False), *found]).float().to(device)
 
 
 @jit
-def _power_of_2(i):
-    """2 to a whole number, exactly."""
-    return ((i + 127) << 23).to(tl.float32, bitcast=True)
+def _looked_up(table, n):
+    """Entries of a table of 256, which lies in shared memory, for a tile of numbers."""
+    return tl.reshape(tl.gather(table, tl.reshape(n, (n.numel,)), 0), n.shape)
 
 
 @jit
-def _power_of_10(i):
-    """10 to a whole number, to two units in the last place."""
-    return tl.exp2(3.321928094887362 * i.to(tl.float32))
+def _nearest(share, edges, LINES: tl.constexpr):
+    """The number n of the entry nearest to a share from 0 to 1.
 
-
-@jit
-def _entry(n, FIRST: tl.constexpr):
-    """The n-th entry that is not negative; a decade begins with FIRST, 2 FIRST, 4 FIRST parts."""
-    place = n + (FIRST - 1)
-    exponent = _exponent(tl.maximum(place, 1))
-    # The middle of a part, from 1 to 2: what is 0.1 + 0.9 (middle - 1) is 0.9 middle - 0.8.
-    middle = (place.to(tl.float32) + 0.5) * _power_of_2(-exponent)
-    value = _power_of_10(exponent - (FIRST - 1) - 6) * (0.9 * middle - 0.8)
-    top: tl.constexpr = 128 * FIRST - (FIRST - 1)
-    return tl.where(n == 0, 0.0, tl.where(n >= top, 1.0, value))
-
-
-@jit
-def _nearest(share, FIRST: tl.constexpr):
-    """The number n of the entry nearest to a share from 0 to 1."""
-    decade = tl.floor(tl.log2(tl.maximum(share, 1e-30)) * 0.3010299956639812).to(tl.int32) + 7
-    decade = tl.minimum(tl.maximum(decade, 0), 6)
-    count = _power_of_2(decade) * FIRST
-    # Parts of this decade above its edge: (share - edge) / (9 edge / count).
-    above = count * (share * _power_of_10(7 - decade) - 1.0) * (1.0 / 9.0)
-    part = tl.minimum(tl.maximum(tl.floor(above), 0.0), count - 1.0)
-    # Below a fifth of a part, the last entry of the decade below is nearer.
-    part = tl.where((above < 0.2) & (decade > 0), -1.0, part)
-    n = (count + part).to(tl.int32) - (FIRST - 1)
-    top: tl.constexpr = 128 * FIRST - (FIRST - 1)
-    smallest: tl.constexpr = 1e-6 * (0.1 + 0.45 / FIRST)
-    largest: tl.constexpr = 1.0 - 0.45 / (64 * FIRST)
-    n = tl.where(share < smallest / 2, 0, n)
-    return tl.where(share >= (1.0 + largest) / 2, top, n)
+    Parts widen from decade to decade, so that the line of the right decade is the lowest one.
+    """
+    part = LINES[0][0] * share + LINES[0][1]
+    for i in tl.static_range(1, 7):
+        part = tl.minimum(part, LINES[i][0] * share + LINES[i][1])
+    n = tl.maximum(part, 0.0).to(tl.int32)  # right, or one too large
+    return n - (share < _looked_up(edges, n)).to(tl.int32)
 
 
 @jit
 def _adam8bit_kernel(
-    parameter, gradient, m_codes, m_scales, v_codes, v_scales,
+    parameter, gradient, m_codes, m_scales, v_codes, v_scales, tables,
     count,
     step_size, epsilon, decay, beta_1, beta_2,
     SIZE: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    M_LINES: tl.constexpr, V_LINES: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of a parameter: everything is read once and written once, in place."""
     first = tl.program_id(0).to(tl.int64) * BLOCKS
@@ -244,15 +254,15 @@ def _adam8bit_kernel(
     # Where nothing hangs over the end, masks would only keep loads from being wide.
     inside = place >= 0 if EVEN else place < count - first * SIZE
     real = block >= 0 if EVEN else block * SIZE < count - first * SIZE
+    m_code = tl.load(m_codes + place, mask=inside, other=127).to(tl.int32)
+    v_code = tl.load(v_codes + place, mask=inside, other=0).to(tl.int32)
     w = tl.load(parameter + place, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
-    m_code = tl.load(m_codes + place, mask=inside, other=127).to(tl.int32) - 127
-    v_code = tl.load(v_codes + place, mask=inside, other=0).to(tl.int32)
     m_scale = tl.load(m_scales + block, mask=real, other=0.0)[:, None]
     v_scale = tl.load(v_scales + block, mask=real, other=0.0)[:, None]
-    m = _entry(tl.abs(m_code), 1) * m_scale
-    m = tl.where(m_code < 0, -m, m)
-    v = _entry(v_code, 2) * v_scale
+    entry = tl.arange(0, 256)
+    m = _looked_up(tl.load(tables + entry), m_code) * m_scale
+    v = _looked_up(tl.load(tables + 256 + entry), v_code) * v_scale
 
     seen = tl.abs(g) < float("inf")  # neither infinite nor NaN
     m = tl.where(seen, beta_1 * m + (1 - beta_1) * g, 0.0)
@@ -266,10 +276,11 @@ def _adam8bit_kernel(
     tl.store(v_scales + block, v_scale, mask=real)
     m_share = 1.0 / tl.where(m_scale > 0, m_scale, 1.0)[:, None]
     v_share = 1.0 / tl.where(v_scale > 0, v_scale, 1.0)[:, None]
-    n = _nearest(tl.abs(m) * m_share, 1)
+    n = _nearest(tl.abs(m) * m_share, tl.load(tables + 512 + entry), M_LINES)
     n = tl.where(m < 0, -tl.minimum(tl.maximum(n, 1), 127), n)  # there is no -1, nor a -0
     tl.store(m_codes + place, (n + 127).to(tl.uint8), mask=inside)
-    tl.store(v_codes + place, _nearest(v * v_share, 2).to(tl.uint8), mask=inside)
+    n = _nearest(v * v_share, tl.load(tables + 768 + entry), V_LINES)
+    tl.store(v_codes + place, n.to(tl.uint8), mask=inside)
 
 
 # ---------------------------------------------------------------- the one to call
@@ -334,16 +345,20 @@ def adam8bit(
         adam8bit_reference(parameter, gradient, state, **options)
         return
     size, epsilon = _step_size(step, lr, betas, eps)
+    key = partial(key_of, parameter.dtype, count=count)
+    rows, warps = chosen("adam8bit", key, parameter.device, (ROWS, WARPS))
     launch(
         _adam8bit_kernel,
-        (cdiv(count, BLOCK * ROWS),),
+        (cdiv(count, BLOCK * rows),),
         *(parameter.detach(), gradient.detach().contiguous()),
-        *(held["m"], held["m_scale"], held["v"], held["v_scale"]),
+        *(held["m"], held["m_scale"], held["v"], held["v_scale"], _tables(parameter.device)),
         *(count, size, epsilon, 1 - lr * weight_decay, *betas),
         SIZE=BLOCK,
-        BLOCKS=ROWS,
-        EVEN=count % (BLOCK * ROWS) == 0,
-        num_warps=4,
+        BLOCKS=rows,
+        EVEN=count % (BLOCK * rows) == 0,
+        M_LINES=LINES[0],
+        V_LINES=LINES[1],
+        num_warps=warps,
     )
 
 
@@ -361,7 +376,7 @@ def compile_cases() -> list[CompileCase]:
     ):
         types = {"parameter": f"*{weights}", "gradient": f"*{gradients}", "count": "i64"}
         types |= dict.fromkeys(("m_codes", "v_codes"), "*u8")
-        types |= dict.fromkeys(("m_scales", "v_scales"), "*fp32")
+        types |= dict.fromkeys(("m_scales", "v_scales", "tables"), "*fp32")
         numbers = ("step_size", "epsilon", "decay", "beta_1", "beta_2")
         types |= dict.fromkeys(numbers, "fp32")
         count = 4096 * 4096
@@ -378,8 +393,45 @@ def compile_cases() -> list[CompileCase]:
         )
         name = f"adam8bit: weights {weights}, gradients {gradients}"
         constants = {"SIZE": BLOCK, "BLOCKS": ROWS, "EVEN": True}
-        found.append(CompileCase(name, _adam8bit_kernel, types, constants, work=work))
+        constants |= {"M_LINES": LINES[0], "V_LINES": LINES[1]}
+        case = CompileCase(name, _adam8bit_kernel, types, constants, warps=WARPS, work=work)
+        found.append(case)
     return found
+
+
+CANDIDATES = (
+    Candidate((8, 4), "16 weights a thread: tables and rows cost least for each"),
+    Candidate((4, 4), "8 weights a thread: fewer registers, so half as many warps again fit"),
+    Candidate((4, 2), "16 weights a thread in small programs, which end and begin more evenly"),
+    Candidate((8, 8), "8 weights a thread, tables copied for twice as many of them"),
+)
+"""Blocks of 256 weights, and warps."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """A matrix of a small model, and one of a large one."""
+    shapes = [(3, 700)] if small else [(4096, 4096), (576, 1536)]
+    return [_tune_case(*shape, small=small) for shape in shapes]
+
+
+def _tune_case(rows: int, columns: int, *, small: bool) -> TuneCase:
+    dtype = torch.float16 if small else torch.bfloat16
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        weight, gradient = (
+            torch.randn(rows, columns, generator=draw).to(device, dtype) for _ in range(2)
+        )
+        state = Adam8bitState.zeros(weight)
+
+        def run() -> Tensor:
+            adam8bit(weight, gradient, state, step=1, lr=1e-3, backend="triton")
+            return weight
+
+        return cut("adam8bit", numbers, run)
+
+    key = key_of(dtype, count=rows * columns)
+    return TuneCase("adam8bit", key, (ROWS, WARPS), CANDIDATES, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

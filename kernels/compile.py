@@ -3,6 +3,7 @@
     python -m effnb.kernels.compile [--arch 80 90] [NAME ...]
     python -m effnb.kernels.compile --report [NAME ...]    # and what each can reach at best
     python -m effnb.kernels.compile --report --store       # as results/kernel_report.json
+    python -m effnb.kernels.compile --report --store NAME  # the lines of one that was changed
 
 Triton's compiler needs no GPU. What it refuses here would have failed at the first launch: types
 that do not fit, products too small for the tensor cores, more shared memory than a GPU has. A case
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -26,15 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import effnb.kernels
 from effnb.kernels import report
-from effnb.kernels._launch import INTERPRETED, LIMITS, triton
+from effnb.kernels._launch import INTERPRETED, LIMITS, Launched, recorded, triton
 from effnb.kernels._stored import RESULTS, provenance, write
+from effnb.kernels._tuning import TuneCase
 from effnb.kernels.assembly import Assembly, disassemble
 from effnb.kernels.report import Work
 
 HELPERS = ("assembly", "bench", "compile", "report")
+REPORT = RESULTS / "kernel_report.json"
 KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Types of cases, by the names that Triton has for them."""
 
@@ -56,6 +61,7 @@ class CompileCase:
         stages: Stages of the pipeline.
         work: What a launch of it does at sizes that people use, for the report.
         archs: Compute capabilities whose settings these are.
+        multiples: Other whole numbers that are multiples of 16, as Triton finds out at a launch.
     """
 
     name: str
@@ -67,6 +73,7 @@ class CompileCase:
     stages: int = 2
     work: Work | None = None
     archs: tuple[int, ...] = tuple(LIMITS)
+    multiples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,69 @@ def cases(*names: str) -> list[CompileCase]:
     return found
 
 
+POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
+    torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
+}  # fmt: skip
+
+
+def candidate_cases(*names: str) -> list[CompileCase]:
+    """What tuning would launch with each of its candidates, by these kernels or by all.
+
+    The launches are recorded, at the sizes that are tuned on a GPU, in tensors without numbers
+    where the way to the launch asks for none. Of cases that differ in sizes alone, and are cut in
+    the same ways, the first stands for all.
+    """
+    found: dict[tuple, CompileCase] = {}
+    for name in names or modules():
+        firsts: dict[tuple, TuneCase] = {}
+        for case in importlib.import_module(f"effnb.kernels.{name}").tune_cases():
+            firsts.setdefault((case.alike, case.default, case.candidates), case)
+        for case in firsts.values():
+            for numbers in dict.fromkeys([case.default, *(c.numbers for c in case.candidates)]):
+                title = f"{name}: {case.key} {numbers}"
+                for one in (_as_case(title, *launched) for launched in _launches(case, numbers)):
+                    kept = tuple(one.constants.items()), tuple(one.types.items())
+                    found.setdefault((one.kernel, kept, one.warps, one.stages), one)
+    return list(found.values())
+
+
+def _launches(case: TuneCase, numbers: tuple[int, ...]) -> list[Launched]:
+    cpu = torch.device("cpu")
+    with recorded() as launches:
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                case.make(cpu, numbers)()
+        except DataDependentOutputException:
+            launches.clear()
+            case.make(cpu, numbers)()
+    return launches
+
+
+def _as_case(name: str, kernel: Any, given: tuple, settings: dict[str, Any]) -> CompileCase:
+    """A launch as the compiler sees it: what is 1, and tensors that are absent, are constants."""
+    values = dict(zip(kernel.arg_names, given, strict=False)) | settings
+    warps, stages = values.pop("num_warps", 4), values.pop("num_stages", 3)
+    types, constants, multiples = {}, {}, []
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or _is_one(value):
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            types[parameter.name] = "fp32"
+        else:
+            types[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            multiples += [parameter.name] * (value % 16 == 0)
+    about = dict(warps=warps, stages=stages, multiples=tuple(multiples))
+    return CompileCase(name, kernel, types, constants, **about)
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, int) and value == 1
+
+
 def compile_case(case: CompileCase, arch: int) -> Compiled:
     """Compile one case down to machine code.
 
@@ -131,7 +201,9 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (name.startswith("stride") and kind != "constexpr")
+        if kind.startswith("*")
+        or (name.startswith("stride") and kind != "constexpr")
+        or name in case.multiples
     }
     constants = {name: v for name, v in case.constants.items() if name in signature}
     source = ASTSource(case.kernel, signature, constants, aligned)
@@ -168,16 +240,36 @@ def _devices() -> dict[str, dict[str, Any]]:
     return {str(arch): dict(vars(device)) for arch, device in report.DEVICES.items()}
 
 
+def _module(row: Mapping[str, Any]) -> str:
+    return row["kernel"].partition(":")[0]
+
+
+def of_others(stored: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The stored lines of all kernels but these, which the same compiler would give again.
+
+    A test compiles everything and compares, so that a line that is out of date does not stay.
+
+    Raises:
+        ValueError: When another compiler wrote them, or they follow from other data sheets.
+    """
+    data = stored["data"]
+    if data["triton"] != triton.__version__:
+        raise ValueError(f"the report is by Triton {data['triton']}, and this is another.")
+    if data["devices"] != _devices():
+        raise ValueError("the report follows from other data sheets.")
+    return [row for row in data["table"] if _module(row) not in names]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print a table; 1 when something failed."""
     parser = argparse.ArgumentParser(prog="python -m effnb.kernels.compile")
     parser.add_argument("names", nargs="*", help="kernels, all by default")
     parser.add_argument("--arch", nargs="+", type=int, default=sorted(LIMITS), metavar="80")
     parser.add_argument("--report", action="store_true", help="what each can reach at best")
-    parser.add_argument("--store", action="store_true", help="store that; all kernels only")
+    parser.add_argument("--store", action="store_true", help="store that; of names, their lines")
     options = parser.parse_args(arguments)
-    if options.store and (options.names or not options.report):
-        parser.error("--store goes with --report and no names: what is stored is the whole report.")
+    if options.store and (not options.report or set(options.arch) != set(LIMITS)):
+        parser.error("--store goes with --report, for all targets: what is stored is whole.")
     if triton is None or INTERPRETED:
         why = "TRITON_INTERPRET is set" if INTERPRETED else "Triton is not installed"
         print(f"Nothing can be compiled: {why}.", file=sys.stderr)
@@ -186,6 +278,13 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         print(f"{unknown[0]} is no kernel: {', '.join(modules())}.", file=sys.stderr)
         return 2
+    kept: list[dict[str, Any]] = []
+    if options.store and options.names:
+        try:
+            kept = of_others(json.loads(REPORT.read_text(encoding="utf-8")), options.names)
+        except (OSError, ValueError) as problem:
+            print(f"All kernels have to be stored at once: {problem}", file=sys.stderr)
+            return 2
     built, failures = build(options.names, options.arch)
     print(report.HEAD if options.report else HEAD)
     rows = []
@@ -206,8 +305,9 @@ def main(arguments: list[str] | None = None) -> int:
         about = provenance(
             "python -m effnb.kernels.compile --report --store", "not run", ("triton", "torch")
         )
+        rows = sorted(kept + rows, key=lambda one: modules().index(_module(one)))
         data = {"triton": triton.__version__, "devices": _devices(), "table": rows}
-        write({"provenance": about, "data": data}, RESULTS / "kernel_report.json")
+        write({"provenance": about, "data": data}, REPORT)
     return 1 if failures else 0
 
 

@@ -24,9 +24,9 @@ Sheng et al., "S-LoRA: Serving Thousands of Concurrent LoRA Adapters", 2023, arX
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
 
+from effnb.kernels import _tuning
 from effnb.kernels._launch import (
     cdiv,
     check_floats,
@@ -51,6 +52,7 @@ from effnb.kernels._launch import (
     tl,
     wide_precision,
 )
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, cut, drawn, key_of
 from effnb.kernels.bench import EXACT, BenchCase, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.lora import too_large
@@ -281,21 +283,31 @@ def _one_user(count: int, device: torch.device) -> UserBatch:
         return UserBatch.of_one(count, device)
 
 
+def _cut(dtype: torch.dtype) -> Numbers:
+    """Inputs of a turn of the first kernel, outputs of a program of the second, and warps.
+
+    128 inputs of 16 rows and of rank 16 are 8 KiB in 16 bits: with twelve programs on a
+    multiprocessor, all that memory can deliver. In float32 sums take the registers.
+    """
+    return (32 if dtype == torch.float32 else 128), 64, 4
+
+
 def _run_gathered(
     x: Tensor, A: Tensor, B: Tensor, batch: UserBatch, scaling: Tensor, base: Tensor | None
 ) -> Tensor:
     """Launch both kernels: x (M, K), A (U, r, K), B (U, N, r), with any strides."""
     (count, k), (_, n, rank) = x.shape, B.shape
     tiles, block_m = batch.rows.shape
-    single = x.dtype == torch.float32
-    block_r, block_k, block_n = max(16, next_power_of_2(rank)), 32 if single else 128, 64
+    block_r = max(16, next_power_of_2(rank))
+    key = partial(key_of, x.dtype, rows=count, k=k, n=n, rank=rank)
+    block_k, block_n, warps = _tuning.chosen("gathered_lora", key, x.device, _cut(x.dtype))
     how = {"RANK": rank, "BLOCK_M": block_m, "BLOCK_R": block_r, "WIDE": wide_precision(x.dtype)}
     parts = _parts(tiles, k, block_k)
     lists = batch.rows.contiguous(), batch.owners.contiguous()
     h = empty((parts, tiles * block_m, rank), torch.float32, x.device)
     launch(
         _down, (tiles, parts), x, A, *lists, h, *x.stride(), *A.stride(),
-        K=k, BLOCK_K=block_k, **how, num_warps=4, num_stages=2,
+        K=k, BLOCK_K=block_k, **how, num_warps=warps, num_stages=2,
     )  # fmt: skip
     h = h[0] if parts == 1 else h.sum(0)
     out = empty((count, n), x.dtype, x.device)
@@ -303,7 +315,7 @@ def _run_gathered(
     launch(
         _up, (tiles, cdiv(n, block_n)), h, B, *lists, scaling.contiguous(), base, out,
         *B.stride(), *strides, N=n, BASE=base is not None, BLOCK_N=block_n, **how,
-        num_warps=4, num_stages=2,
+        num_warps=warps, num_stages=2,
     )  # fmt: skip
     return out
 
@@ -546,6 +558,39 @@ def _work(down: bool, rank: int, m: int, n: int, k: int, size: int) -> Work:
         + 4 * users * m * rank * (parts if down else 1),
         flops=2 * rows * rank * width,
     )
+
+
+CANDIDATES = (
+    Candidate((128, 64, 4), "8 KiB of x and A a turn at rank 16; 4 KiB of the output a program"),
+    Candidate((256, 64, 4), "16 KiB a turn: fewer waits, where a few tiles leave programs few"),
+    Candidate((64, 64, 4), "half of it: more parts of the inputs run side by side"),
+    Candidate((128, 128, 4), "twice the outputs a program: h is read half as often"),
+    Candidate((128, 128, 8), "the same by twice the threads, each with half of the sums"),
+)
+"""Inputs of a turn, outputs of a program, and warps."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """Sixteen users with rank 16: a token of each, and prompts."""
+    n, k, rank = (40, 64, 4) if small else (4096, 4096, 16)
+    return [_tune_case(m, n, k, rank, small) for m in ([5] if small else [16, 1024])]
+
+
+def _tune_case(m: int, n: int, k: int, rank: int, small: bool) -> TuneCase:
+    dtype, users = torch.float16 if small else torch.bfloat16, 3 if small else 16
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        x, a, b, base = drawn(device, dtype, (m, k), (users, rank, k), (users, n, rank), (m, n))
+        batch = UserBatch.of(torch.arange(m, device=device) % users, users)
+        scaling = torch.ones(users, device=device)
+        return cut(
+            "gathered_lora",
+            numbers,
+            lambda: gathered_lora(x, a, b, batch, scaling, base, backend="triton"),
+        )
+
+    key = key_of(dtype, rows=m, k=k, n=n, rank=rank)
+    return TuneCase("gathered_lora", key, _cut(dtype), CANDIDATES, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

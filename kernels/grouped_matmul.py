@@ -30,6 +30,8 @@ Training with Mixture-of-Experts", 2022, arXiv 2211.15841.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from effnb.kernels import _tuning
 from effnb.kernels._launch import (
     cdiv,
     check_floats,
@@ -52,6 +55,7 @@ from effnb.kernels._launch import (
     short,
     tl,
 )
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, cut, drawn, key_of
 from effnb.kernels.bench import EXACT, BenchCase, Runner, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.report import Work
@@ -176,6 +180,9 @@ def _weights(
 # --- launching ------------------------------------------------------------------------------------
 
 
+NAMES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+
+
 def _blocks(rows: int, experts: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles as high as a group of average size, and no higher than registers allow."""
     if dtype == torch.float32:  # without tensor cores, on small blocks
@@ -192,7 +199,9 @@ def _run_rows(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Launch: x (M, K), weight (E, N, K), ends (E,), with any strides."""
     (rows, k), (experts, n, _) = x.shape, weight.shape
     out = empty((rows, n), x.dtype, x.device)
-    blocks = _blocks(rows, experts, x.dtype)
+    key = partial(key_of, x.dtype, rows=rows, experts=experts, n=n, k=k)
+    default = tuple(_blocks(rows, experts, x.dtype).values())
+    blocks = dict(zip(NAMES, _tuning.chosen("grouped_matmul", key, x.device, default)))
     tiles = cdiv(rows, blocks["BLOCK_M"]) + experts if rows else 0
     launch(
         _rows, (tiles * cdiv(n, blocks["BLOCK_N"]),), x, weight, ends, out, rows,
@@ -344,6 +353,47 @@ def compile_cases() -> list[CompileCase]:
         mma = dtype != "fp32"
         found.append(CompileCase(name, kernel, types, constants, mma, warps, stages, work=work))
     return found
+
+
+CANDIDATES = (
+    Candidate((16, 64, 64, 4, 3), "short groups: 8 KiB of weights a turn, two turns under way"),
+    Candidate((16, 128, 64, 4, 4), "short groups: rows serve twice the outputs, 48 KiB under way"),
+    Candidate((32, 64, 128, 4, 3), "groups of a few rows: longer turns, half as many waits"),
+    Candidate((64, 64, 64, 4, 4), "middle groups: 32 sums in a thread, three programs fit"),
+    Candidate((64, 128, 64, 8, 3), "middle groups: 32 sums in a thread of twice as many"),
+    Candidate(
+        (128, 128, 64, 8, 3), "long groups: 64 sums in a thread, 64 operations for each byte"
+    ),
+    Candidate(
+        (128, 256, 64, 8, 3), "long groups: 128 sums in a thread, 85 operations for each byte"
+    ),
+)
+"""Rows, outputs and inputs of a tile, warps, and stages, of the product with the rows."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """Eight experts of a large model in decoding and over a prompt."""
+    experts, n, k = (3, 40, 32) if small else (8, 14336, 4096)
+    return [_tune_case(m, experts, n, k, small) for m in ([11] if small else [16, 512, 8192])]
+
+
+def _tune_case(rows: int, experts: int, n: int, k: int, small: bool) -> TuneCase:
+    dtype = torch.float16 if small else torch.bfloat16
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        x, weight = drawn(device, dtype, (rows, k), (experts, n, k))
+        ends = (torch.arange(1, experts + 1, device=device) * rows) // experts
+        ends = ends.to(torch.int32)
+        return cut("grouped_matmul", numbers, lambda: _run_rows(x, weight, ends))
+
+    high = rows // experts  # of an average group: a tile that is more than half empty cannot win
+    fit = tuple(c for c in CANDIDATES if small or c.numbers[0] < 2 * max(high, 16))
+    fit = tuple(c for c in fit if small or high < 128 or c.numbers[0] >= 64)
+    key, default = (
+        key_of(dtype, rows=rows, experts=experts, n=n, k=k),
+        _blocks(rows, experts, dtype),
+    )
+    return TuneCase("grouped_matmul", key, tuple(default.values()), fit, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

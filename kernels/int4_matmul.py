@@ -667,6 +667,8 @@ def _work(kernel: Any, kind: dict[str, Any], m: int, n: int, size: int) -> tuple
     return work, parts
 
 
+NO_GRADIENT = "It computes no gradient."
+
 CANDIDATES = (
     Candidate((1, 16, 4, 4), "one row: a half of the registers, more programs on a multiprocessor"),
     Candidate((1, 32, 4, 4), "one row: a converted input serves four weights of a thread"),
@@ -710,18 +712,26 @@ def _tune_case(m: int, n: int, k: int, small: bool, *, nf4: bool) -> TuneCase:
     fit = tuple(c for c in CANDIDATES if (c.numbers[0] == 1) == (m == 1))
     fit = tuple(c for c in fit if c.numbers[0] < 2 * max(m, 16))
     default = _numbers(_blocks(m, n, k, dtype))
-    return TuneCase("int4_matmul", _key(m, n, k, group, nf4, dtype), default, fit, make)
+    key = _key(m, n, k, group, nf4, dtype)
+    return TuneCase("int4_matmul", key, default, fit, make, alike=f"{nf4}")
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:
     """The layers of a model of 7 billion parameters: one token, sixteen, and a prompt."""
     layers = [(96, 128)] if small else [(4096, 4096), (11008, 4096), (4096, 11008)]
     rows = [1, 3] if small else [1, 16, 2048]
-    return [
+    kinds = ((False, 128), (True, 64))
+    found = [
         _bench_case(m, n, k, group, nf4=nf4)
         for n, k in layers
         for m in rows
-        for nf4, group in ((False, 128), (True, 64))
+        for nf4, group in kinds
+    ]
+    # Fine-tuning on a packed layer: a short batch through packed words, a long one by the library.
+    return found + [
+        _bench_backward(m, *layers[0], group, nf4=nf4)
+        for m in ([3] if small else [16, 64, 2048])
+        for nf4, group in kinds
     ]
 
 
@@ -747,6 +757,38 @@ def _bench_case(m: int, n: int, k: int, group: int, *, nf4: bool) -> BenchCase:
         }
 
     return BenchCase("int4_matmul", shape, torch.bfloat16, size, 2 * m * n * k, make)
+
+
+def _bench_backward(m: int, n: int, k: int, group: int, *, nf4: bool) -> BenchCase:
+    """Forward and the gradient to x, both through packed words: the weight is frozen."""
+    case = _bench_case(m, n, k, group, nf4=nf4)
+
+    def make(device: torch.device) -> dict[str, Any]:
+        x = torch.randn(m, k, device=device, dtype=torch.bfloat16, requires_grad=True)
+        dy = torch.randn(m, n, device=device, dtype=torch.bfloat16)
+        dense = torch.randn(n, k, device=device) / 8
+        if nf4:
+            weight, peers = _nf4_peer(x, dense, group)
+        else:
+            weight, peers = _affine_peer(x, dense, group)
+            peers = {
+                who: run if isinstance(run, str) else NO_GRADIENT for who, run in peers.items()
+            }
+        written = weight.dequantize(x.dtype)
+
+        def trained(run: Callable[[], Tensor]) -> Runner:
+            return lambda: torch.autograd.grad(run(), x, dy)[0]
+
+        return {
+            EXACT: lambda: dy.double() @ weight.dequantize(torch.float64),
+            "ours": trained(lambda: int4_matmul(x, weight, backend=pinned(device))),
+            "torch, bfloat16 weight": trained(lambda: torch.nn.functional.linear(x, written)),
+            "torch, dequantizing": trained(lambda: reference(x, weight)),
+            **{who: run if isinstance(run, str) else trained(run) for who, run in peers.items()},
+        }
+
+    shape = f"{case.shape} with backward"
+    return replace(case, shape=shape, bytes=2 * case.bytes, flops=2 * case.flops, make=make)
 
 
 def _affine_peer(x: Tensor, dense: Tensor, group: int) -> tuple[Int4Weight, dict[str, Any]]:

@@ -26,11 +26,15 @@ w$: rounding activations counts as no change (the straight-through estimator).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from effnb.kernels import _tuning
 from effnb.kernels._launch import (
     cdiv,
     check_floats,
@@ -45,6 +49,7 @@ from effnb.kernels._launch import (
     short,
     tl,
 )
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, cut, drawn, key_of
 from effnb.kernels.bench import EXACT, OTHER, BenchCase, Runner, absent, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.report import Work
@@ -159,9 +164,13 @@ def _int8_matmul_kernel(
     tl.store(at, result.to(out.dtype.element_ty), mask=row_real & column_real)
 
 
-def _settings(rows: int) -> dict[str, int]:
-    """Tiles, by the number of rows."""
-    tile = next((one for most, one in TILES.items() if rows <= most), MANY)
+def _tile(rows: int) -> Numbers:
+    """The tile, by the number of rows."""
+    return next((one for most, one in TILES.items() if rows <= most), MANY)
+
+
+def _settings(tile: Numbers) -> dict[str, int]:
+    """A tile as the kernel takes it."""
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return dict(zip(names, tile, strict=True))
 
@@ -193,7 +202,8 @@ class _Int8Matmul(torch.autograd.Function):
         rows, inputs = flat.shape
         outputs = len(codes)
         out = empty((rows, outputs), x.dtype, x.device)
-        settings = _settings(rows)
+        key = partial(key_of, x.dtype, rows=rows, n=outputs, k=inputs)
+        settings = _settings(_tuning.chosen("int8_matmul", key, x.device, _tile(rows)))
         grid = cdiv(rows, settings["BLOCK_M"]) * cdiv(outputs, settings["BLOCK_N"])
         launch(
             _int8_matmul_kernel, (grid,),
@@ -284,7 +294,7 @@ def compile_cases() -> list[CompileCase]:
         name = f"int8_matmul: round {kind}"
         found.append(CompileCase(name, _quantize_kernel, types, constants, warps=8, work=work))
     for rows, kind, bias in ((1, "bf16", False), (64, "fp16", True), (2048, "bf16", False)):
-        settings = _settings(rows)
+        settings = _settings(_tile(rows))
         warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
         block_m, block_n, block_k = settings.values()
         types = {"x_codes": "*i8", "x_scales": "*fp32", "codes": "*i8", "scales": "*fp32"}
@@ -308,6 +318,44 @@ def compile_cases() -> list[CompileCase]:
             )
         )  # fmt: skip
     return found
+
+
+CANDIDATES = (
+    Candidate((16, 64, 256, 4, 4), "few rows: 16 KiB of codes a turn, three turns under way"),
+    Candidate((16, 32, 256, 4, 5), "few rows: twice the programs, where outputs are few"),
+    Candidate(
+        (16, 128, 128, 4, 5), "few rows: rows of x serve twice the outputs, 64 KiB under way"
+    ),
+    Candidate((64, 64, 128, 4, 4), "some rows: 32 sums in a thread, two programs fit"),
+    Candidate((64, 128, 128, 8, 3), "some rows: what is fetched of x serves twice the outputs"),
+    Candidate((128, 128, 128, 8, 3), "many rows: 64 sums in a thread, 64 products for each byte"),
+    Candidate((128, 256, 64, 8, 3), "many rows: 128 sums in a thread, 85 products for each byte"),
+    Candidate((128, 128, 64, 4, 4), "many rows: shorter turns, half the shared memory"),
+)
+"""Rows, outputs and inputs of a tile, warps, and stages."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """A token, some, and a prompt, through a square layer and one that widens."""
+    layers = [(40, 64)] if small else [(4096, 4096), (14336, 4096)]
+    return [
+        _tune_case(m, n, k, small) for n, k in layers for m in ([3] if small else [1, 64, 4096])
+    ]
+
+
+def _tune_case(rows: int, outputs: int, inputs: int, small: bool) -> TuneCase:
+    dtype = torch.float16 if small else torch.bfloat16
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        x, weight = drawn(device, dtype, (rows, inputs), (outputs, inputs))
+        codes, scale = quantize_rows(weight)
+        return cut("int8_matmul", numbers, lambda: int8_matmul(x, codes, scale, backend="triton"))
+
+    key = key_of(dtype, rows=rows, n=outputs, k=inputs)
+    # A tile that is more than half empty cannot win.
+    fit = tuple(c for c in CANDIDATES if small or c.numbers[0] < 2 * max(rows, 16))
+    fit = tuple(c for c in fit if small or rows <= 64 or c.numbers[0] == 128)
+    return TuneCase("int8_matmul", key, _tile(rows), fit, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

@@ -33,14 +33,16 @@ saves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from effnb.kernels import _tuning
 from effnb.kernels._launch import (
     cdiv,
     check_floats,
@@ -56,6 +58,7 @@ from effnb.kernels._launch import (
     short,
     tl,
 )
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, cut, drawn, key_of
 from effnb.kernels.bench import EXACT, BenchCase, Runner, absent, pinned
 from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
@@ -275,17 +278,24 @@ def _differences_kernel(
     tl.store(at, (factor * d).to(out.dtype.element_ty), mask=inside)
 
 
-def _settings(dtype: torch.dtype) -> dict[str, int]:
-    """Tiles, by the type of the hidden states."""
+def _tile(dtype: torch.dtype) -> Numbers:
+    """The tile, by the type of the hidden states."""
+    return TILES[torch.float32 if dtype == torch.float32 else torch.float16]
+
+
+def _settings(dtype: torch.dtype, tile: Numbers) -> dict[str, int]:
+    """A tile as the kernels take it."""
     names = ("BLOCK_M", "BLOCK_V", "BLOCK_H", "num_warps", "num_stages")
-    tile = TILES[torch.float32 if dtype == torch.float32 else torch.float16]
     return dict(zip(names, tile, strict=True)) | {"PRECISION": precision(dtype)}
 
 
 def _common(heads: _Heads, labels: Tensor | None) -> tuple[tuple, tuple, dict]:
     """What both kernels take: tensors, widths, and constants."""
     t, u = (heads.x, heads.w) if heads.t is None or heads.u is None else (heads.t, heads.u)
-    settings = _settings(heads.x.dtype)
+    key = partial(key_of, heads.x.dtype, tokens=len(heads.x), hidden=heads.x.shape[1])
+    default = _tile(heads.x.dtype)
+    tile = _tuning.chosen("linear_cross_entropy", key, heads.x.device, default)
+    settings = _settings(heads.x.dtype, tile)
     block = settings["BLOCK_H"]
     even = heads.x.shape[1] % block == 0 and t.shape[1] % block == 0
     constants = settings | {"TEACHER": heads.t is not None, "EVEN": even}
@@ -507,7 +517,7 @@ def compile_cases() -> list[CompileCase]:
     found = []
     for kind, teacher in (("fp32", False), ("fp16", True), ("bf16", False), ("bf16", True)):
         dtype = KINDS[kind]
-        settings = _settings(dtype)
+        settings = _settings(dtype, _tile(dtype))
         warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
         block_m, block_v, block_h = (settings[f"BLOCK_{x}"] for x in "MVH")
         heads, size = 1 + teacher, dtype.itemsize
@@ -543,6 +553,35 @@ def compile_cases() -> list[CompileCase]:
                 )
             )  # fmt: skip
     return found
+
+
+CANDIDATES = (
+    Candidate((128, 128, 64, 8, 3), "64 logits in a thread; two turns of 32 KiB under way"),
+    Candidate((128, 128, 64, 8, 2), "one turn under way: a teacher's tiles beside them fit twice"),
+    Candidate((128, 256, 64, 8, 3), "128 logits in a thread, 85 operations for each byte"),
+    Candidate((64, 128, 64, 4, 3), "64 logits in a thread of half as many: two programs fit"),
+    Candidate((128, 128, 32, 8, 4), "shorter turns: three of 16 KiB under way in as much memory"),
+)
+"""Tokens, words and hidden numbers of a tile, warps, and stages."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """The last layer of a model of 8 billion parameters, and of one of 135 million."""
+    shapes = [(40, 32, 70)] if small else [(8192, 4096, 128256), (8192, 576, 49152)]
+    return [_tune_case(*shape, small=small) for shape in shapes]
+
+
+def _tune_case(tokens: int, hidden: int, words: int, *, small: bool) -> TuneCase:
+    dtype = torch.float16 if small else torch.bfloat16
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        x, w = drawn(device, dtype, (tokens, hidden), (words, hidden))
+        labels = torch.arange(tokens, device=device) % words
+        heads = _Heads(x, w, None, None, 1.0)
+        return cut("linear_cross_entropy", numbers, lambda: _sums_by_kernel(heads, labels)[0])
+
+    key = key_of(dtype, tokens=tokens, hidden=hidden)
+    return TuneCase("linear_cross_entropy", key, _tile(dtype), CANDIDATES, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

@@ -50,12 +50,14 @@ $P$ operations and $B$ bytes per second: memory for windows below $2 P / B$, ari
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from effnb.kernels import _tuning
 from effnb.kernels._launch import (
     LIMITS,
     arch_of,
@@ -81,6 +83,7 @@ from effnb.kernels._masked import (
     visible_products,
     visible_sum,
 )
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, cut, drawn, key_of
 from effnb.kernels._window import (
     Masks,
     count_pairs,
@@ -501,6 +504,19 @@ def _settings(holds: str, dim: int, dtype: torch.dtype, causal: bool, arch: int)
     )
 
 
+NUMBERS = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
+
+
+def _forward_settings(q: Tensor, causal: bool) -> dict:
+    """Constants of the forward kernel: those by sizes, or the tile that was measured."""
+    dim, tokens = q.shape[3], q.shape[2]
+    settings = _settings("rows", dim, q.dtype, causal, arch_of(q.device))
+    key = partial(key_of, q.dtype, dim=dim, tokens=tokens)
+    default = tuple(settings[name] for name in NUMBERS)
+    numbers = _tuning.chosen("local_attention", key, q.device, default)
+    return settings | dict(zip(NUMBERS, numbers))
+
+
 def _rows(x: Tensor) -> Tensor:
     """The tensor itself if neighbours of its last dimension touch in memory, or else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -541,20 +557,23 @@ class _LocalAttention(torch.autograd.Function):
         d_out = d_out.contiguous()
         dq, dk, dv = (empty(x.shape, x.dtype, x.device) for x in (q, k, v))
         delta = empty(log_sum.shape, torch.float32, q.device)
-        visits = ctx.visits
+        # Backward more is held beside the scores, so that a tile chosen for forward need not fit.
+        how = q.shape[3], q.dtype, ctx.settings["CAUSAL"], arch_of(q.device)
+        window, visits = (*ctx.window[:2], ctx.settings["CAUSAL"]), ctx.visits
+        settings = _settings("rows", *how)
+        blocks = settings["BLOCK_Q"], settings["BLOCK_K"]
+        if blocks != (ctx.settings["BLOCK_Q"], ctx.settings["BLOCK_K"]):
+            visits = visits_of(kinds, ctx.masks, *window, blocks)
         launch_again(
             _queries_backward_kernel,
             (visits.held * batch * heads,),
             *(q, k, v, kinds, visits.counts, visits.tiles, out, log_sum, d_out, dq, delta),
             *(heads, group, tokens, visits.passing, ctx.scale, *ctx.window),
             *(visits.batch_stride, *ctx.strides),
-            **ctx.settings,
+            **settings,
         )
-        settings = _settings(
-            "columns", q.shape[3], q.dtype, ctx.settings["CAUSAL"], arch_of(q.device)
-        )
+        settings = _settings("columns", *how)
         blocks = settings["BLOCK_Q"], settings["BLOCK_K"]
-        window = *ctx.window[:2], settings["CAUSAL"]
         visits = visits_of(kinds, ctx.masks, *window, blocks, by_keys=True)
         launch_again(
             _keys_backward_kernel,
@@ -647,7 +666,7 @@ def local_attention(
             q, k, v, global_tokens=global_tokens, padding=padding, **options
         )
     scale = dim**-0.5 if scale is None else scale
-    settings = _settings("rows", dim, q.dtype, causal, arch_of(q.device))
+    settings = _forward_settings(q, causal)
     kinds = kinds_of(tokens, q.device, *masks)
     return _LocalAttention.apply(q, k, v, kinds, Masks(*masks), left, right, scale, settings)
 
@@ -721,6 +740,40 @@ def _work(name: str, dim: int, causal: bool, tile: tuple[int, int], size: int) -
         bytes=moved * tokens * dim * size,
         flops=2 * products * heads * tokens * seen * dim,
     )
+
+
+CANDIDATES = (
+    Candidate((64, 64, 4, 2), "64 queries are what four warps multiply at once on an H100"),
+    Candidate((64, 64, 4, 3), "one more tile of keys and values under way: 32 KiB at 128 channels"),
+    Candidate((64, 32, 4, 3), "half the scores: registers for a third program, shorter waits"),
+    Candidate(
+        (128, 64, 8, 2), "keys serve twice the queries: half of the traffic, one program less"
+    ),
+    Candidate((128, 32, 8, 3), "the same with half the scores in a thread"),
+)
+"""Queries and keys of a tile, warps, and stages, of the forward kernel in 16 bits."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """A long text in heads of 128, and a batch in heads of 64; causal windows."""
+    shapes = [(1, 32, 8, 16384, 128, 1024), (4, 12, 12, 4096, 64, 512)]
+    shapes = [(1, 2, 1, 90, 16, 40)] if small else shapes
+    return [_tune_case(*s, small=small) for s in shapes]
+
+
+def _tune_case(batch, heads, key_heads, tokens, dim, window, *, small: bool) -> TuneCase:
+    dtype = torch.float16 if small else torch.bfloat16
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        shapes = [(batch, h, tokens, dim) for h in (heads, key_heads, key_heads)]
+        q, k, v = drawn(device, dtype, *shapes)
+        options = dict(window=window, causal=True, backend="triton")
+        return cut("local_attention", numbers, lambda: local_attention(q, k, v, **options))
+
+    settings = _settings("rows", dim, dtype, True, min(LIMITS))  # the same on all, in 16 bits
+    default = tuple(settings[name] for name in NUMBERS)
+    key = key_of(dtype, dim=dim, tokens=tokens)
+    return TuneCase("local_attention", key, default, CANDIDATES, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

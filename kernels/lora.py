@@ -47,7 +47,7 @@ from effnb.kernels._launch import (
     wide_precision,
 )
 from effnb.kernels._tuning import Candidate, Numbers, TuneCase, chosen, key_of
-from effnb.kernels.bench import EXACT, OTHER, BenchCase, absent, pinned
+from effnb.kernels.bench import EXACT, OTHER, BenchCase, Runner, absent, pinned
 from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
 
@@ -471,7 +471,8 @@ def _tune_case(m: int, n: int, k: int, rank: int, small: bool) -> TuneCase:
 def bench_cases(*, small: bool = False) -> list[BenchCase]:
     """A layer of a model of 7 billion parameters with rank 16: one token, sixteen, a prompt."""
     n, k, rank = (96, 128, 4) if small else (4096, 4096, 16)
-    return [_bench_layer(m, n, k, rank) for m in ([3] if small else [1, 16, 2048])]
+    found = [_bench_layer(m, n, k, rank) for m in ([3] if small else [1, 16, 2048])]
+    return found + [_bench_training(m, n, k, rank) for m in ([3] if small else [16, 2048])]
 
 
 def _bench_layer(m: int, n: int, k: int, r: int) -> BenchCase:
@@ -493,8 +494,43 @@ def _bench_layer(m: int, n: int, k: int, r: int) -> BenchCase:
     return BenchCase("lora", f"M={m} N={n} K={k} r={r}", torch.bfloat16, size, flops, make)
 
 
-def _peft(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
-    """The same layer in the library peft, or why it is not there."""
+def _bench_training(m: int, n: int, k: int, r: int) -> BenchCase:
+    """Forward and backward to everything that has a gradient: x, A and B of a frozen layer, and W.
+
+    The layer's own gradient is asked for as well, which a fine-tuned layer leaves out: it shows
+    what the low-rank part costs beside it.
+    """
+
+    def make(device: torch.device) -> dict[str, Any]:
+        leaves = [
+            (torch.randn(shape, device=device, dtype=torch.bfloat16) / shape[1] ** 0.5)
+            for shape in ((m, k), (n, k), (r, k), (n, r))
+        ]
+        dy = torch.randn(m, n, device=device, dtype=torch.bfloat16)
+
+        def trained(run: Callable[..., Tensor], kind: torch.dtype = torch.bfloat16) -> Runner:
+            own = [t.to(kind).detach().requires_grad_() for t in leaves]
+            return lambda: torch.autograd.grad(run(*own), own, dy.to(kind))
+
+        return {
+            EXACT: trained(lambda *t: reference(*t, 2.0), torch.float64),
+            "ours": trained(lambda *t: lora(*t, 2.0, backend=pinned(device))),
+            "torch, in turn": trained(lambda *t: reference(*t, 2.0)),
+            "torch, 16 bits in turn": trained(
+                lambda x, w, a, b: linear(x, w) + 2.0 * linear(linear(x, a), b)
+            ),
+            "peft": _peft(*leaves, dy),
+        }
+
+    # Forward reads x, W, A, B and writes y; backward reads them and dy, and writes four gradients.
+    size = 2 * (3 * (n * k + r * (k + n)) + m * (3 * k + 2 * n))
+    flops = 3 * (2 * m * n * k + 2 * m * r * (k + n))
+    shape = f"M={m} N={n} K={k} r={r} with backward"
+    return BenchCase("lora", shape, torch.bfloat16, size, flops, make)
+
+
+def _peft(x: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor | None = None) -> Any:
+    """The same layer in the library peft, or why it is not there; with dy, also backward."""
     missing = absent("peft")
     if missing:
         return missing
@@ -507,4 +543,9 @@ def _peft(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(next(v for key, v in values.items() if key in name))
-    return torch.no_grad()(lambda: model(x))
+    if dy is None:
+        return torch.no_grad()(lambda: model(x))
+    held = {name: p.requires_grad_() for name, p in model.named_parameters()}
+    parts = [next(p for name, p in held.items() if key in name) for key in values]
+    own = [x.detach().requires_grad_(), *parts]
+    return lambda: torch.autograd.grad(model(own[0]), own, dy)

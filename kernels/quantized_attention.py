@@ -31,14 +31,18 @@ groups of 32 that is 5.3 times less than in 16 bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from effnb.kernels import _tuning
 from effnb.kernels._launch import (
+    INTERPRETED,
     cdiv,
     check_floats,
     check_number,
@@ -53,15 +57,18 @@ from effnb.kernels._launch import (
     short,
     tl,
 )
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, cut, drawn, key_of
 from effnb.kernels.bench import EXACT, OTHER, BenchCase, Runner, pinned
-from effnb.kernels.compile import CompileCase
+from effnb.kernels.compile import KINDS, CompileCase
 from effnb.kernels.report import Work
 
 LOG2_E = 1.4426950408889634
 TOKENS = 128
 """Tokens of a tile: of 2-bit keys that is a sector of memory for each channel."""
-PARTS = 32
-"""Parts of a long text at most: with 8 heads of keys that makes 256 programs for one sequence."""
+PARTS, WARPS, STAGES = 32, 4, 2
+"""Parts of a long text at most, warps and stages: with 8 heads of keys that makes 256 programs for
+one sequence, two on a multiprocessor, each with a tile of 2-bit keys and values, 12 KiB with their
+steps, under way: twice what memory needs."""
 BITS = (2, 4, 8)
 
 
@@ -125,6 +132,57 @@ def _spread(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr):
     return tl.reshape(wide, (ROWS, GROUPS * EACH))
 
 
+def _unpacking(bits: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """For each code of a byte, how a GPU unpacks it from four bytes at once; nothing, or none.
+
+    A byte that becomes the lower half of a 16-bit number whose upper half is 0x64 (0x43) makes the
+    float16 1024 + c (the bfloat16 128 + c): of four codes, a shift and a mask leave the bytes, two
+    permutations put them there, two sums take the 1024 (128) off, and two products make the
+    numbers. That is two instructions a number, where one number at a time takes five, one of them a
+    conversion, for which a GPU has a sixteenth of the units. Eight bits are too many for bfloat16.
+    """
+    half = dtype == torch.float16
+    if not (half or (dtype == torch.bfloat16 and bits < 8)):
+        return ("",) * (8 // bits)
+    kind, upper, less, one = (
+        ("f16x2", 0x64646464, 0xE400E400, 0x3C003C00)
+        if half
+        else ("bf16x2", 0x43434343, 0xC300C300, 0x3F803F80)
+    )
+    mask = ((1 << bits) - 1) * 0x01010101
+    return tuple(
+        f"""{{
+        .reg .b32 bytes, low, high, upper, less, one;
+        mov.b32 upper, {upper:#x};
+        mov.b32 less, {less:#x};
+        mov.b32 one, {one:#x};
+        shr.b32 bytes, $2, {bits * j};
+        and.b32 bytes, bytes, {mask:#x};
+        prmt.b32 low, bytes, upper, 0x4140;
+        prmt.b32 high, bytes, upper, 0x4342;
+        fma.rn.{kind} low, low, one, less;
+        fma.rn.{kind} high, high, one, less;
+        fma.rn.{kind} $0, low, $3, $5;
+        fma.rn.{kind} $1, high, $4, $6;
+        }}"""
+        for j in range(8 // bits)
+    )
+
+
+@jit
+def _numbers(
+    codes, step, low, kind: tl.constexpr, ASM: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """The numbers c s + m of the J-th code of each byte, in a type."""
+    if ASM[J] == "":
+        code = ((codes.to(tl.int32) >> (J * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+        return (code * step + low).to(kind)
+    else:
+        return tl.inline_asm_elementwise(
+            ASM[J], "=r,=r,r,r,r,r,r", [codes, step, low], dtype=step.dtype, is_pure=True, pack=4
+        )
+
+
 @jit
 def _packed_kernel(
     query, key_codes, key_scales, key_minima, value_codes, value_scales, value_minima,
@@ -134,14 +192,13 @@ def _packed_kernel(
     stride_keys, stride_key_groups, stride_values, stride_value_groups,  # from head to head
     tiles, tiles_of_part, parts,
     scale,  # with log2(e) in it
-    BITS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One part of the packed tokens, for all query heads that share their keys."""
     EACH: tl.constexpr = 8 // BITS
     SOME: tl.constexpr = BLOCK_T // EACH  # tokens of a tile that come with one shift
     PLACES: tl.constexpr = VALUE_DIM // EACH  # channels that do
-    MASK: tl.constexpr = (1 << BITS) - 1
     head = (tl.program_id(0) // parts).to(tl.int64)  # of keys, of one sequence
     part = tl.program_id(0) % parts
     row = tl.arange(0, BLOCK_Q)
@@ -152,6 +209,8 @@ def _packed_kernel(
     value_group = tl.arange(0, VALUE_DIM // GROUP)
     at_q = query + (head * group + row[:, None]) * DIM + dim[None, :]
     q = tl.load(at_q, mask=(row < group)[:, None], other=0.0)
+    PACKED: tl.constexpr = ASM[0] != ""
+    held: tl.constexpr = q.dtype if PACKED else tl.float32  # the type of steps and minima
     key_codes += head * stride_keys
     key_scales += head * stride_key_groups
     key_minima += head * stride_key_groups
@@ -168,41 +227,61 @@ def _packed_kernel(
     last = tl.minimum((part + 1) * tiles_of_part, tiles)
     for tile in range(part * tiles_of_part, last):
         first = tile * SOME
-        codes = tl.load(key_codes + dim[:, None] * key_bytes + first + byte[None, :]).to(tl.int32)
+        codes = tl.load(key_codes + dim[:, None] * key_bytes + first + byte[None, :])
         at = dim[:, None] * key_groups + tile * (BLOCK_T // GROUP) + key_group[None, :]
-        step = tl.load(key_scales + at).to(tl.float32)
-        low = tl.load(key_minima + at).to(tl.float32)
+        step, low = tl.load(key_scales + at).to(held), tl.load(key_minima + at).to(held)
         step = _spread(step, DIM, BLOCK_T // GROUP, GROUP // EACH)
         low = _spread(low, DIM, BLOCK_T // GROUP, GROUP // EACH)
-        for j in tl.static_range(EACH):
-            k = ((codes >> (j * BITS)) & MASK).to(tl.float32) * step + low
-            scores = scale * tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
-            new_m = tl.maximum(m, tl.max(scores, axis=1))
+        if PACKED:  # scores of the whole tile come first: sums are shrunk once for all of them
+            z_0 = scale * tl.dot(q, _numbers(codes, step, low, q.dtype, ASM, 0, BITS))
+            most, z_1, z_2, z_3 = z_0, z_0, z_0, z_0
+            if EACH > 1:
+                z_1 = scale * tl.dot(q, _numbers(codes, step, low, q.dtype, ASM, 1, BITS))
+                most = tl.maximum(most, z_1)
+            if EACH > 2:
+                z_2 = scale * tl.dot(q, _numbers(codes, step, low, q.dtype, ASM, 2, BITS))
+                z_3 = scale * tl.dot(q, _numbers(codes, step, low, q.dtype, ASM, 3, BITS))
+                most = tl.maximum(most, tl.maximum(z_2, z_3))
+            new_m = tl.maximum(m, tl.max(most, axis=1))
             shrink = tl.exp2(m - new_m)
-            p = tl.exp2(scores - new_m[:, None])
-            s = s * shrink + tl.sum(p, axis=1)
-            m = new_m
+            m, s = new_m, s * shrink
+            out_0, out_1 = out_0 * shrink[:, None], out_1 * shrink[:, None]
+            out_2, out_3 = out_2 * shrink[:, None], out_3 * shrink[:, None]
+            share = tl.zeros((BLOCK_Q, SOME), tl.float32)
+        for j in tl.static_range(EACH):
+            if PACKED:
+                z = z_0 if j == 0 else (z_1 if j == 1 else (z_2 if j == 2 else z_3))
+                p = tl.exp2(z - m[:, None])
+                share += p
+            else:
+                k = _numbers(codes, step, low, q.dtype, ASM, j, BITS)
+                z = scale * tl.dot(q, k, input_precision=PRECISION)
+                new_m = tl.maximum(m, tl.max(z, axis=1))
+                shrink = tl.exp2(m - new_m)
+                p = tl.exp2(z - new_m[:, None])
+                m, s = new_m, s * shrink + tl.sum(p, axis=1)
+                out_0, out_1 = out_0 * shrink[:, None], out_1 * shrink[:, None]
+                out_2, out_3 = out_2 * shrink[:, None], out_3 * shrink[:, None]
             token = tile * BLOCK_T + byte * EACH + j
-            packed = tl.load(value_codes + token[:, None] * PLACES + place[None, :]).to(tl.int32)
+            packed = tl.load(value_codes + token[:, None] * PLACES + place[None, :])
             at_v = token[:, None] * (VALUE_DIM // GROUP) + value_group[None, :]
-            v_step = tl.load(value_scales + at_v).to(tl.float32)
-            v_low = tl.load(value_minima + at_v).to(tl.float32)
+            v_step = tl.load(value_scales + at_v).to(held)
+            v_low = tl.load(value_minima + at_v).to(held)
             v_step = _spread(v_step, SOME, VALUE_DIM // GROUP, GROUP // EACH)
             v_low = _spread(v_low, SOME, VALUE_DIM // GROUP, GROUP // EACH)
             w = p.to(q.dtype)
-            v = (packed & MASK).to(tl.float32) * v_step + v_low
-            out_0 = out_0 * shrink[:, None] + tl.dot(w, v.to(q.dtype), input_precision=PRECISION)
+            v = _numbers(packed, v_step, v_low, q.dtype, ASM, 0, BITS)
+            out_0 = tl.dot(w, v, out_0, input_precision=PRECISION)
             if EACH > 1:
-                v = ((packed >> BITS) & MASK).to(tl.float32) * v_step + v_low
-                out_1 *= shrink[:, None]
-                out_1 += tl.dot(w, v.to(q.dtype), input_precision=PRECISION)
+                v = _numbers(packed, v_step, v_low, q.dtype, ASM, 1, BITS)
+                out_1 = tl.dot(w, v, out_1, input_precision=PRECISION)
             if EACH > 2:
-                v = ((packed >> (2 * BITS)) & MASK).to(tl.float32) * v_step + v_low
-                out_2 *= shrink[:, None]
-                out_2 += tl.dot(w, v.to(q.dtype), input_precision=PRECISION)
-                v = ((packed >> (3 * BITS)) & MASK).to(tl.float32) * v_step + v_low
-                out_3 *= shrink[:, None]
-                out_3 += tl.dot(w, v.to(q.dtype), input_precision=PRECISION)
+                v = _numbers(packed, v_step, v_low, q.dtype, ASM, 2, BITS)
+                out_2 = tl.dot(w, v, out_2, input_precision=PRECISION)
+                v = _numbers(packed, v_step, v_low, q.dtype, ASM, 3, BITS)
+                out_3 = tl.dot(w, v, out_3, input_precision=PRECISION)
+        if PACKED:
+            s += tl.sum(share, axis=1)
     here = (head * group + row) * parts + part
     real = row < group
     tl.store(largest + here, m, mask=real)
@@ -307,7 +386,10 @@ def _by_kernel(
     group, bits = heads // key_heads, packed_keys.bits
     key_bytes, key_groups = packed_keys.codes.shape[3], packed_keys.scales.shape[3]
     tiles = min(key_bytes * 8 // bits, packed_values.codes.shape[2]) // TOKENS
-    tiles_of_part = max(1, cdiv(tiles, min(PARTS, max(tiles, 1))))
+    key = partial(key_of, q.dtype, heads=batch * key_heads, tokens=tiles * TOKENS, dim=dim)
+    default = PARTS, WARPS, STAGES
+    most, warps, stages = _tuning.chosen("quantized_attention", key, q.device, default)
+    tiles_of_part = max(1, cdiv(tiles, min(most, max(tiles, 1))))
     parts = cdiv(tiles, tiles_of_part)
     first = tiles * TOKENS
     late_keys = read_back(_behind(packed_keys, first, columns=True), q.dtype).mT
@@ -321,7 +403,7 @@ def _by_kernel(
     q = q.contiguous()
     sizes = dict(
         DIM=dim, VALUE_DIM=value_dim, BLOCK_Q=max(16, next_power_of_2(group)),
-        PRECISION=precision(q.dtype), num_warps=4, num_stages=2,
+        PRECISION=precision(q.dtype),
     )  # fmt: skip
     held = [
         x.contiguous()
@@ -329,6 +411,7 @@ def _by_kernel(
         for x in (packed.codes, packed.scales, packed.minima)
     ]
     value_rows = packed_values.codes.shape[2]
+    asm = ("",) * (8 // bits) if INTERPRETED else _unpacking(bits, q.dtype)
     launch(
         _packed_kernel, (batch * key_heads * parts,),
         q, *held, largest, total, weighted,
@@ -336,13 +419,14 @@ def _by_kernel(
         value_rows * packed_values.codes.shape[3],
         value_rows * packed_values.scales.shape[3],
         *(tiles, tiles_of_part, parts, scale * LOG2_E),
-        BITS=bits, GROUP=packed_keys.group_size, BLOCK_T=TOKENS, **sizes,
+        BITS=bits, GROUP=packed_keys.group_size, BLOCK_T=TOKENS, ASM=asm, **sizes,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     launch(
         _latest_kernel, (batch * key_heads,),
         q, late_keys, late_values, largest, total, weighted, out,
         *(group, late_keys.shape[2], parts, scale * LOG2_E),
-        BLOCK_T=32 if q.dtype == torch.float32 else 64, **sizes,
+        BLOCK_T=32 if q.dtype == torch.float32 else 64, **sizes, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 
@@ -480,8 +564,9 @@ def compile_cases() -> list[CompileCase]:
         strides = ("keys", "key_groups", "values", "value_groups")
         types |= {f"stride_{name}": "i64" for name in strides}
         constants = dict(
-            BITS=bits, GROUP=group_size, PRECISION="ieee", DIM=dim, VALUE_DIM=dim, BLOCK_Q=16,
-            BLOCK_T=TOKENS, key_bytes=tokens * bits // 8, key_groups=tokens // group_size,
+            BITS=bits, GROUP=group_size, PRECISION="ieee", ASM=_unpacking(bits, KINDS[kind]),
+            DIM=dim, VALUE_DIM=dim, BLOCK_Q=16, BLOCK_T=TOKENS, key_bytes=tokens * bits // 8,
+            key_groups=tokens // group_size,
         )  # fmt: skip
         each = bits + 32 / group_size  # bits of a number with its share of scale and minimum
         work = Work(
@@ -497,7 +582,7 @@ def compile_cases() -> list[CompileCase]:
         found.append(
             CompileCase(
                 f"quantized_attention: {kind} {bits} bits", _packed_kernel, types, constants,
-                mma=kind != "fp32", work=work,
+                warps=WARPS, stages=STAGES, mma=kind != "fp32", work=work,
             )
         )  # fmt: skip
         if bits == 2:
@@ -518,6 +603,47 @@ def compile_cases() -> list[CompileCase]:
                 CompileCase(name, _latest_kernel, types, late, mma=kind != "fp32", work=rest)
             )
     return found
+
+
+CANDIDATES = (
+    Candidate((32, 4, 2), "one tile under way in each of the programs, two on a multiprocessor"),
+    Candidate((64, 4, 2), "twice the programs: three find room, and latency is hidden among them"),
+    Candidate((32, 4, 3), "two tiles under way: 24 KiB of 2-bit codes and steps a program"),
+    Candidate((16, 4, 3), "many sequences: fewer parts to put together, each with longer runs"),
+    Candidate((32, 8, 2), "half of a tile's numbers a thread: fewer registers, more barriers"),
+)
+"""Parts of a text at most, warps, and stages."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """A long text, and many shorter ones, in 2 bits."""
+    shapes = [(1, 2, 1, 5 * 128, 64)] if small else [(1, 32, 8, 16384, 128), (16, 32, 8, 4096, 128)]
+    return [_tune_case(*shape, small=small) for shape in shapes]
+
+
+def _tune_case(batch, heads, key_heads, tokens, dim, *, small: bool) -> TuneCase:
+    dtype, bits, group = torch.float16 if small else torch.bfloat16, 2, 32
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        def rows(count: int, columns: int) -> _Rows:
+            shape = batch, key_heads, count
+            (codes,) = drawn(device, torch.float32, (*shape, columns * bits // 8))
+            codes = (codes * 1000).to(torch.int32).remainder(256).to(torch.uint8)
+            scales = torch.ones(*shape, columns // group, device=device).half() / 4
+            return _Rows(codes, scales, -1.5 * scales, bits, group)
+
+        late = (batch, key_heads, 40, dim)
+        q, keys, values = drawn(device, dtype, (batch, heads, 1, dim), late, late)
+        packed = rows(dim, tokens), rows(tokens, dim)
+        return cut(
+            "quantized_attention",
+            numbers,
+            lambda: quantized_attention(q, *packed, keys, values, backend="triton"),
+        )
+
+    key = key_of(dtype, heads=batch * key_heads, tokens=tokens, dim=dim)
+    default = PARTS, WARPS, STAGES
+    return TuneCase("quantized_attention", key, default, CANDIDATES, make)
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

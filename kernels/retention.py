@@ -64,6 +64,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from jaxtyping import Float
@@ -71,6 +72,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from effnb.kernels._launch import (
+    LIMITS,
+    arch_of,
     cdiv,
     check_floats,
     check_number,
@@ -447,6 +450,7 @@ def _settings(
     reverse: bool,
     rows: int,
     turned: bool = False,
+    arch: int = min(LIMITS),
 ) -> dict:
     """Constants of a kernel, "states" or "outputs": blocks that registers hold."""
     how = _precision(dtype)
@@ -460,6 +464,11 @@ def _settings(
     )
     # Eight warps where a program holds 128 x 128 sums, 64 of a thread's registers; else four.
     large = chunk > 64 or exact if kernel == "outputs" else block_k * block_v > 4096
+    # 64 tokens of 128 keys and values are 32 KiB, of which two stages are under way. Before wgmma,
+    # which reads them from shared memory, they pass through registers, and beside 64 sums there is
+    # room for 32 tokens: four stages of 16 KiB.
+    narrow = how == "narrow" and block_k * block_v > 8192 and arch < 90
+    block_t, stages = (32, 5) if narrow else (64, 3)
     return dict(
         DIM_K=dim_k,
         DIM_V=dim_v,
@@ -469,9 +478,8 @@ def _settings(
         REVERSE=reverse,
         PRECISION=how,
         num_warps=8 if large else 4,
-        num_stages=3 if kernel == "states" else 2,
-        # 64 tokens of 128 keys and values are 32 KiB, of which two stages are under way.
-        **({"TURNED": turned} if kernel == "outputs" else {"BLOCK_T": min(chunk, 64)}),
+        num_stages=stages if kernel == "states" else 2,
+        **({"TURNED": turned} if kernel == "outputs" else {"BLOCK_T": min(chunk, block_t)}),
     )
 
 
@@ -495,7 +503,8 @@ def _run_states(key, value, log2_gamma, initial, scale, chunk_size, *, reverse=F
     shape = rows, cdiv(tokens, chunk_size), dim_k, dim_v
     states = empty(shape, _state_type(value.dtype), value.device)
     final = empty((batch, heads, dim_k, dim_v), torch.float32, value.device)
-    settings = _settings("states", dim_k, dim_v, chunk_size, value.dtype, reverse, rows)
+    use = dim_k, dim_v, chunk_size, value.dtype, reverse, rows
+    settings = _settings("states", *use, arch=arch_of(value.device))
     launch(
         _states_kernel,
         (rows, cdiv(dim_k, settings["BLOCK_K"]), cdiv(dim_v, settings["BLOCK_V"])),
@@ -732,15 +741,20 @@ def compile_cases() -> list[CompileCase]:
             if texts == 1 and name == "outputs":
                 continue  # which does not depend on it
             use = dim_k, dim_v, chunk, KINDS[kind], reverse, 16 * texts
-            settings = _settings(name, *use) | {"TURNED": reverse}
-            warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
+            of_archs: dict[tuple, list[int]] = {}  # equal settings are one case
+            for arch in LIMITS:
+                of_arch = _settings(name, *use, arch=arch) | {"TURNED": reverse}
+                of_archs.setdefault(tuple(of_arch.items()), []).append(arch)
             twice = kernel is _outputs_kernel and reverse
-            for again in (False, True) if twice else (False,):
+            both = (False, True) if twice else (False,)
+            for (items, archs), again in product(of_archs.items(), both):
+                settings = dict(items)
+                warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
                 case = CompileCase(
                     f"retention: {name} {about}" + again * " again", kernel, types,
                     strides | settings | {"AGAIN": again},
                     mma=kind != "fp32", warps=warps, stages=stages,
-                    work=_work(name, settings, KINDS[kind], texts),
+                    work=_work(name, settings, KINDS[kind], texts), archs=tuple(archs),
                 )  # fmt: skip
                 found.append(case)
     for kind in ("fp32", "bf16"):

@@ -30,11 +30,13 @@ reduction: at position 100,000 the fast approximations of GPUs are noise.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from effnb.kernels import _tuning
 from effnb.kernels._launch import (
     check_floats,
     check_number,
@@ -48,6 +50,7 @@ from effnb.kernels._launch import (
     short,
     tl,
 )
+from effnb.kernels._tuning import Candidate, Numbers, TuneCase, cut, drawn, key_of
 from effnb.kernels.bench import EXACT, BenchCase, Runner, absent, pinned
 from effnb.kernels.compile import CompileCase
 from effnb.kernels.report import Work
@@ -162,12 +165,17 @@ def _rope_kernel(
     )  # fmt: skip
 
 
-def _settings(heads: int, half: int) -> dict[str, int]:
-    """Block sizes: all pairs of a head, and as many heads as fit into registers."""
+def _cut(heads: int, half: int) -> Numbers:
+    """As many heads at once as fit into registers, and the warps: 16 pairs a thread at most."""
     block_half = next_power_of_2(half)
     block_heads = min(next_power_of_2(heads), max(1, 4096 // block_half))
-    warps = 8 if block_half * block_heads >= 4096 else 4
-    return {"BLOCK_HALF": block_half, "BLOCK_HEADS": block_heads, "num_warps": warps}
+    return block_heads, 8 if block_half * block_heads >= 4096 else 4
+
+
+def _settings(numbers: Numbers, half: int) -> dict[str, int]:
+    """Block sizes: all pairs of a head, and some heads."""
+    block_heads, warps = numbers
+    return {"BLOCK_HALF": next_power_of_2(half), "BLOCK_HEADS": block_heads, "num_warps": warps}
 
 
 class _Rope(torch.autograd.Function):
@@ -180,6 +188,9 @@ class _Rope(torch.autograd.Function):
         q_out, k_out = (empty(x.shape, x.dtype, x.device) for x in (q, k))
         batch, _, tokens, dim = q.shape
         steps = (positions.stride(0) if positions.ndim == 2 else 0, positions.stride(-1))
+        heads = max(q.shape[1], k.shape[1])
+        key = partial(key_of, q.dtype, heads=heads, dim=dim)
+        numbers = _tuning.chosen("rope", key, q.device, _cut(heads, dim // 2))
         launch(
             _rope_kernel,
             (batch * tokens,),
@@ -188,7 +199,7 @@ class _Rope(torch.autograd.Function):
             HALF=dim // 2,
             INTERLEAVED=interleaved,
             INVERSE=inverse,
-            **_settings(max(q.shape[1], k.shape[1]), dim // 2),
+            **_settings(numbers, dim // 2),
         )
         return q_out, k_out
 
@@ -274,7 +285,7 @@ def rope(
 
 def compile_cases() -> list[CompileCase]:
     """Both layouts, both ways, for 32 query and 8 key heads of 128."""
-    sizes = {"HALF": 64, **_settings(32, 64)}
+    sizes = {"HALF": 64, **_settings(_cut(32, 64), 64)}
     warps = sizes.pop("num_warps")
     strides = {f"{x}_{axis}": 128 for x in "qk" for axis in ("batch", "head", "token")}
     strides["out_head"] = 128
@@ -307,6 +318,34 @@ def compile_cases() -> list[CompileCase]:
         )
         found.append(CompileCase(name, _rope_kernel, types, constants, warps=warps, work=work))
     return found
+
+
+CANDIDATES = (
+    Candidate((32, 4), "all heads at once: 16 pairs a thread, 20 KiB of a program in flight"),
+    Candidate((16, 4), "half of the heads: 8 pairs a thread, fewer registers, more programs"),
+    Candidate((8, 2), "a quarter of them in small programs: 8 pairs a thread"),
+    Candidate((32, 8), "all heads by twice the threads: 8 pairs each"),
+)
+"""Heads that a program turns at once, and warps."""
+
+
+def tune_cases(*, small: bool = False) -> list[TuneCase]:
+    """Heads as in a model of 8 billion parameters, and wider ones."""
+    shapes = [(1, 4, 2, 9, 32)] if small else [(1, 32, 8, 4096, 128), (1, 32, 8, 4096, 256)]
+    return [_tune_case(*shape, small=small) for shape in shapes]
+
+
+def _tune_case(batch, q_heads, k_heads, tokens, dim, *, small: bool) -> TuneCase:
+    dtype = torch.float16 if small else torch.bfloat16
+
+    def make(device: torch.device, numbers: Numbers) -> Callable[[], Tensor]:
+        shapes = ((batch, tokens, heads, dim) for heads in (q_heads, k_heads))
+        q, k = (x.transpose(1, 2) for x in drawn(device, dtype, *shapes))
+        inv_freq = 10000 ** (-torch.arange(0, dim, 2, device=device) / dim)
+        return cut("rope", numbers, lambda: rope(q, k, inv_freq, backend="triton")[0])
+
+    key, default = key_of(dtype, heads=q_heads, dim=dim), _cut(q_heads, dim // 2)
+    return TuneCase("rope", key, default, CANDIDATES, make, alike=f"{dim}")
 
 
 def bench_cases(*, small: bool = False) -> list[BenchCase]:

@@ -321,13 +321,13 @@ compare_costs(bench.model, pruned, prompt, labels=names, rounds=3)
 tables.chip_table(rows, roofline.Shape.of(bench.model.config))
 
 # %% [markdown]
-# The book's own GPU kernels have to live under a roof as well. What each waits for is counted; its time can only be measured on a GPU, by `make bench-gpu`, beside its peers on the same tensors.
+# The book's own GPU kernels live under a roof as well. What each waits for is counted; its time is measured on a GPU, by `make bench-gpu`, beside its peers.
 
 # %% tags=["nbval-check-output"]
 roofs.kernels_table(gpu)
 
 # %% [markdown]
-# Much can be known without a GPU. The compiler runs anywhere, and its machine code says how many **instructions** a kernel spends on each weight, and how many **bytes are in flight**: asked for, and not there yet. Memory answers late, so it is busy only while enough requests are on their way:
+# The compiler needs no GPU, and its machine code says how many **instructions** a kernel spends on each weight, and how many **bytes are in flight**: asked for, and not there yet. Memory answers late, so it is busy only while enough requests are on their way:
 
 # %% tags=["nbval-check-output"]
 from effnb.lab import results
@@ -336,8 +336,21 @@ compiled = results.read("kernel_report").data["table"]
 print(roofs.flight_said(compiled))
 roofs.bounds_table(compiled)
 
+# %%
+from effnb.chapters.hardware.codesign import compiled as machine_code
+
+machine_code.bounds(compiled, roofs.SHOWN)
+
 # %% [markdown]
-# Block sizes follow from this. A program of `int4_matmul` takes four units of inputs at once, because their words are what it has in flight. It takes 32 outputs, because a thread that converts an input then uses it for four weights; with more outputs, its registers would leave room for fewer programs on a multiprocessor, and with fewer, the conversions would cost as much as the weights.
+# Block sizes follow from this. A program of `int4_matmul` takes four units of inputs at once, because their words are what it has in flight. It takes 32 outputs, because a thread that converts an input then uses it for four weights; more would take the registers of other programs.
+#
+# **A tile on the tensor cores.** With many rows there is so much arithmetic that bytes need only arrive in time. `linear_cross_entropy` multiplies a tile at a time on **tensor cores**, units that multiply small matrices in one instruction of a **warp**, 32 threads in step. One turn of its loop:
+
+# %% tags=["nbval-check-output"]
+machine_code.walk_table(compiled)
+
+# %% [markdown]
+# From the top: the tile decides how often a fetched byte is used, and registers decide how large the tile can be. Each **stage** is room in memory on the chip for one turn's bytes. With three of them, the bytes of two turns travel while a third is multiplied, so this one program suffices to keep memory busy.
 
 # %% [markdown]
 # ## On a real model
@@ -525,7 +538,7 @@ exercises.seats.solution()
 tables.bits_table(rows)
 
 # %% [markdown]
-# **Retention** (RetNet; Sun et al., 2023) replaces attention's growing cache by a state of fixed size, $R_i = \gamma R_{i-1} + k_i^\top v_i$ with a decay $\gamma$. Use it in models trained with it. Its first GPU kernel walks over chunks of tokens and stores the state before each; `live.retention_walk()` shows it line by line.
+# **Retention** (RetNet; Sun et al., 2023) replaces attention's growing cache by a state of fixed size, $R_i = \gamma R_{i-1} + k_i^\top v_i$ with a decay $\gamma$. Use it in models trained with it. `live.retention_walk()` shows its GPU kernel line by line.
 #
 # **Balance loss** (GShard). $\ell = \frac1E \sum_e \frac{c_e}{S} m_e$ with the first choices $c_e$ and the mean gate $m_e$ of each expert: smallest when all are wanted alike. `route` returns it; add it to the training loss.
 #

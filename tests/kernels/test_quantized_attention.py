@@ -146,6 +146,73 @@ def test_kernel_on_any_shape(proof, groups, late, further, shared, bits):
     torch.testing.assert_close(found, expected, atol=5e-6, rtol=1e-4)
 
 
+def executed(asm, *inputs, kind):
+    """What a GPU's instructions leave in two registers, by their definition, one word at a time."""
+    words = {f"${place + 2}": word for place, word in enumerate(inputs)}
+    signed = {torch.float16: "f16x2", torch.bfloat16: "bf16x2"}
+
+    def value(name):
+        return words[name] if name in words else int(name, 0)
+
+    def halves(word):
+        both = torch.tensor([word & 0xFFFF, word >> 16], dtype=torch.int32).to(torch.uint16)
+        return both.view(kind).double()
+
+    lines = [line.strip(" ;") for line in asm.strip("{}\n ").splitlines()]
+    for line in lines:
+        name, *operands = line.replace(",", " ").split()
+        if name.startswith((".reg", "}")):
+            continue
+        target, given = operands[0], [value(x) for x in operands[1:]]
+        if name == "mov.b32":
+            found = given[0]
+        elif name == "shr.b32":
+            found = given[0] >> given[1]
+        elif name == "and.b32":
+            found = given[0] & given[1]
+        elif name == "prmt.b32":
+            pool = (given[0] | given[1] << 32).to_bytes(8, "little")
+            found = int.from_bytes(bytes(pool[given[2] >> 4 * i & 7] for i in range(4)), "little")
+        elif name == f"fma.rn.{signed[kind]}":
+            a, b, c = map(halves, given)
+            low, high = (a * b + c).to(kind).view(torch.uint16).tolist()
+            found = low | high << 16
+        else:
+            raise AssertionError(f"{name} is not known")
+        words[target] = found
+    return torch.cat([halves(words["$0"]), halves(words["$1"])])
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_instructions_that_unpack_make_the_numbers(kind, bits):
+    """All bytes, and steps and minima of several sizes: c s + m, rounded once."""
+    found = module._unpacking(bits, kind)
+    assert len(found) == 8 // bits
+    if kind == torch.bfloat16 and bits == 8:
+        assert found == ("",), "a bfloat16 has no 8 bits behind its first one"
+        return
+    draw = torch.Generator().manual_seed(0)
+    for first in range(0, 256, 4):
+        step, low = (torch.randn(4, generator=draw).to(kind) for _ in range(2))
+        codes = [first + 3, first, first + 2, first + 1]
+        word = int.from_bytes(bytes(codes), "little")
+        pairs = [
+            int(pair[0]) | int(pair[1]) << 16
+            for x in (step, low)
+            for pair in x.view(torch.uint16).view(2, 2)
+        ]
+        for j, asm in enumerate(found):
+            c = torch.tensor([code >> bits * j & (1 << bits) - 1 for code in codes]).double()
+            expected = (c * step.double() + low.double()).to(kind)
+            made = executed(asm, word, *pairs, kind=kind)
+            assert torch.equal(made, expected.double())
+
+
+def test_types_without_such_instructions_are_unpacked_one_by_one():
+    assert module._unpacking(2, torch.float32) == ("",) * 4
+
+
 def test_kernel_with_large_scores(proof):
     given = cache(proof, 300, 44, 44)
     q = 300 * proof.tensor(1, 4, 1, 64, seed=4)

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import triton
 
+from effnb.kernels import compile as compiler
 from effnb.kernels import report
 from effnb.kernels.assembly import read
 from effnb.kernels.report import DEVICES, Bound, Work, bound, in_flight, resident
@@ -125,7 +127,7 @@ def test_the_bound_is_the_largest():
 
 
 @pytest.mark.unsanitized
-def test_the_report_is_printed_and_only_the_whole_one_is_stored():
+def test_the_report_is_printed_and_stored_for_all_targets_only():
     command = [sys.executable, "-m", "effnb.kernels.compile", "--report", "rope", "--arch", "80"]
     plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = functools.partial(
@@ -137,4 +139,16 @@ def test_the_report_is_printed_and_only_the_whole_one_is_stored():
     assert "rope: half-split forward fp16" in done.stdout
     refused = run([*command, "--store"])
     assert refused.returncode == 2
-    assert "--store goes with --report and no names" in refused.stderr
+    assert "--store goes with --report, for all targets" in refused.stderr
+    refused = run([*command[:3], "--store"])
+    assert refused.returncode == 2
+
+
+def test_lines_of_other_kernels_stay_where_the_same_compiler_wrote_them():
+    rows = [{"kernel": name} for name in ("lora: a", "rope: b", "lora: c", "int4_matmul: d")]
+    data = {"triton": triton.__version__, "devices": compiler._devices(), "table": rows}
+    assert compiler.of_others({"data": data}, ["lora"]) == [rows[1], rows[3]]
+    with pytest.raises(ValueError, match="by Triton 1.0, and this is another"):
+        compiler.of_others({"data": data | {"triton": "1.0"}}, ["lora"])
+    with pytest.raises(ValueError, match="other data sheets"):
+        compiler.of_others({"data": data | {"devices": {}}}, ["lora"])

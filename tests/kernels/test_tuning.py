@@ -2,18 +2,21 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from effnb.kernels import _tuning, bench
+from effnb.kernels import _launch, _tuning, bench
 from effnb.kernels import compile as compiler
 from effnb.kernels._tuning import Candidate, TuneCase, chosen, key_of, read, said, store, tune
 
-NAMES = ("lora", "int4_matmul", "retention")
+NAMES = tuple(compiler.modules())
 CPU = torch.device("cpu")
+SPILLED = 64
+"""Bytes of a thread's local memory, a few addresses: more is traffic."""
 
 
 def case(results, *, default=(1,)):
@@ -103,16 +106,15 @@ def test_what_is_stored_names_kernels_that_are_tuned():
 
 
 @pytest.mark.parametrize("name", compiler.modules())
-def test_which_kernels_have_candidates(name):
+def test_every_kernel_has_candidates_with_reasons(name):
     module = importlib.import_module(f"effnb.kernels.{name}")
-    assert hasattr(module, "tune_cases") == (name in NAMES)
-    if name in NAMES:
-        found = module.tune_cases()
-        assert len({c.key for c in found}) == len(found)
-        for one in found:
-            assert 1 <= len(one.candidates) <= 10 and all(c.why for c in one.candidates)
-            assert len({c.numbers for c in one.candidates}) == len(one.candidates)
-            assert {len(c.numbers) for c in one.candidates} == {len(one.default)}
+    found = module.tune_cases()
+    assert len({c.key for c in found}) == len(found)
+    for one in found:
+        assert one.kernel == name
+        assert 2 <= len(one.candidates) <= 10 and all(c.why for c in one.candidates)
+        assert len({c.numbers for c in one.candidates}) == len(one.candidates)
+        assert {len(c.numbers) for c in one.candidates} == {len(one.default)}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,6 +125,59 @@ def test_every_candidate_computes_the_same(proof, name):
         found = tune(one, proof.device, lambda run: 1.0)
         assert not found.refused, found.refused
         assert set(found.seconds) == {one.default, *(c.numbers for c in one.candidates)}
+
+
+EVERY = """
+import json
+from effnb.kernels.compile import candidate_cases, compile_case
+found = []
+for case in candidate_cases():
+    for arch in case.archs:
+        try:
+            found.append([case.name, arch, compile_case(case, arch).spilled_bytes])
+        except Exception as problem:
+            found.append([case.name, arch, str(problem)[:200]])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.unsanitized
+def test_every_candidate_compiles_within_shared_memory():
+    """The launches of tuning at real sizes, recorded; a process that does not interpret."""
+    plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY], env=plain, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {name.partition(":")[0] for name, _, _ in found} == set(NAMES)
+    assert {arch for _, arch, _ in found} == set(compiler.LIMITS)
+    assert [one for one in found if isinstance(one[2], str)] == []
+    # What spills has no chance to win, and need not be tried.
+    assert [one for one in found if one[2] > SPILLED] == []
+
+
+def test_recorded_launches_start_nothing(monkeypatch):
+    """Inside, every call takes the kernel; outside, things are as before."""
+    lora = importlib.import_module("effnb.kernels.lora")
+    x, w, a, b = (torch.ones(shape) for shape in ((3, 32), (40, 32), (2, 32), (40, 2)))
+    with _launch.recorded() as launches:
+        lora.lora(x, w, a, b, 1.0, backend="triton")
+    assert [kernel.__name__ for kernel, *_ in launches] == ["_inner", "_layer"]
+    assert launches[-1][2]["BLOCK_N"] > 0
+    assert bool((lora.lora(x, w, a, b, 1.0) == 32 + 32 * 2).all())
+
+
+def test_numbers_are_put_in_place_of_a_choice_and_taken_back():
+    given = []
+
+    def run():
+        given.append(chosen("lora", lambda: "k", CPU, (1,)))
+        raise RuntimeError("the kernel refuses")
+
+    with pytest.raises(RuntimeError):
+        _tuning.cut("lora", (5,), run)()
+    assert given == [(5,)] and chosen("lora", lambda: "k", CPU, (1,)) == (1,)
 
 
 def test_a_stored_choice_is_what_is_launched(proof, monkeypatch):

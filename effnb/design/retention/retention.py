@@ -49,6 +49,8 @@ FORMS = ("chunkwise", "parallel", "recurrent")
 NORMALIZATIONS = (None, "paper", "absolute")
 MOST = 5e4
 """The largest divisor of a row of scores in the published code."""
+NORMALIZED_CHUNK = 64
+"""Tokens of a chunk where chunks have factors of their own: there a size changes the result."""
 
 
 def decays(heads: int, kind: str | float = "paper") -> Float[Tensor, " heads"]:
@@ -130,7 +132,7 @@ def retention(
     gamma: Float[Tensor, " heads"],
     *,
     form: str = "chunkwise",
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     initial_state: Float[Tensor, "batch heads dim_k dim_v"] | None = None,
     normalize: str | None = None,
     seen: int = 0,
@@ -146,7 +148,8 @@ def retention(
             "chunkwise".
         chunk_size: Tokens of a chunk, for the chunkwise form; the last chunk is as short as it is.
             Any number from 1 is allowed: one larger than the text makes it the parallel form. On a
-            GPU, the kernel takes 16, 32, 64 and 128.
+            GPU, the kernel takes 16, 32, 64 and 128. None is the kernel's own choice for the type,
+            and `NORMALIZED_CHUNK` where chunks have factors of their own.
         initial_state: $S$ before the first token; zeros by default.
         normalize: None for the plain forms, which are equal; "paper" for (2) and (3) as published,
             "absolute" with $\sum_i |R_{ni}|$, between 1 and $5 \cdot 10^4$, in (3). The recurrent
@@ -174,7 +177,8 @@ def _plain(q, k, v, gamma, form, chunk_size, state):
     if form == "parallel":
         return retention_parallel(q, k, v, gamma, initial_state=state)
     if form == "chunkwise":
-        chunkwise = chunkwise_kernel if chunk_size in CHUNK_SIZES else retention_chunkwise
+        own = chunk_size is None or chunk_size in CHUNK_SIZES
+        chunkwise = chunkwise_kernel if own else retention_chunkwise
         return chunkwise(q, k, v, gamma, initial_state=state, chunk_size=chunk_size)
     if q.shape[2] == 1 and state is not None:  # a step of decoding
         out, state = retention_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], gamma, state)
@@ -203,6 +207,7 @@ def _normalized(q, k, v, gamma, form, chunk_size, state, normalize, seen):
         out, state = retention_parallel(q, k, v, gamma, initial_state=state)
         root = row_sums(gamma, tokens, seen).sqrt()  # D̃ = D / sqrt(ρ)
         return _divided(out, root * _row_divisor(q, k, gamma, root, normalize)), state
+    chunk_size = NORMALIZED_CHUNK if chunk_size is None else chunk_size
     outputs, kind = [], wide(q)
     root = row_sums(gamma, min(chunk_size, tokens)).sqrt()  # rows count from their chunk's start
     whole = row_sums(gamma, chunk_size)[:, -1, None, None]
@@ -241,7 +246,7 @@ def _check(q, k, v, gamma, form, chunk_size, state, normalize, seen) -> None:
         raise ValueError(f"the form is {form!r}; choose {', '.join(FORMS)}.")
     if normalize not in NORMALIZATIONS:
         raise ValueError(f'normalize is {normalize!r}; choose "paper", "absolute" or None.')
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; a chunk must have at least 1 token.")
     if seen < 0:
         raise ValueError(f"seen is {seen}; it must be at least 0.")

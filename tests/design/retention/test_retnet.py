@@ -1,5 +1,8 @@
 """RetNet's layer, by its equation; what its norm and gate do; the trap of normalized scores."""
 
+import importlib
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -149,6 +152,44 @@ def test_without_them_the_forms_agree_at_the_initial_weights():
     with torch.no_grad():
         found = [layer(x, state, Call(form))[0] for form in FORMS]
     assert max(float((other - found[0]).abs().max()) for other in found) < 1e-5
+
+
+def test_the_size_of_a_chunk_is_the_kernels_own_choice_and_changes_no_result():
+    torch.manual_seed(0)
+    config = RetNetConfig(hidden=64, layers=1, feed_forward=64)
+    assert config.chunk_size is None
+    layer = MultiScaleRetention(config)
+    x, state = torch.randn(2, 150, 64), layer.initial_state(torch.zeros(2))
+    found = {}
+    for size in (None, 64, 128):
+        layer.config = replace(config, chunk_size=size)
+        with torch.no_grad():
+            found[size] = layer(x, state, Call("chunkwise"))[0]
+    assert torch.equal(found[None], found[64]), "the choice for 32 bits, as before"
+    assert float((found[None] - found[128]).abs().max()) < 1e-5
+    normal = replace(config, normalize="paper")
+    for size in (None, 64):
+        layer.config = replace(normal, chunk_size=size)
+        with torch.no_grad():
+            found[size] = layer(x, state, Call("chunkwise"))[0]
+    assert torch.equal(found[None], found[64]), "chunks with factors of their own stay as they were"
+
+
+def test_sixteen_bits_get_the_chunks_that_the_kernel_is_fastest_with(monkeypatch):
+    kernel = importlib.import_module("effnb.kernels.retention")
+    seen, plain = [], kernel.retention_chunkwise
+
+    def remembered(*inputs, chunk_size, **options):
+        seen.append(chunk_size)
+        return plain(*inputs, chunk_size=chunk_size, **options)
+
+    monkeypatch.setattr(kernel, "retention_chunkwise", remembered)
+    layer = MultiScaleRetention(RetNetConfig(hidden=64, layers=1, feed_forward=64))
+    for kind in (torch.float32, torch.bfloat16):
+        layer, x = layer.to(kind), torch.randn(1, 9, 64).to(kind)
+        with torch.no_grad():
+            layer(x, layer.initial_state(torch.zeros(1)), Call("chunkwise"))
+    assert seen == [64, 128]
 
 
 @pytest.mark.parametrize(

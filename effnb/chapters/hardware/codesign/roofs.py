@@ -161,6 +161,10 @@ SHOWN = (
     "retention: states bf16 128x128 chunk 128",
     "lora: bf16 128x128, A and B bf16, r 16",
     "rope: half-split forward bf16",
+    "linear_cross_entropy: sums bf16",
+    "int8_matmul: bf16 128x128x128",
+    "quantized_attention: bf16 2 bits",
+    "adam8bit: weights bf16, gradients bf16",
 )
 """The compiled kernels that the chapter shows; the stored report has all."""
 SET_BY = {
@@ -185,6 +189,7 @@ def bounds_table(rows: Sequence[Mapping[str, Any]], arch: int = 90) -> Table:
                 "work": row["work"],
                 "instructions": f"{row['instructions_per_item']:,.1f} a {row['item']}",
                 "KiB in flight": f"{row['bytes_in_flight'] / 1024:.1f}",
+                "roofline": f"{row['bound_us'] * row['roofline_share']:,.1f} µs",
                 "at least": f"{row['bound_us']:,.1f} µs",
                 "set by": SET_BY[row["bound_by"]],
                 "of the roof at best": f"{row['roofline_share']:.0%}",
