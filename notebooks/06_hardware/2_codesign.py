@@ -83,7 +83,9 @@ print(roofs.sharing_said(machine))
 # A machine computes at most $P$ operations per second and moves at most $B$ bytes per second. Work that does $F$ operations on
 # $D$ bytes has the **arithmetic intensity** $I = F/D$, and it takes at least
 #
-# $$t \ge \max\left(\frac{F}{P}, \frac{D}{B}\right), \qquad \text{so its rate is at most } \min(P,\ I\,B).$$
+# <a id="equation-1"></a>
+#
+# $$t \ge \max\left(\frac{F}{P}, \frac{D}{B}\right), \qquad \text{so its rate is at most } \min(P,\ I\,B). \tag{1}$$
 #
 # That is the **roofline** (Williams et al., 2009). Its corner lies at $I^* = P/B$. Left of the corner you wait for memory, right of it for arithmetic.
 #
@@ -116,7 +118,7 @@ roofs.waiting_table()
 #
 # ### What few bits and zeros can gain
 #
-# The same formula says what quantized and sparse weights are worth. In the *2:4* pattern two of four neighbouring weights are zero; the chip stores and multiplies only the other two, at twice the rate.
+# The same [equation 1](#equation-1) says what quantized and sparse weights are worth. In the *2:4* pattern two of four neighbouring weights are zero; the chip stores and multiplies only the other two, at twice the rate.
 
 # %% tags=["nbval-check-output"]
 roofs.gains_table()
