@@ -37,6 +37,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from effnb.core.modules import Model
+from effnb.inference.quantization import compiled
+from effnb.inference.quantization.compiled import CompiledStep
 from effnb.inference.quantization.packed import PANEL, PackedTensor, machine
 
 ROOM = 128
@@ -207,6 +209,8 @@ class Step:
             Unfit: When a part of it is not what the step knows; the sentence says which.
         """
         self.watched: list[tuple[dict[str, Any], str, Any]] = []
+        self.weights: list[list[PackedTensor]] = []
+        self.limits: list[int] = []
         body, config = model.model, model.config
         self.embedding = self._take(body.embed_tokens, "weight")
         self.dtype = self.embedding.dtype
@@ -222,10 +226,10 @@ class Step:
         for module in modules:
             self.watched += [(module._modules, k, m) for k, m in module._modules.items()]
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.scripted = [m.__dict__ for m in modules if "forward" in m.__dict__]
-        if self.scripted:
+        if any("forward" in module.__dict__ for module in modules):
             raise Unfit("a module's forward was replaced")
         self.limit = min(self.limits)
+        self.compiled = self._compiled(config)
 
     def _take(self, module: nn.Module, name: str) -> Tensor:
         """A parameter or buffer of a module, watched from now on."""
@@ -255,7 +259,8 @@ class Step:
             weights.append(layer.quantized)
         together = joined(weights)
         chosen = weights if together is None else [together]
-        self.limits = getattr(self, "limits", []) + [w.rows_limit for w in chosen]
+        self.limits += [weight.rows_limit for weight in chosen]
+        self.weights.append(chosen)
         return [_product(weight) for weight in chosen]
 
     def _block(self, block: nn.Module, config: Any) -> tuple[Any, ...]:
@@ -273,6 +278,36 @@ class Step:
             self._products(mlp, ["gate_proj", "up_proj"]),
             nn.functional.silu if silu else act,
             self._products(mlp, ["down_proj"]),
+        )
+
+    def _compiled(self, config: Any) -> CompiledStep | None:
+        """The compiled function for one sequence, where there is one and it knows this model."""
+        silu = all(block[8] is nn.functional.silu for block in self.blocks)
+        size, eps = self.blocks[0][4], {block[i][1] for block in self.blocks for i in (0, 6)}
+        plain = silu and self.dtype == torch.float32 and size % 16 == 0 and len(eps) == 1
+        known = all(len(w) == 1 and compiled.fits(w[0]) for w in self.weights)
+        inner = self.weights[2][0].shape[0] // 2
+        function = compiled.library() if plain and known and inner % 16 == 0 else None
+        if function is None:
+            return None
+        names = ("qkv", "out", "gate_up", "down")
+        of_blocks = [self.weights[i : i + 4] for i in range(0, 4 * len(self.blocks), 4)]
+        blocks = [
+            (block[0][0], block[6][0], {name: w[0] for name, w in zip(names, weights)})
+            for block, weights in zip(self.blocks, of_blocks)
+        ]
+        return CompiledStep(
+            function,
+            blocks,
+            self.norm[0],
+            self.weights[-1][0],
+            hidden=self.embedding.shape[1],
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            size=size,
+            inner=inner,
+            eps=self.norm[1],
+            scale=self.blocks[0][3],
         )
 
     def holds(self) -> bool:
@@ -301,6 +336,12 @@ class Step:
         batch, dtype, end = len(ids), self.dtype, layers[0].length + 1
         h = nn.functional.embedding(ids[:, 0], self.embedding)
         cos, sin = self.rotary(h, positions)  # [batch, 1, size]
+        if self.compiled is not None and batch == 1 and seen is None:
+            stores = [layer.store for layer in layers]
+            logits = self.compiled(h, cos, sin, stores, end - 1)
+            for layer in layers:
+                layer.length = end
+            return logits.unsqueeze(1)
         half = cos.shape[-1] // 2
         # HF: rotate_half(x) = (-x2, x1). Here the sign goes to the sine: the same product.
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
@@ -394,7 +435,7 @@ class DecodingLlama(LlamaForCausalLM):
     """A `LlamaForCausalLM` of packed layers that takes the short way to each next token.
 
     `accelerate` and `fast` make such models. Prompts, and whatever the short way does not know, run
-    through the model's modules as always; `why_not_short` says which way a call takes.
+    through the model's modules as always; `step_for` says which way a call takes.
     """
 
     def forward(
@@ -421,7 +462,8 @@ class DecodingLlama(LlamaForCausalLM):
             "logits_to_keep": logits_to_keep,
             **kwargs,
         }
-        if why_not_short(self, **call):
+        step = step_for(self, **call)
+        if isinstance(step, str):
             return super().forward(**call)
         cache = past_key_values
         cache.layers = [
@@ -435,12 +477,12 @@ class DecodingLlama(LlamaForCausalLM):
         seen = None
         if attention_mask is not None and not attention_mask.all():
             seen = attention_mask[:, None, None].bool()
-        logits = step_of(self)(input_ids, cache.layers, position_ids, seen)
+        logits = step(input_ids, cache.layers, position_ids, seen)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
-def why_not_short(model: DecodingLlama, **call: Any) -> str:
-    """Why a call of `forward` takes the ordinary path, in a few words; empty for the short way."""
+def step_for(model: DecodingLlama, **call: Any) -> Step | str:
+    """The step that a call of `forward` can take, or in a few words why it takes none."""
     ids, cache, mask = (call.get(k) for k in ("input_ids", "past_key_values", "attention_mask"))
     if ids is None or ids.dim() != 2 or ids.shape[1] != 1:
         return "not one new token for each sequence"
@@ -478,7 +520,9 @@ def why_not_short(model: DecodingLlama, **call: Any) -> str:
         return step
     if layers[0].keys.dtype != step.dtype or layers[0].keys.device != ids.device:
         return "a cache of another type or device"
-    return "" if batch < step.limit else "so many sequences that reading weights back is faster"
+    if batch >= step.limit:
+        return "so many sequences that reading weights back is faster"
+    return step
 
 
 _KNOWN = {
