@@ -36,7 +36,7 @@ async function decode(prompt, count) {
 
 async function score(tokens) {
   await sequence.clearHistory();
-  const asked = tokens.slice(0, -1).map((token) => [token, {generateNext: {probabilities: true, options: {temperature: 1}}}]);
+  const asked = tokens.slice(0, -1).map((token) => [token, {generateNext: {probabilities: true, options: {temperature: 1, topK: 0, topP: 1, minP: 0}}}]);
   const answers = await sequence.controlledEvaluate(asked);
   return {losses: answers.map((answer, i) => -Math.log(answer.next.probabilities.get(tokens[i + 1])))};
 }

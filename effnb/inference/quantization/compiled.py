@@ -117,6 +117,7 @@ def fits(weight: PackedTensor) -> bool:
         and weight.scales.dtype == torch.bfloat16
         and weight.scales.is_contiguous()
         and weight.codes.is_contiguous()
+        and (weight.row_scales is None or weight.row_scales.dtype == torch.float16)
     )
 
 

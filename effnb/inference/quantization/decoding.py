@@ -31,10 +31,18 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 
 from effnb.core.modules import Model
 from effnb.inference.quantization import compiled
@@ -190,6 +198,9 @@ def _joined(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
 # ---------------------------------------------------------------------------------------- the step
 
 
+_PARTS = (LlamaDecoderLayer, LlamaAttention, LlamaMLP)
+
+
 class Unfit(Exception):
     """Why a model's modules are not what the decoding step knows; the ordinary path takes them."""
 
@@ -211,7 +222,16 @@ class Step:
         self.watched: list[tuple[dict[str, Any], str, Any]] = []
         self.weights: list[list[PackedTensor]] = []
         self.limits: list[int] = []
+        modules = list(model.modules())
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        if any(self.hooks) or any("forward" in module.__dict__ for module in modules):
+            raise Unfit("a module is hooked, or its forward was replaced")
+        self.hooked = RemovableHandle.next_id
+        for module in modules:
+            self.watched += [(module._modules, k, m) for k, m in module._modules.items()]
         body, config = model.model, model.config
+        if type(body) is not LlamaModel or type(body.rotary_emb) is not LlamaRotaryEmbedding:
+            raise Unfit("the body is no plain Llama")
         self.embedding = self._take(body.embed_tokens, "weight")
         self.dtype = self.embedding.dtype
         if type(body.embed_tokens) is not nn.Embedding or body.embed_tokens.max_norm is not None:
@@ -222,12 +242,6 @@ class Step:
         self.blocks = [self._block(block, config) for block in body.layers]
         self.norm = self._norm(body.norm)
         self.head = self._products(model, ["lm_head"])
-        modules = list(model.modules())
-        for module in modules:
-            self.watched += [(module._modules, k, m) for k, m in module._modules.items()]
-        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        if any("forward" in module.__dict__ for module in modules):
-            raise Unfit("a module's forward was replaced")
         self.limit = min(self.limits)
         self.compiled = self._compiled(config)
 
@@ -265,6 +279,9 @@ class Step:
 
     def _block(self, block: nn.Module, config: Any) -> tuple[Any, ...]:
         attention, mlp = block.self_attn, block.mlp
+        for part, kind in zip((block, attention, mlp), _PARTS):
+            if type(part) is not kind:
+                raise Unfit(f"{type(part).__name__} is not {kind.__name__}")
         act = mlp.act_fn
         silu = isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
         return (
@@ -312,10 +329,12 @@ class Step:
 
     def holds(self) -> bool:
         """Whether everything that was prepared is still what the model consists of."""
-        return (
-            self.embedding.dtype is self.dtype
-            and not any(self.hooks)
-            and all(home.get(name) is value for home, name, value in self.watched)
+        if RemovableHandle.next_id != self.hooked:  # somebody hooked something
+            if any(self.hooks):
+                return False
+            self.hooked = RemovableHandle.next_id
+        return self.embedding.dtype is self.dtype and all(
+            home.get(name) is value for home, name, value in self.watched
         )
 
     def __call__(

@@ -15,7 +15,7 @@ namespace {
 struct Weight {
   const uint8_t* codes;
   const uint16_t* scales;  // bfloat16 (s, t) of each group and row
-  const float* after;      // of each row, or null
+  const uint16_t* after;   // half precision, of each row, or null
   int64_t rows, columns, group;
 };
 
@@ -111,7 +111,10 @@ void panel(const Weight& w, int64_t p, const Inputs& x, float* y) {
     }
   }
   for (int i = 0; i < 4; i++) {
-    if (w.after) out[i] = _mm512_mul_ps(out[i], _mm512_loadu_ps(w.after + 64 * p + 16 * i));
+    if (w.after) {
+      const __m256i half = _mm256_loadu_si256((const __m256i*)(w.after + 64 * p + 16 * i));
+      out[i] = _mm512_mul_ps(out[i], _mm512_cvtph_ps(half));
+    }
     _mm512_storeu_ps(y + 64 * p + 16 * i, out[i]);
   }
 }
