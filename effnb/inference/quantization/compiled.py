@@ -80,7 +80,7 @@ def library() -> Callable[..., None] | None:
 class _Weight(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "after")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "group")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "group", "inputs")),
     )
 
 
@@ -125,7 +125,8 @@ def _weight(weight: PackedTensor) -> _Weight:
     after = None if weight.row_scales is None else weight.row_scales.data_ptr()
     columns = 2 * weight.codes.shape[1]  # as the kernel counts them: each byte holds two codes
     codes, scales = weight.codes.data_ptr(), weight.scales.data_ptr()
-    return _Weight(codes, scales, after, len(weight.codes), columns, weight.kernel_group)
+    sizes = len(weight.codes), columns, weight.kernel_group, weight.columns
+    return _Weight(codes, scales, after, *sizes)
 
 
 class CompiledStep:

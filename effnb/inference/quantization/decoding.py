@@ -468,8 +468,8 @@ class DecodingLlama(LlamaForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """As in transformers."""
+    ) -> Any:
+        """As in transformers: a `CausalLMOutputWithPast`, or a tuple where one is asked for."""
         call = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

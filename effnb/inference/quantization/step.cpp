@@ -16,7 +16,7 @@ struct Weight {
   const uint8_t* codes;
   const uint16_t* scales;  // bfloat16 (s, t) of each group and row
   const uint16_t* after;   // half precision, of each row, or null
-  int64_t rows, columns, group;
+  int64_t rows, columns, group, inputs;  // 8-bit codes have two columns for an input
 };
 
 struct Block {
@@ -205,8 +205,8 @@ extern "C" void effnb_step(const Step* step) {
     std::vector<float> h(m.input, m.input + m.hidden), normed(m.hidden), inner(panels(m.inner)), scores(m.length + 32);
     Inputs x;
     // What is small every thread does for itself: that takes less time than to wait for one.
-    const auto multiply = [&](const Weight& w, const float* in, int64_t n, int64_t filled, float* y) {
-      x.set(in, n, filled, w.group);
+    const auto multiply = [&](const Weight& w, const float* in, int64_t n, float* y) {
+      x.set(in, n, w.inputs, w.group);
       const int64_t count = w.rows / 64;
       for (int64_t p = me * count / all; p < (me + 1) * count / all; p++) panel(w, p, x, y);
 #pragma omp barrier
@@ -217,24 +217,23 @@ extern "C" void effnb_step(const Step* step) {
     for (int64_t b = 0; b < m.blocks; b++) {
       const Block& block = m.block[b];
       rms_norm(h.data(), block.norm1, m.hidden, m.eps, normed.data());
-      multiply(block.qkv, normed.data(), m.hidden, block.qkv.columns, qkv.data());
+      multiply(block.qkv, normed.data(), m.hidden, qkv.data());
       for (int64_t head = me * m.heads / all; head < (me + 1) * m.heads / all; head++)
         attend(m, block.store, head, qkv.data(), scores.data(), mixed.data());
 #pragma omp barrier
-      multiply(block.out, mixed.data(), wide, block.out.columns, change.data());
+      multiply(block.out, mixed.data(), wide, change.data());
       add();
       rms_norm(h.data(), block.norm2, m.hidden, m.eps, normed.data());
-      multiply(block.gate_up, normed.data(), m.hidden, block.gate_up.columns, both.data());
+      multiply(block.gate_up, normed.data(), m.hidden, both.data());
       for (int64_t i = 0; i < m.inner; i += 16) {  // silu(gate) * up
         const __m512 gate = _mm512_loadu_ps(both.data() + i), up = _mm512_loadu_ps(both.data() + m.inner + i);
         const __m512 one = _mm512_set1_ps(1), e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate));
         _mm512_storeu_ps(inner.data() + i, _mm512_mul_ps(_mm512_div_ps(gate, _mm512_add_ps(one, e)), up));
       }
-      multiply(block.down, inner.data(), m.inner, block.down.columns, change.data());
+      multiply(block.down, inner.data(), m.inner, change.data());
       add();
     }
     rms_norm(h.data(), m.norm, m.hidden, m.eps, normed.data());
-    const int64_t of_head = (m.hidden + 31) / 32 * 32;  // 8-bit codes have twice as many columns
-    multiply(m.head, normed.data(), m.hidden, of_head, m.logits);
+    multiply(m.head, normed.data(), m.hidden, m.logits);
   }
 }
