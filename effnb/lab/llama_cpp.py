@@ -93,3 +93,7 @@ class LlamaCpp:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+if __name__ == "__main__":
+    print(*PACKAGES)

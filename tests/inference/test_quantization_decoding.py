@@ -386,7 +386,9 @@ def test_what_the_step_does_not_know_goes_through_the_modules(plain_step, wide, 
         assert "unusual given" in step_for(quick, unusual=1, **call)
     assert "gradients" in step_for(quick, input_ids=ids[:1, :1], past_key_values=cache)
     with torch.no_grad():
-        assert "cache" in step_for(quick, input_ids=ids[:1, :1], past_key_values=KiviCache(4))
+        assert "cache" in step_for(
+            quick, input_ids=ids[:1, :1], past_key_values=KiviCache(quick.config, bits=4)
+        )
     many = ids[:1].expand(200, -1)
     with torch.no_grad():
         cache = quick(many[:, :3], use_cache=True).past_key_values
