@@ -478,16 +478,17 @@ def speed_table(speed: Row) -> Table:
     )
 
 
+@if_measured
 def decoding_table(found: Row) -> Table:
     """Tokens per second beside llama.cpp's, the bytes read for each, and the loss of decoding."""
     rates, peer = found["tokens_per_second"], "llama.cpp"
     said = []
     for name in rates["1"]:
         weights = name.removesuffix(", by generate")
-        row: Row = {"decoder": name}
+        row: dict[str, Any] = {"decoder": name}
         for threads, of_ways in rates.items():
-            fast = median(of_ways[name])
-            row[f"{threads} thread{'s' * (threads != '1')}"] = fast / median(of_ways[peer])
+            times = median(of_ways[name]) / median(of_ways[peer])
+            row[f"{threads} thread{'s' * (threads != '1')}"] = times
         bytes_ = found["bytes_per_token"][weights]
         row["MB per token"] = bytes_ / 1e6
         row["share of bandwidth"] = bytes_ * median(rates["1"][name]) / found["bandwidth"]["1"]
@@ -507,6 +508,7 @@ def decoding_table(found: Row) -> Table:
     )
 
 
+@if_measured
 def decoding_said(found: Row) -> str:
     """Whether the goals are met, and where the time goes."""
     rates = found["tokens_per_second"]
