@@ -13,7 +13,7 @@ written down once, as a list of products over plain tensors:
   it is full: $n$ tokens are copied at most once more, not $n^2/2$ times;
 - there is no mask where every key may be seen, which is the case for one new token without padding;
 - what was prepared is checked by identity for every token: exchange a layer, load other weights,
-  hook a module, and the ordinary path is taken, or the list is made anew.
+  hook a module, and the ordinary path is taken, or the list is made again.
 
 Every rounding happens where the model's own modules have it, in the same order, so logits are the
 same to the last bits of float32. The model stays a `LlamaForCausalLM`: `generate` with sampling,
@@ -57,7 +57,7 @@ class RoomyLayer(DynamicLayer):
     """Keys and values of one layer of a `DynamicCache`, with room for the tokens to come.
 
     Everything that transformers does with a layer (crop, reorder for a beam search, append a
-    prompt) works: it sees `keys` and `values` as tensors of the tokens so far. Whoever puts others
+    prompt) works: it sees `keys` and `values` as tensors of the tokens so far. Code that puts others
     in their place gets a layer without room, and the next decoding step makes room again.
 
     Attributes:
@@ -555,7 +555,7 @@ def with_short_way(model: Model) -> Model:
     """Let a new model of packed layers decode by `Step`, if it is one that the step knows.
 
     Layers that see the same inputs get views of codes that stand side by side; the model given is
-    changed, so it must be one that nobody else has. Other models are returned as they are.
+    changed, so it must be one that no one else has. Other models are returned as they are.
     """
     if type(model) is LlamaForCausalLM and machine().dtype is not None:
         for block in model.model.layers:

@@ -15,6 +15,9 @@ back once, a few megabytes at a time, and multiplied as usual: in bfloat16 where
 multiplies that natively, which made a prompt of 512 tokens faster than float32 weights where it was
 measured, else in float32, where the reading back is lost time.
 
+**One token at a time** a Llama takes a shorter way than through its modules: see `decoding`, and
+`compiled` for processors where one compiled function computes the whole step.
+
 On a GPU the layers are `Int4Tensor`s, whose product `effnb.kernels.int4_matmul` computes for one
 row and for many.
 """
