@@ -57,8 +57,8 @@ class RoomyLayer(DynamicLayer):
     """Keys and values of one layer of a `DynamicCache`, with room for the tokens to come.
 
     Everything that transformers does with a layer (crop, reorder for a beam search, append a
-    prompt) works: it sees `keys` and `values` as tensors of the tokens so far. Code that puts others
-    in their place gets a layer without room, and the next decoding step makes room again.
+    prompt) works: it sees `keys` and `values` as tensors of the tokens so far. Where others
+    are put in their place the layer has no room, and the next decoding step makes room again.
 
     Attributes:
         store: Keys, then values, of all heads; None while the layer has no room.
