@@ -132,7 +132,7 @@ def _weight(weight: PackedTensor) -> _Weight:
 class CompiledStep:
     """One sequence's next logits by the compiled function.
 
-    It holds addresses: the one who made it keeps the tensors, and checks that they are still in use.
+    It holds addresses: its maker keeps the tensors, and checks that they are still in use.
     """
 
     def __init__(
