@@ -19,7 +19,8 @@ Every rounding happens where the model's own modules have it, in the same order,
 same to the last bits of float32. The model stays a `LlamaForCausalLM`: `generate` with sampling,
 stop tokens and streamers, batches with left padding, and the cache of transformers work as before.
 What the step does not know (gradients, hidden states, other caches, several tokens at a time,
-adapters, biases) runs through the model's own modules.
+adapters, biases) runs through the model's own modules. A model that was once asked for its hidden
+states keeps the hooks that transformers installs for them, and decodes through its modules.
 """
 
 from __future__ import annotations
