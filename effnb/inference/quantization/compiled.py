@@ -9,9 +9,8 @@ there is no second copy of the weights.
 columns that the weight has: $x \approx a_g (256 h + l)$ with bytes $h$ and $l$, an error of at most
 $2^{-16}$ of the group's largest number. With codes $u$ and the weight $\hat w = s_g (u - 8) + t_g$
 
-$$y = \sum_g s_g \bigl( a_g (256 \sum_k u_k h_k + \sum_k u_k l_k) - 8 \sum_k x_k \bigr)
-      + t_g \sum_k x_k ,$$
-
+$y = \sum_g s_g (d_g - 8 m_g) + t_g m_g$, with $m_g = \sum_k x_k$ over the group's columns and
+$d_g = a_g (256 \sum_k u_k h_k + \sum_k u_k l_k)$,
 where one instruction multiplies 64 codes by 64 bytes and adds them up exactly, in 32-bit integers.
 Everything else is float32. PyTorch's kernels round inputs and outputs to bfloat16, an error of up
 to $2^{-9}$: these logits are nearer to those of the dequantized model, and not equal to theirs.
