@@ -81,6 +81,7 @@ class RoomyLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
+        """Put others in their place."""
         self._replace(0, value)
 
     @property
@@ -90,6 +91,7 @@ class RoomyLayer(DynamicLayer):
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
+        """Put others in their place."""
         self._replace(1, value)
 
     def _seen(self, which: int) -> Tensor | None:
