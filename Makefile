@@ -17,7 +17,7 @@ endif
 SETUP = $(if $(PYTHON),$(PYTHON),$(error No Python was found: install Python 3.11 to 3.13, or name one, as in `make lab PYTHON=/path/to/python3`)) .make/setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help lab preflight test test-full notebooks site workshop data models results bench test-gpu bench-gpu check clean
+.PHONY: help lab preflight test test-full notebooks site workshop data models results bench bench-llama-cpp test-gpu bench-gpu check clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -80,6 +80,11 @@ bench-gpu: ## tune the kernels on this machine's GPU, measure them beside others
 	@$(SETUP) install peers
 	$(RUN) -m effnb.kernels.bench --tune
 	$(RUN) -m effnb.kernels.bench --gpu --store
+
+bench-llama-cpp: ## measure decoding on this CPU beside llama.cpp's prebuilt binary, and store the table
+	@$(SETUP) install lab
+	npm install --prefix build/npm --ignore-scripts --omit=optional --no-audit --no-fund $$($(RUN) -m effnb.lab.llama_cpp)
+	$(RUN) data/sweeps/05_inference/3_quantization.py decoding
 
 check: ## lint, format, docstrings, spelling, and whether each chapter agrees with its source
 	@$(SETUP) install test

@@ -15,6 +15,8 @@ cache      the key-value cache at 2, 4 and 8 bits
 minilm     retrieval quality of `minilm-l6` at 2, 3 and 4 bits: every query's rank
 smollm2    `smollm2-135m` at 3 and 4 bits: quality
 speed      `smollm2-135m`: tokens per second of packed layers beside float32
+decoding   the same file decoded by us and by llama.cpp, in turn, on one thread and on two; about
+           six minutes on two idle cores, after `make bench-llama-cpp` has installed llama.cpp
 
 Quality is measured as `effnb.lab.bench` says; the loss of each window is stored, so that two
 settings can be compared pair by pair.
@@ -22,26 +24,31 @@ settings can be compared pair by pair.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
+import timeit
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from statistics import median
+from statistics import mean, median
 
 import torch
+from gguf import GGUFReader
 from torch import nn
 from transformers import DynamicCache
 
-from effnb.core.modules import clone
+from effnb.core.modules import clone, share
 from effnb.core.outliers import inject_key_outliers, inject_outliers
 from effnb.core.training import TrainingSettings, train
 from effnb.evaluation import decode_tokens_per_second, retrieval
 from effnb.finetuning import lora
 from effnb.inference import quantization
 from effnb.inference.quantization import QuantizedLinear, dequantized
+from effnb.inference.quantization.decoding import Step, step_of
 from effnb.lab import corpora, load, sweeps
 from effnb.lab.bench import file_bytes
+from effnb.lab.llama_cpp import LlamaCpp, gguf_file
 from effnb.lab.sweeps import (
     CALIBRATION,
     CONTEXT,
@@ -474,7 +481,101 @@ def speed() -> dict:
     }
 
 
+THREADS, ROUNDS, TOKENS, JUDGED = (1, 2), 7, 64, 8
+"""Of `decoding`: threads, interleaved rounds, tokens of a round, windows that quality rests on."""
+
+
+def decoders(model: nn.Module) -> dict[str, nn.Module]:
+    """The same packed weights, decoded in three ways: the bits of Q4_1 and Q8_0."""
+    quick = quantization.fast(model, 4, group_size=32, head=8)
+    plain, modules = share(quick), share(quick)
+    if isinstance(step := step_of(plain), Step):
+        step.compiled = None
+    modules.__class__ = type(model)
+    return {"compiled step": quick, "step in PyTorch": plain, "modules": modules}
+
+
+def greedy_rate(model: nn.Module, prompt: torch.Tensor, by_generate: bool = False) -> float:
+    """Tokens per second after the prompt and its first token."""
+    if not by_generate:
+        return decode_tokens_per_second(model, prompt, tokens=TOKENS, runs=1)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    seconds = [
+        timed(model.generate, prompt, max_new_tokens=count, **options)[1] for count in (1, TOKENS)
+    ]
+    return (TOKENS - 1) / max(seconds[1] - seconds[0], 1e-9)
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes per second when memory is read: the best of five sums over 256 MiB."""
+    torch.set_num_threads(threads)
+    numbers = torch.ones(2**25, dtype=torch.int64)
+    best = min(timeit.repeat(numbers.sum, number=1, repeat=5))
+    return numbers.nbytes / best
+
+
+def decoding() -> dict:
+    """SmolLM2 decoded by us and by llama.cpp in one interleaved run, and the losses of both.
+
+    llama.cpp reads the wheel's file: 4-bit codes in groups of 32 with a scale and a minimum (Q4_1),
+    5 bits a weight, and a head of 8 bits (Q8_0). Ours has the same bits. The loss is that of
+    decoding: a given text, one token at a time through the cache.
+    """
+    bench = Bench("smollm2-135m", questions=0, windows=JUDGED)
+    models, before = decoders(bench.loaded.model), torch.get_num_threads()
+    prompt = bench.loaded.tokenizer("Efficient language models", return_tensors="pt").input_ids
+    load = os.getloadavg()[0]
+    rates: dict[str, dict[str, list[float]]] = {}
+    memory, losses = {}, {}
+    try:
+        for threads in THREADS:
+            memory[str(threads)] = round(bandwidth(threads))
+            with LlamaCpp(gguf_file(), threads) as peer:
+                ways = {"llama.cpp": lambda p=peer: _peer_rate(p, prompt)}
+                ways |= {n: partial(greedy_rate, m, prompt) for n, m in models.items()}
+                quick = models["compiled step"]
+                ways["compiled step, by generate"] = partial(greedy_rate, quick, prompt, True)
+                found: dict[str, list[float]] = {name: [] for name in ways}
+                for number in range(ROUNDS + 1):  # the first one warms up
+                    for name, way in ways.items():
+                        rate = round(way(), 3)
+                        if number:
+                            found[name].append(rate)
+                            print(threads, name, rate, flush=True)
+                rates[str(threads)] = found
+                if threads == THREADS[-1]:
+                    losses["llama.cpp"] = [mean(peer.losses(w)) for w in bench.windows.tolist()]
+        for name, model in models.items():
+            windows = bench.windows.split(1)
+            losses[name] = [
+                float(quantization.decode_losses(model, w, DynamicCache(), chunk=1).mean())
+                for w in windows
+            ]
+    finally:
+        torch.set_num_threads(before)
+    packed = [m.quantized for m in models["modules"].modules() if isinstance(m, QuantizedLinear)]
+    file = GGUFReader(gguf_file())
+    read = {name: sum(weight.bytes for weight in packed) for name in models}
+    read["llama.cpp"] = sum(int(tensor.n_bytes) for tensor in file.tensors)
+    return {
+        "model": "smollm2-135m",
+        "compiled": getattr(step_of(models["compiled step"]), "compiled", None) is not None,
+        "load": round(load, 2),
+        "tokens": TOKENS,
+        "tokens_per_second": rates,
+        "bytes_per_token": read,
+        "bandwidth": memory,
+        "loss": {name: [round(x, 5) for x in found] for name, found in losses.items()},
+    }
+
+
+def _peer_rate(peer: LlamaCpp, prompt: torch.Tensor) -> float:
+    answer = peer.decode(prompt[0].tolist(), TOKENS)
+    return TOKENS / answer["seconds"]
+
+
 _ALL = (methods, outliers, domains, mixed, training, control, cache, minilm, smollm2, speed)
+_ALL += (decoding,)
 PARTS: dict[str, Callable[[], dict]] = {part.__name__: part for part in _ALL}
 
 

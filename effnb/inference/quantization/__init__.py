@@ -10,7 +10,7 @@ After training: `rtn`, `gptq` and `awq` for weights; `activations`, `smoothquant
 With training: `estimators` and `qat` (straight-through, LSQ, BitNet), `llm_qat`, `qlora`, `peqa`.
 
 Which layer gets how many bits: `sensitivity`, `allocation` and `mixed`. Running from packed codes:
-`fast`.
+`fast`, and one token at a time `decoding` and `compiled`.
 """
 
 from effnb.inference.quantization.activations import (

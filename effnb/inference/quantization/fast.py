@@ -15,6 +15,9 @@ back once, a few megabytes at a time, and multiplied as usual: in bfloat16 where
 multiplies that natively, which made a prompt of 512 tokens faster than float32 weights where it was
 measured, else in float32, where the reading back is lost time.
 
+**One token at a time** a Llama takes a shorter way than through its modules: see `decoding`, and
+`compiled` for processors where one compiled function computes the whole step.
+
 On a GPU the layers are `Int4Tensor`s, whose product `effnb.kernels.int4_matmul` computes for one
 row and for many.
 """
@@ -31,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from effnb.core.modules import Model, named_modules_of, output_heads, replace_modules
+from effnb.inference.quantization.decoding import with_short_way
 from effnb.inference.quantization.formats import Granularity, QuantizedTensor, quantize
 from effnb.inference.quantization.linear import QuantizedLinear
 from effnb.inference.quantization.packed import PANEL, PackedTensor, machine, why_not
@@ -107,9 +111,8 @@ def _kernel(x: Tensor, weight: PackedTensor) -> Tensor:
     if weight.kind == "two int4":
         x = torch.cat([x, x], 1)
     if weight.kind != "int8":
-        return torch._weight_int4pack_mm_for_cpu(
-            x, weight.codes, weight.kernel_group, weight.scales
-        )
+        scales = weight.scales.contiguous()  # a view where layers stand side by side
+        return torch._weight_int4pack_mm_for_cpu(x, weight.codes, weight.kernel_group, scales)
     if x.data_ptr() % 32:  # a view into something larger; the kernel loads whole registers
         x = x.clone()
     return torch._weight_int8pack_mm(x, weight.codes, _ones(len(weight.codes), x.dtype))
@@ -307,7 +310,7 @@ def accelerate(model: Model) -> Model:
             new[name] = PackedLinear(stored, layer.bias)
     if len(reasons) == len(layers):
         raise ValueError(f"no layer can run packed; {reasons[0]}")
-    return replace_modules(model, new)
+    return with_short_way(replace_modules(model, new))
 
 
 def fast(

@@ -1,6 +1,7 @@
 """The companion of the chapter on quantization: exercises, live methods, tables, drawings."""
 
 import inspect
+import math
 import re
 
 import pytest
@@ -238,6 +239,36 @@ STORED = {
     "minilm": lambda d: tables.minilm_table(d["table"]),
     "speed": tables.speed_table,
 }
+
+
+def test_decoding_beside_llama_cpp_is_told():
+    """Medians as ratios, both goals, and a sentence in their place before they are measured."""
+    ways = [
+        "llama.cpp",
+        "modules",
+        "step in PyTorch",
+        "compiled step",
+        "compiled step, by generate",
+    ]
+    speeds = {"1": (50, 25, 40, 75, 60), "2": (80, 30, 60, 88, 70)}
+    found = {
+        "tokens_per_second": {
+            threads: {way: [0.9 * speed, speed, 1.2 * speed] for way, speed in zip(ways, of_ways)}
+            for threads, of_ways in speeds.items()
+        },
+        "bytes_per_token": dict.fromkeys(ways[:4], 1e8),
+        "bandwidth": {"1": 1e10, "2": 1.5e10},
+        "loss": {way: [math.log(8), math.log(2)] for way in ways[:4]},
+    }
+    said = tables.decoding_said(found)
+    assert "1.50 on 1 (goal 1.0: reached), 1.10 on 2 (goal 1.2: missed)" in said
+    assert "40.0 ms through the modules, 25.0 ms by the step in PyTorch, 13.3 ms compiled" in said
+    shown = tables.decoding_table(found)
+    assert shown.rows[3] == ("compiled step", "1.50", "1.10", "100", "75%", "4.00")
+    assert shown.rows[4][:3] == ("compiled step, by generate", "1.20", "0.88")
+    missing = results.NotMeasured("05_inference/3_quantization/decoding")
+    assert tables.decoding_said(missing) is missing
+    assert tables.decoding_table(missing) is missing
 
 
 @pytest.mark.parametrize("part", STORED)

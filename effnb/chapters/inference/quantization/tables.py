@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from torch import nn
@@ -475,4 +475,54 @@ def speed_table(speed: Row) -> Table:
         {"weights": "", "MiB stored": ",.0f", "speed / float32": ".2f", "perplexity": ".1f"},
         caption="SmolLM2-135M, decoding one token at a time: size, speed and quality of the same "
         "model.",
+    )
+
+
+@if_measured
+def decoding_table(found: Row) -> Table:
+    """Tokens per second beside llama.cpp's, the bytes read for each, and the loss of decoding."""
+    rates, peer = found["tokens_per_second"], "llama.cpp"
+    said = []
+    for name in rates["1"]:
+        weights = name.removesuffix(", by generate")
+        row: dict[str, Any] = {"decoder": name}
+        for threads, of_ways in rates.items():
+            times = median(of_ways[name]) / median(of_ways[peer])
+            row[f"{threads} thread{'s' * (threads != '1')}"] = times
+        bytes_ = found["bytes_per_token"][weights]
+        row["MB per token"] = bytes_ / 1e6
+        row["share of bandwidth"] = bytes_ * median(rates["1"][name]) / found["bandwidth"]["1"]
+        row["perplexity"] = math.exp(fmean(found["loss"][weights]))
+        said.append(row)
+    formats = {"decoder": "", "1 thread": ".2f", "2 threads": ".2f", "MB per token": ".0f"}
+    formats |= {"share of bandwidth": ".0%", "perplexity": ".2f"}
+    peers = ", ".join(
+        f"{median(of_ways[peer]):.0f} tokens a second on {threads}"
+        for threads, of_ways in rates.items()
+    )
+    return table(
+        said,
+        formats,
+        caption="SmolLM2-135M, the same bits: how many times as fast as llama.cpp each way decodes "
+        f"(llama.cpp: {peers}), and the perplexity of what it decodes.",
+    )
+
+
+@if_measured
+def decoding_said(found: Row) -> str:
+    """Whether the goals are met, and where the time goes."""
+    rates = found["tokens_per_second"]
+    goals = {"1": 1.0, "2": 1.2}
+    met = []
+    for threads, goal in goals.items():
+        of_ways = rates[threads]
+        times = median(of_ways["compiled step"]) / median(of_ways["llama.cpp"])
+        verdict = "reached" if times >= goal else "missed"
+        met.append(f"{times:.2f} on {threads} (goal {goal:.1f}: {verdict})")
+    one = {name: 1000 / median(times) for name, times in rates["1"].items()}
+    return (
+        f"Times as fast as llama.cpp, by threads: {', '.join(met)}. On one thread a token takes "
+        f"{one['modules']:.1f} ms through the modules, {one['step in PyTorch']:.1f} ms by the step "
+        f"in PyTorch, {one['compiled step']:.1f} ms compiled, and "
+        f"{one['compiled step, by generate']:.1f} ms by `generate`, which adds its own Python."
     )
