@@ -558,7 +558,6 @@ def compile_cases() -> list[CompileCase]:
 CANDIDATES = (
     Candidate((128, 128, 64, 8, 3), "64 logits in a thread; two turns of 32 KiB under way"),
     Candidate((128, 128, 64, 8, 2), "one turn under way: a teacher's tiles beside them fit twice"),
-    Candidate((128, 256, 64, 8, 3), "128 logits in a thread, 85 operations for each byte"),
     Candidate((64, 128, 64, 4, 3), "64 logits in a thread of half as many: two programs fit"),
     Candidate((128, 128, 32, 8, 4), "shorter turns: three of 16 KiB under way in as much memory"),
 )
