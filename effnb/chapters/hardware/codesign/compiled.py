@@ -136,7 +136,7 @@ def bounds(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Captioned
         axes.set_yticks(range(len(shown)), [name for name, _ in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel("µs at least")
-        axes.legend(loc="lower right", fontsize="small")
+        axes.legend(loc="upper right", fontsize="small")
 
     return figure(
         draw,
