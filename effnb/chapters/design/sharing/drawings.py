@@ -50,7 +50,8 @@ def result(rows: Sequence[Row]) -> CaptionedFigure:
         caption="Six ways to build one small language model, trained on the same "
         f"{rows[0]['training_tokens']:,} tokens; mean of "
         f"{len({row['seed'] for row in rows})} seeds. Left: loss over parameters, "
-        "which sharing moves. Right: the same losses over multiplications, which it does not: all but the last have six layers to compute.",
+        "which sharing moves. Right: the same losses over multiplications, which it does not: all "
+        "but the last have six layers to compute.",
         alt="; ".join(
             f"{methods.NAMES[name]}: {p:.0f} thousand parameters, {m:.0f} thousand multiply-adds, "
             f"{loss:.3f} nats"
