@@ -39,7 +39,11 @@ from torch import Tensor
 from effnb.inference.quantization.packed import PackedTensor, native_layout
 
 SOURCE = Path(__file__).with_name("step.cpp")
-INSTRUCTIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512vbmi", "fma")
+INSTRUCTIONS = {
+    "64 halves": "avx512f avx512bw avx512dq avx512vl avx512vnni avx512vbmi avx2 fma f16c".split(),
+    "32 halves": "avx2 fma f16c".split(),
+}
+"""For each layout of panels the instructions that its variant of the function is compiled for."""
 
 
 def compiler() -> str | None:
@@ -51,7 +55,7 @@ def compiler() -> str | None:
 @lru_cache
 def library() -> Callable[..., None] | None:
     """The compiled function, or None where it cannot be built or this processor cannot run it."""
-    if not sys.platform.startswith("linux") or native_layout() != "64 halves":
+    if not sys.platform.startswith("linux") or native_layout() not in INSTRUCTIONS:
         return None
     path = compiler()
     if path is None:
@@ -59,7 +63,7 @@ def library() -> Callable[..., None] | None:
     with tempfile.TemporaryDirectory(prefix="effnb-") as folder:
         target = Path(folder) / "step.so"
         flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno"]
-        flags += [f"-m{name}" for name in INSTRUCTIONS]
+        flags += [f"-m{name}" for name in INSTRUCTIONS[native_layout()]]
         done = subprocess.run(
             [path, *flags, str(SOURCE), "-o", str(target)], capture_output=True, check=False
         )
@@ -99,7 +103,7 @@ def _step_type(blocks: int) -> type[ctypes.Structure]:
         _fields_ = (
             *((name, ctypes.c_int64) for name in numbers),
             *((name, ctypes.c_double) for name in ("eps", "scale")),
-            *((name, ctypes.c_void_p) for name in ("norm", "input", "cos", "sin", "logits")),
+            *((name, ctypes.c_void_p) for name in ("norm", "input", "cos", "sin", "logits", "seconds")),
             ("head", _Weight),
             ("block", _Block * blocks),
         )
@@ -109,9 +113,15 @@ def _step_type(blocks: int) -> type[ctypes.Structure]:
 
 def fits(weight: PackedTensor) -> bool:
     """Whether the function knows a weight: 4-bit codes in native panels, columns in order."""
+    if weight.kind == "int8":
+        return (
+            weight.order is None
+            and weight.scales.dtype == torch.float16
+            and weight.scales.is_contiguous()
+            and weight.codes.is_contiguous()
+        )
     return (
-        weight.kind in ("int4", "two int4")
-        and weight.layout == "64 halves"
+        weight.layout == native_layout()
         and weight.order is None
         and weight.scales.dtype == torch.bfloat16
         and weight.scales.is_contiguous()
@@ -121,6 +131,9 @@ def fits(weight: PackedTensor) -> bool:
 
 
 def _weight(weight: PackedTensor) -> _Weight:
+    if weight.kind == "int8":
+        sizes = len(weight.codes), weight.columns, 0, weight.columns
+        return _Weight(weight.codes.data_ptr(), None, weight.scales.data_ptr(), *sizes)
     after = None if weight.row_scales is None else weight.row_scales.data_ptr()
     columns = 2 * weight.codes.shape[1]  # as the kernel counts them: each byte holds two codes
     codes, scales = weight.codes.data_ptr(), weight.scales.data_ptr()
