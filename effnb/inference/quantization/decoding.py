@@ -307,8 +307,8 @@ class Step:
         plain = silu and self.dtype == torch.float32 and size % 16 == 0 and len(eps) == 1
         known = all(len(w) == 1 and compiled.fits(w[0]) for w in self.weights)
         inner = self.weights[2][0].shape[0] // 2
-        function = compiled.library() if plain and known and inner % 16 == 0 else None
-        if function is None:
+        library = compiled.library() if plain and known and inner % 16 == 0 else None
+        if library is None:
             return None
         names = ("qkv", "out", "gate_up", "down")
         of_blocks = [self.weights[i : i + 4] for i in range(0, 4 * len(self.blocks), 4)]
@@ -317,7 +317,7 @@ class Step:
             for block, weights in zip(self.blocks, of_blocks)
         ]
         return CompiledStep(
-            function,
+            library.effnb_step,
             blocks,
             self.norm[0],
             self.weights[-1][0],

@@ -28,14 +28,13 @@ float total(Floats x) {
 }
 
 // y = x W^T for 32 rows: w = s (u - 8) + t, so y = sum_g s (dot(u, x) - 8 sum(x)) + t sum(x).
-// For each column 16 bytes, rows i and i + 16 in a byte ("32 halves"). Two columns are interleaved,
-// so that one instruction multiplies the codes and bytes of both and adds each pair. A 16-bit sum
-// takes 16 columns of 32, at most 16 * 15 * 128 = 30720: nothing saturates.
+// One instruction multiplies the codes of two columns by bytes and adds each pair, in 16 bits. Such a
+// sum takes 16 columns, at most 16 * 15 * 128 = 30720: nothing saturates.
 void panel(const Weight& w, int64_t p, const Inputs& x, float* y) {
   const __m256i nibble = _mm256_set1_epi8(15), upper = _mm256_set1_epi32((int)0xffff0000);
-  // Columns 0 and 2 of four meet in the lower half of a register, 1 and 3 in the upper one.
+  // Of four columns 0 and 2 meet in the lower half of a register, 1 and 3 in the upper one.
   const __m256i pairs = _mm256_set_m128i(_mm_set1_epi16(0x0301), _mm_set1_epi16(0x0200));
-  const __m256i weigh = _mm256_set1_epi32(1 << 16 | 256);  // 256 h + l
+  const __m256i weigh = _mm256_set1_epi32(1 << 16 | 256);
   const uint8_t* codes = w.codes + p * (PANEL / 2) * w.columns;
   const int64_t groups = w.columns / w.group, of_inputs = x.columns / w.group;
   __m256 out[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -54,24 +53,25 @@ void panel(const Weight& w, int64_t p, const Inputs& x, float* y) {
         _mm_prefetch((const char*)codes + 2048, _MM_HINT_T0);
         const __m256i a = _mm256_loadu_si256((const __m256i*)codes);
         const __m256i b = _mm256_loadu_si256((const __m256i*)(codes + 32));
-        const __m256i c0 = _mm256_unpacklo_epi8(a, b), c1 = _mm256_unpackhi_epi8(a, b);
-        const __m256i u[4] = {_mm256_and_si256(c0, nibble), _mm256_and_si256(c1, nibble),
-                              _mm256_and_si256(_mm256_srli_epi16(c0, 4), nibble),
-                              _mm256_and_si256(_mm256_srli_epi16(c1, 4), nibble)};
         int32_t four_high, four_low;
         std::memcpy(&four_high, high + c, 4), std::memcpy(&four_low, low + c, 4);
         const __m256i xh = _mm256_shuffle_epi8(_mm256_set1_epi32(four_high), pairs);
         const __m256i xl = _mm256_shuffle_epi8(_mm256_set1_epi32(four_low), pairs);
-        for (int i = 0; i < 4; i++) {
-          h[i] = _mm256_add_epi16(h[i], _mm256_maddubs_epi16(u[i], xh));
-          l[i] = _mm256_add_epi16(l[i], _mm256_maddubs_epi16(u[i], xl));
+        for (int i = 0; i < 2; i++) {
+          const __m256i both = i ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b);
+          __m256i u = _mm256_and_si256(both, nibble);
+          h[i] = _mm256_add_epi16(h[i], _mm256_maddubs_epi16(u, xh));
+          l[i] = _mm256_add_epi16(l[i], _mm256_maddubs_epi16(u, xl));
+          u = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+          h[i + 2] = _mm256_add_epi16(h[i + 2], _mm256_maddubs_epi16(u, xh));
+          l[i + 2] = _mm256_add_epi16(l[i + 2], _mm256_maddubs_epi16(u, xl));
         }
       }
-      for (int i = 0; i < 4; i++) {  // both halves of both registers together: eight rows
+      for (int i = 0; i < 4; i++) {  // 256 h + l of eight rows, even and odd columns together
         const __m256i a = _mm256_madd_epi16(_mm256_unpacklo_epi16(h[i], l[i]), weigh);
         const __m256i b = _mm256_madd_epi16(_mm256_unpackhi_epi16(h[i], l[i]), weigh);
-        const __m256i both = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-        sums[i] = _mm256_add_epi32(sums[i], both);
+        const __m256i even = _mm256_permute2x128_si256(a, b, 0x20), odd = _mm256_permute2x128_si256(a, b, 0x31);
+        sums[i] = _mm256_add_epi32(sums[i], _mm256_add_epi32(even, odd));
       }
     }
     const __m256 step = _mm256_set1_ps(x.scale[at]), sum = _mm256_set1_ps(x.sum[at]);

@@ -38,7 +38,9 @@ struct Step {
   Block block[1];
 };
 
-constexpr int64_t GROUP = 32;  // inputs with one scale, where weights have none
+constexpr int64_t GROUP = 32;   // inputs with one scale, where weights have none
+constexpr int64_t FILLED = 64;  // rows are filled up to a multiple of it
+constexpr float LEAST = 1e-30f;  // groups without a larger number count as zeros
 
 // Inputs in 16 bits, one scale a group: x = scale * (256 * high + low).
 struct Inputs {
@@ -56,7 +58,7 @@ struct Inputs {
       float top = 0;
 #pragma omp simd reduction(max : top)
       for (int64_t i = start; i < end; i++) top = std::max(top, std::fabs(x[i]));
-      if (top == 0) continue;
+      if (top < LEAST) continue;
       const float step = top / 32639.f, inverse = 32639.f / top;  // 127 * 256 + 127
       int32_t total = 0;
 #pragma omp simd reduction(+ : total)
@@ -77,14 +79,15 @@ struct Inputs {
 #include "panel_avx2.h"
 #endif
 
-// y = x W^T for one row of signed bytes. Sums of 32 products are at most 4 * 127 * 32639 in each of
-// eight parts: exact in float32.
+// y = x W^T for one row of signed bytes. The sum of 32 products has eight parts of four, at most
+// 4 * 128 * 32639 each: exact in float32.
 void row(const Weight& w, int64_t r, const Inputs& x, float* y) {
   const __m128i* codes = (const __m128i*)(w.codes + r * w.columns);
   const __m256i* both = (const __m256i*)x.both.data();
   __m256 sum = _mm256_setzero_ps();
   for (int64_t g = 0; g < w.columns / GROUP; g++, codes += 2, both += 2) {
-    const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128(codes)), b = _mm256_cvtepi8_epi16(_mm_loadu_si128(codes + 1));
+    const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128(codes));
+    const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128(codes + 1));
     const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(a, _mm256_loadu_si256(both)),
                                               _mm256_madd_epi16(b, _mm256_loadu_si256(both + 1)));
     sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_set1_ps(x.scale[g]), sum);
@@ -92,6 +95,15 @@ void row(const Weight& w, int64_t r, const Inputs& x, float* y) {
   const __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
   const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
   y[r] = _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair))) * _cvtsh_ss(w.after[r]);
+}
+
+int64_t group_of(const Weight& w) { return w.group ? w.group : GROUP; }
+
+// The part of y = x W^T that one of several threads computes.
+void product(const Weight& w, const Inputs& x, int64_t me, int64_t all, float* y) {
+  const int64_t count = w.group ? w.rows / PANEL : w.rows;
+  for (int64_t p = me * count / all; p < (me + 1) * count / all; p++)
+    w.group ? panel(w, p, x, y) : row(w, p, x, y);
 }
 
 // e^x = 2^n 2^f with n whole and |f| <= 1/2; a polynomial for 2^f, error about 1e-7 of the value.
@@ -129,7 +141,8 @@ void rotate(const float* x, const float* cos, const float* sin, int64_t n, float
 
 // N registers of the weighted mean of n values and the newest one.
 template <int N>
-void mix(const float* weights, const float* values, int64_t n, int64_t size, const float* newest, float sum, float* out) {
+void mix(const float* weights, const float* values, int64_t n, int64_t size, const float* newest,
+         float sum, float* out) {
   Floats sums[N];
   for (int j = 0; j < N; j++) sums[j] = set(weights[n]) * load(newest + j * WIDTH);
   for (int64_t t = 0; t < n; t++)
@@ -138,13 +151,13 @@ void mix(const float* weights, const float* values, int64_t n, int64_t size, con
 }
 
 // One head: scores with the tokens before from the store, with the newest from its own key.
-void attend(const Step& m, float* store_, int64_t head, const float* qkv, float* scores, float* out) {
+void attend(const Step& m, float* kept, int64_t head, const float* qkv, float* scores, float* out) {
   const int64_t size = m.size, shared = m.heads / m.kv_heads, of = head / shared, n = m.length;
   std::vector<float> q(size), key(size);
   rotate(qkv + head * size, m.cos, m.sin, size, q.data());
   rotate(qkv + (m.heads + of) * size, m.cos, m.sin, size, key.data());
   const float* value = qkv + (m.heads + m.kv_heads + of) * size;
-  float *keys = store_ + of * m.room * size, *values = store_ + (m.kv_heads + of) * m.room * size;
+  float *keys = kept + of * m.room * size, *values = kept + (m.kv_heads + of) * m.room * size;
   if (head % shared == 0) {
     std::memcpy(keys + n * size, key.data(), 4 * size);
     std::memcpy(values + n * size, value, 4 * size);
@@ -186,24 +199,28 @@ enum { PRODUCTS, ATTENTION, HEAD, REST };
 
 extern "C" int effnb_supported() { return supported(); }
 
+extern "C" void effnb_product(const Weight* weight, const float* input, int64_t n, float* y) {
+  Inputs x;
+  x.set(input, n, weight->inputs, group_of(*weight));
+  product(*weight, x, 0, 1, y);
+}
+
 extern "C" void effnb_step(const Step* step) {
   const Step& m = *step;
   const int64_t width = (m.heads + 2 * m.kv_heads) * m.size, wide = m.heads * m.size;
-  const auto panels = [](int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; };
-  std::vector<float> qkv(panels(width)), mixed(panels(wide)), change(panels(m.hidden)), both(panels(2 * m.inner));
+  const auto filled = [](int64_t n) { return (n + FILLED - 1) / FILLED * FILLED; };
+  std::vector<float> qkv(filled(width)), mixed(wide), change(filled(m.hidden)), both(filled(2 * m.inner));
 #pragma omp parallel num_threads((int)m.threads)
   {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
     Clock clock{me ? nullptr : m.seconds};
-    std::vector<float> h(m.input, m.input + m.hidden), normed(m.hidden), inner(panels(m.inner)), scores(m.length + 32);
+    std::vector<float> h(m.input, m.input + m.hidden), normed(m.hidden), inner(m.inner), scores(m.length + 32);
     Inputs x;
     // What is small every thread does for itself: that takes less time than to wait for one.
     const auto multiply = [&](const Weight& w, const float* in, int64_t n, float* y, int part) {
-      x.set(in, n, w.inputs, w.group ? w.group : GROUP);
+      x.set(in, n, w.inputs, group_of(w));
       clock.ends(REST);
-      const int64_t count = w.group ? w.rows / PANEL : w.rows;
-      for (int64_t p = me * count / all; p < (me + 1) * count / all; p++)
-        w.group ? panel(w, p, x, y) : row(w, p, x, y);
+      product(w, x, me, all, y);
 #pragma omp barrier
       clock.ends(part);
     };
