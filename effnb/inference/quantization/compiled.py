@@ -243,5 +243,8 @@ class CompiledStep:
             self.about.seconds = None
 
 
+_PROCESSORS = os.cpu_count() or 1  # asking takes as long as a small product
+
+
 def _threads() -> int:
-    return min(torch.get_num_threads(), os.cpu_count() or 1)
+    return min(torch.get_num_threads(), _PROCESSORS)

@@ -26,6 +26,7 @@ states keeps the hooks that transformers installs for them, and decodes through 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -247,6 +248,7 @@ class Step:
         self.head = self._products(model, ["lm_head"])
         self.limit = min(self.limits)
         self.compiled = self._compiled(config)
+        self.homes, self.names, self.values = zip(*self.watched)
 
     def _take(self, module: nn.Module, name: str) -> Tensor:
         """A parameter or buffer of a module, watched from now on."""
@@ -336,9 +338,8 @@ class Step:
             if any(self.hooks):
                 return False
             self.hooked = RemovableHandle.next_id
-        return self.embedding.dtype is self.dtype and all(
-            home.get(name) is value for home, name, value in self.watched
-        )
+        found = map(dict.get, self.homes, self.names)  # a thousand look-ups for every token
+        return self.embedding.dtype is self.dtype and all(map(is_, found, self.values))
 
     def __call__(
         self,
