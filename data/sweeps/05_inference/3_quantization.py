@@ -45,6 +45,7 @@ from effnb.evaluation import decode_tokens_per_second, retrieval
 from effnb.finetuning import lora
 from effnb.inference import quantization
 from effnb.inference.quantization import QuantizedLinear, dequantized
+from effnb.inference.quantization.compiled import PARTS as PARTS_OF_STEP
 from effnb.inference.quantization.decoding import Step, step_of
 from effnb.lab import corpora, load, sweeps
 from effnb.lab.bench import file_bytes
@@ -514,6 +515,18 @@ def bandwidth(threads: int) -> float:
     return numbers.nbytes / best
 
 
+def profile(model: nn.Module, prompt: torch.Tensor) -> dict[str, float]:
+    """Microseconds a token of each part of the compiled step, and of the Python around it."""
+    step = step_of(model)
+    if not isinstance(step, Step) or step.compiled is None:
+        return {}
+    with step.compiled.timed() as seconds:
+        rate = greedy_rate(model, prompt)  # one run to warm up and one that is timed
+    parts = dict(zip(PARTS_OF_STEP, (seconds / (2 * TOKENS) * 1e6).tolist()))
+    parts["Python around it"] = 1e6 / rate - sum(parts.values())
+    return {part: round(time, 1) for part, time in parts.items()}
+
+
 def decoding() -> dict:
     """SmolLM2 decoded by us and by llama.cpp in one interleaved run, and the losses of both.
 
@@ -526,7 +539,7 @@ def decoding() -> dict:
     prompt = bench.loaded.tokenizer("Efficient language models", return_tensors="pt").input_ids
     load = os.getloadavg()[0]
     rates: dict[str, dict[str, list[float]]] = {}
-    memory, losses = {}, {}
+    memory, losses, parts = {}, {}, {}
     try:
         for threads in THREADS:
             memory[str(threads)] = round(bandwidth(threads))
@@ -543,6 +556,8 @@ def decoding() -> dict:
                             found[name].append(rate)
                             print(threads, name, rate, flush=True)
                 rates[str(threads)] = found
+                runs = [profile(quick, prompt) for _ in range(3)]
+                parts[str(threads)] = {k: median(run[k] for run in runs) for k in runs[0]}
                 if threads == THREADS[-1]:
                     losses["llama.cpp"] = [mean(peer.losses(w)) for w in bench.windows.tolist()]
         for name, model in models.items():
@@ -565,6 +580,7 @@ def decoding() -> dict:
         "tokens_per_second": rates,
         "bytes_per_token": read,
         "bandwidth": memory,
+        "profile": parts,
         "loss": {name: [round(x, 5) for x in found] for name, found in losses.items()},
     }
 

@@ -259,8 +259,21 @@ def test_decoding_beside_llama_cpp_is_told():
         "bytes_per_token": dict.fromkeys(ways[:4], 1e8),
         "bandwidth": {"1": 1e10, "2": 1.5e10},
         "loss": {way: [math.log(8), math.log(2)] for way in ways[:4]},
+        "profile": {
+            "1": {
+                "products": 8000.0,
+                "attention": 500.0,
+                "head": 4500.0,
+                "rest": 200.0,
+                "Python around it": 150.0,
+            },
+            "2": {},
+        },
     }
     said = tables.decoding_said(found)
+    assert "products 8.00, attention 0.50, head 4.50, rest 0.20, Python around it 0.15." in said
+    assert "at 8.0 GB/s, 80% of what one thread reads" in said
+    assert "GB/s" not in tables.decoding_said(found | {"profile": {"1": {}, "2": {}}})
     assert "1.50 on 1 (goal 1.0: reached), 1.10 on 2 (goal 1.2: missed)" in said
     assert "40.0 ms through the modules, 25.0 ms by the step in PyTorch, 13.3 ms compiled" in said
     shown = tables.decoding_table(found)

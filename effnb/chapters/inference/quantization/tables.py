@@ -525,4 +525,19 @@ def decoding_said(found: Row) -> str:
         f"{one['modules']:.1f} ms through the modules, {one['step in PyTorch']:.1f} ms by the step "
         f"in PyTorch, {one['compiled step']:.1f} ms compiled, and "
         f"{one['compiled step, by generate']:.1f} ms by `generate`, which adds its own Python."
+        + _parts_said(found)
+    )
+
+
+def _parts_said(found: Row) -> str:
+    """How long each part of the compiled step takes, and how fast that reads the weights."""
+    parts = found["profile"]["1"]
+    if not parts:
+        return ""
+    times = ", ".join(f"{part} {time / 1000:.2f}" for part, time in parts.items())
+    reading = (parts["products"] + parts["head"]) / 1e6
+    rate = found["bytes_per_token"]["compiled step"] / reading
+    return (
+        f" Of the compiled step, in ms: {times}. Products and head read the weights at "
+        f"{rate / 1e9:.1f} GB/s, {rate / found['bandwidth']['1']:.0%} of what one thread reads."
     )
