@@ -287,8 +287,10 @@ def page(found: Sequence[Summary]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<title>What the class guessed</title><style>body{font:1.1rem/1.5 system-ui,sans-serif;"
-        "max-width:70rem;margin:2rem auto;padding:0 1rem}</style></head>"
+        "<title>What the class guessed</title><style>:root{color-scheme:light dark}"
+        "body{font:1.1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
+        "img{max-width:100%;height:auto}"
+        "@media (max-width:700px){table{display:block;overflow-x:auto}}</style></head>"
         f"<body><h1>What the class guessed</h1>{''.join(parts)}</body></html>\n"
     )
 
