@@ -258,6 +258,7 @@ def picture(one: Summary) -> CaptionedFigure:
                 axes.legend()
             axes.set_xlabel("guess")
             axes.set_ylabel("learners, in order")
+            axes.yaxis.get_major_locator().set_params(integer=True)
             positive = [v for v in one.guesses if v > 0]
             if len(positive) == len(one.guesses) and max(positive) > 20 * min(positive):
                 axes.set_xscale("log")
@@ -269,6 +270,7 @@ def picture(one: Summary) -> CaptionedFigure:
         axes.set_yticks(range(len(names)), [str(name) for name in names])
         axes.invert_yaxis()
         axes.set_xlabel("learners")
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
     kind = "Each dot is a guess" if one.numeric else "Each bar is a choice"
     caption = f"{one.question} {kind}; green is right. Most common error: {one.error or 'none'}."
