@@ -313,7 +313,11 @@ class Web:
         return self._figure(found, data["text/plain"].partition("\n")[2], target or "", page)
 
     def _solution(self, content: str, page: str) -> str:
-        """HTML whose listings have the page's own colours: a solution is folded around one."""
+        """HTML whose listings have the page's own colours: a solution is folded around one.
+
+        The page folds the whole cell, so that the fold inside of it is open.
+        """
+        content = re.sub(r"^<details>(?=<summary>Solution)", "<details open>", content)
 
         def figure(found: re.Match[str]) -> str:
             code = html.unescape(re.sub(r"<[^>]+>", "", found["code"]))
