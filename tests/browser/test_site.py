@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page
 
 from effnb.book import equations
@@ -582,6 +584,66 @@ def test_every_output_of_every_chapter_can_be_read_at_every_width(book, folder):
     assert len(page.evaluate(BROKEN_LINES)) > 0, "a line that breaks would be found"
 
 
+def paper_at(page: Page, box, side: str) -> float:
+    """The part of a box's edge, three pixels wide, that has the colour of the page."""
+    place = box.bounding_box()
+    x = place["x"] + (0 if side == "left" else place["width"] - 3)
+    clip = {"x": x, "y": place["y"] + 4, "width": 3, "height": place["height"] - 8}
+    strip = Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB")
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    wanted = tuple(int(part) for part in re.findall(r"\d+", paper)[:3])
+    data = strip.tobytes()
+    pixels = [data[at : at + 3] for at in range(0, len(data), 3)]
+    alike = [one for one in pixels if max(abs(a - b) for a, b in zip(one, wanted)) < 6]
+    return len(alike) / len(pixels)
+
+
+WIDE_OUTPUT = """() => {
+    const wide = [...document.querySelectorAll('.cell_output .output.text_html')].find(
+        box => box.offsetParent && box.scrollWidth > box.clientWidth + 40
+            && box.clientHeight < 500 && !box.closest('details, .panel'));
+    if (wide) wide.id = 'wide';
+    return !!wide;
+}"""
+
+
+def test_what_goes_on_sideways_has_a_shade_at_that_edge_and_none_at_the_end(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/05_inference/3_quantization.html")
+    shaded = 0
+    for where in everywhere(page):
+        page.evaluate("document.getElementById('wide')?.removeAttribute('id')")
+        if not page.evaluate(WIDE_OUTPUT):
+            continue
+        shaded += 1
+        box = page.locator("#wide")
+        box.evaluate("box => { box.scrollLeft = 0; box.scrollIntoView({block: 'center'}) }")
+        page.evaluate(SETTLED)
+        assert paper_at(page, box, "right") < 0.2, f"{where}: nothing says that it goes on"
+        assert paper_at(page, box, "left") > 0.5, f"{where}: it begins here"
+        box.evaluate("box => box.scrollLeft = box.scrollWidth")
+        page.evaluate(SETTLED)
+        assert paper_at(page, box, "right") > 0.5, f"{where}: it ends here"
+        assert paper_at(page, box, "left") < 0.2, f"{where}: nothing says where it began"
+    assert shaded >= 2, "a phone has something to scroll, in light and dark"
+
+
+def test_a_solution_has_the_colours_of_the_page(book):
+    page = book.page(**SCREEN)
+    page.goto(f"{book.address}/02_design/2_experts.html")
+    page.evaluate("document.querySelectorAll('article details').forEach(one => one.open = true)")
+    code = page.locator(".cell_output details .listing pre").first
+    for where in everywhere(page):
+        page.evaluate(SETTLED)
+        assert code.is_visible(), where
+        raised = page.evaluate(
+            "getComputedStyle(document.documentElement).getPropertyValue('--raised')"
+        )
+        ground = code.evaluate("one => getComputedStyle(one).backgroundColor")
+        assert "#{:02x}{:02x}{:02x}".format(*map(int, re.findall(r"\d+", ground)[:3])) == raised
+    assert code.text_content().startswith("def ")
+
+
 def test_a_second_knob_moves_where_it_is_stored(book, folder):
     page = book.page(**SCREEN)
     page.goto(f"{book.address}/00_start_here.html")
@@ -622,6 +684,43 @@ def test_the_guide_is_a_click_away_and_leads_to_its_tables(book):
     card.locator(".advice-table a").first.click()
     page.wait_for_url("**/05_inference/3_quantization.html#gallery")
     assert page.locator("#gallery").is_visible()
+
+
+ASKED = {  # what a reader wants to know: the link that is the second click, and what is read there
+    "GPTQ or AWQ": ("Turn the knob", r"GPTQ[\s\S]*AWQ|AWQ[\s\S]*GPTQ"),
+    "cache of two bits": ("KIVI", r"KIVI"),
+    "2:4 faster": ("What it costs and saves", r"2:4"),
+    "SNIP": ("Taylor and SNIP", r"SNIP"),
+    "context stretched": ("Four ways to slow down", r"YaRN"),
+}
+BELOW = """id => {
+    let one = document.getElementById(id), box = one.closest('section');
+    return box.textContent;
+}"""
+
+
+@pytest.mark.parametrize("question", ASKED)
+def test_a_reader_finds_each_answer_in_two_clicks(book, question):
+    """On a phone, in the dark, as well: the first click is on the home page itself."""
+    words, told = ASKED[question]
+    page = book.page(**SCREEN)
+    for theme, size in zip(("light", "dark", "light"), SIZES, strict=True):
+        page.set_viewport_size(size)
+        page.emulate_media(color_scheme=theme)
+        page.goto(f"{book.address}/index.html")
+        page.locator("article").get_by_role("link", name="Which method should I use?").click()
+        page.wait_for_url("**/which.html")
+        asked = page.locator("article li", has_text=question)
+        assert asked.count() == 1
+        asked.get_by_role("link", name=words).click()
+        page.wait_for_url("**.html#*")
+        anchor = page.url.partition("#")[2]
+        assert re.search(told, page.evaluate(BELOW, anchor))
+        page.wait_for_function(
+            "id => (y => y >= 0 && y < innerHeight)"
+            "(document.getElementById(id).getBoundingClientRect().top)",
+            arg=anchor,
+        )
 
 
 def test_words_lead_to_the_figure_that_they_mean(book, read):
@@ -703,7 +802,12 @@ def test_a_teacher_finds_every_chapter_and_its_slides(book, folder):
     assert slides.count() == len(chapters)
     for where in everywhere(page):
         table = page.locator("table.teach")
-        assert table.is_visible() and slides.first.is_visible(), where
+        assert table.is_visible(), where
+        for link in table.get_by_role("link").all()[:8]:
+            box = link.bounding_box()
+            right = box["x"] + box["width"]
+            assert box["x"] >= 0 and right <= page.viewport_size["width"], where
+            assert box["height"] < 30, f"{where}: {link.text_content()} is broken in two"
     slides.first.click()
     page.wait_for_url("**/_static/teach/00_start_here/slides.html*")
     assert page.locator(".slide.here h1").is_visible()

@@ -78,6 +78,42 @@ def test_a_teacher_goes_through_the_slides(browser: Browser, deck: Path):
     page.close()
 
 
+GROUND = {"light": "rgb(250, 249, 246)", "dark": "rgb(21, 24, 28)"}
+
+
+@pytest.mark.parametrize("name", ["slides", "plan", "key"])
+def test_pages_of_the_pack_can_be_read_in_light_and_dark(
+    browser: Browser, deck: Path, page_files: Path, name: str
+):
+    axe = next(page_files.glob("*-axe.min.js")).read_text(encoding="utf-8")
+    page = browser.new_page()
+    page.goto(deck.with_name(f"{name}.html").as_uri())
+    page.evaluate(axe)
+    for theme, ground in GROUND.items():
+        page.emulate_media(color_scheme=theme)
+        for width in (390, 768, 1440):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            if name == "slides":
+                place = page.locator(".place").bounding_box()
+                last = page.locator(".keys button:visible").last.bounding_box()
+                assert last["x"] + last["width"] < place["x"]
+        slides = range(page.locator(".slide").count()) if name == "slides" else [None]
+        for slide in list(slides)[::4]:  # they have few kinds, each several times
+            if slide is not None:
+                page.evaluate(f"go({slide})")
+            found = page.evaluate("axe.run(document, {runOnly: ['color-contrast']})")
+            assert [
+                f"{theme}: {node['target'][0]}: {node['failureSummary'][:200]}"
+                for rule in found["violations"]
+                for node in rule["nodes"]
+            ] == []
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == GROUND["light"]
+    page.close()
+
+
 LOST = """() => slides.flatMap((slide, i) => {
     go(i);
     const stage = slide.querySelector(".stage"), body = slide.querySelector(".body"), lost = [];

@@ -442,6 +442,10 @@ class Pair:
     def both(self) -> int:
         """The sum."""
 
+    @both.setter
+    def both(self, value: int) -> None:
+        """Put another in its place."""
+
     def _hidden(self):
         pass
 
@@ -513,7 +517,7 @@ def test_what_is_public_is_found_by_walking(package):
     )
     assert things["Pair"].signature == "(left: int, right: list[int] = list())"
     members = {one.name: one for one in things["Pair"].members}
-    assert list(members) == ["Pair.both", "Pair.of"]
+    assert [one.name for one in things["Pair"].members] == ["Pair.both", "Pair.of"]
     assert members["Pair.both"].kind == "property"
     assert members["Pair.of"].signature == "(value: int, /, *, twice: bool = False) -> Pair"
     assert members["Pair.of"].options == ("classmethod",)

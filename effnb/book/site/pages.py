@@ -205,9 +205,10 @@ def terms_part(book: Book) -> str:
                 f"under {term.at!r}, and the chapter has no such heading."
             )
         where = f"[{written.chapter.title}](/{written.name}.ipynb#{written.headings[term.at]})"
+        ja = f' <span class="ja" lang="ja">{html.escape(term.ja)}</span>'
         lines += [
-            f'<span class="word-anchor" id="{anchor(term.name)}">{html.escape(term.name)}</span> '
-            f'<span class="ja" lang="ja">{html.escape(term.ja)}</span>',
+            f'<span class="word-anchor" id="{anchor(term.name)}">{html.escape(term.name)}</span>'
+            f"{'' if term.ja == term.name else ja}",
             f": {term.means[0].upper()}{term.means[1:].rstrip('.')}. {where}",
             "",
         ]

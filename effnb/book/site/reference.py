@@ -224,10 +224,10 @@ def _doc(node: ast.AST) -> str:
 
 
 def _things(body: list[ast.stmt], owner: str) -> Iterator[Thing]:
-    """What is public among these statements."""
+    """What is public among these statements; a property is described once, where it is read."""
     for index, node in enumerate(body):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            if not node.name.startswith("_"):
+            if not node.name.startswith("_") and not _decorators(node) & {"setter", "deleter"}:
                 yield _function(node, owner)
         elif isinstance(node, ast.ClassDef):
             if not node.name.startswith("_"):

@@ -39,6 +39,9 @@ _LISTING = re.compile(
     r"<figure[^>]*><figcaption[^>]*><code>(?P<name>[^<]+)</code>"
     r'(?: · <a href="(?P<href>[^"]+)">(?P<place>[^<]*)</a>)?</figcaption><pre'
 )
+_LISTED = re.compile(
+    _LISTING.pattern + r"[^>]*>(?P<code>.*?)</pre>(?:<style>.*?</style>)?</figure>", re.DOTALL
+)
 _CODE = re.compile(r"(^```.*?^```[^\n]*$|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(?P<image>!?)\[(?P<words>[^\[\]]*)\]\((?P<target>[^()\s]+)\)")
 _HREF = re.compile(r'<a href="(?P<target>[^"]+)"(?P<rest>[^>]*)>(?P<words>.*?)</a>', re.DOTALL)
@@ -257,8 +260,8 @@ class Web:
             content = json.loads(content) if isinstance(content, str) else content
             made = "".join(claim_html(one, page) for one in content["verdicts"])
         elif "text/html" in data:
-            made = self._listing(data, page) or self.hypertext(
-                page, self.pictures(data["text/html"], page)
+            made = self._listing(data, page) or self._solution(
+                self.hypertext(page, self.pictures(data["text/html"], page)), page
             )
         elif data.get("text/markdown", "").startswith(chapter_map(self.book.folder)[:50]):
             made = map_html(self.book, page)  # the same table, in a form that fits a phone
@@ -304,18 +307,35 @@ class Web:
         found = _LISTING.match(data["text/html"])
         if not found:
             return None
-        code = data["text/plain"].partition("\n")[2]
+        target = None
+        if found["href"] and not self.reference.find(html.unescape(found["name"])):
+            target = self.address(page, html.unescape(found["href"]))
+        return self._figure(found, data["text/plain"].partition("\n")[2], target or "", page)
+
+    def _solution(self, content: str, page: str) -> str:
+        """HTML whose listings have the page's own colours: a solution is folded around one.
+
+        The page folds the whole cell, so that the fold inside of it is open.
+        """
+        content = re.sub(r"^<details>(?=<summary>Solution)", "<details open>", content)
+
+        def figure(found: re.Match[str]) -> str:
+            code = html.unescape(re.sub(r"<[^>]+>", "", found["code"]))
+            return self._figure(found, code, html.unescape(found["href"] or ""), page)
+
+        return _LISTED.sub(figure, content)
+
+    def _figure(self, found: re.Match[str], code: str, target: str, page: str) -> str:
+        """A listing under its name, which leads to its description and to its file."""
         name = html.unescape(found["name"])
         shown = f"<code>{html.escape(name).replace('.', '.<wbr>')}</code>"
         full = self.reference.find(name)
-        place, target = found["place"], ""
+        place = found["place"]
         if full:
             shown = f'<a href="{up(page)}{self.reference.page(full)}">{shown}</a>'
             module, thing = self.reference.home(full)  # where it is now
             place = f"{module.path.as_posix()}, line {thing.line}"
             target = self.listed(page, module.path.as_posix(), thing.line)
-        elif found["href"]:
-            target = self.address(page, html.unescape(found["href"])) or ""
         if target:
             shown += f' <a class="listing-place" href="{html.escape(target)}">{place}</a>'
         coloured = highlight(code, PythonLexer(), HtmlFormatter(nowrap=True))

@@ -258,6 +258,7 @@ def picture(one: Summary) -> CaptionedFigure:
                 axes.legend()
             axes.set_xlabel("guess")
             axes.set_ylabel("learners, in order")
+            axes.yaxis.get_major_locator().set_params(integer=True)
             positive = [v for v in one.guesses if v > 0]
             if len(positive) == len(one.guesses) and max(positive) > 20 * min(positive):
                 axes.set_xscale("log")
@@ -269,6 +270,7 @@ def picture(one: Summary) -> CaptionedFigure:
         axes.set_yticks(range(len(names)), [str(name) for name in names])
         axes.invert_yaxis()
         axes.set_xlabel("learners")
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
     kind = "Each dot is a guess" if one.numeric else "Each bar is a choice"
     caption = f"{one.question} {kind}; green is right. Most common error: {one.error or 'none'}."
@@ -287,8 +289,10 @@ def page(found: Sequence[Summary]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<title>What the class guessed</title><style>body{font:1.1rem/1.5 system-ui,sans-serif;"
-        "max-width:70rem;margin:2rem auto;padding:0 1rem}</style></head>"
+        "<title>What the class guessed</title><style>:root{color-scheme:light dark}"
+        "body{font:1.1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
+        "img{max-width:100%;height:auto}"
+        "@media (max-width:700px){table{display:block;overflow-x:auto}}</style></head>"
         f"<body><h1>What the class guessed</h1>{''.join(parts)}</body></html>\n"
     )
 

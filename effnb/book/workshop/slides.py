@@ -297,7 +297,7 @@ def deck_html(title: str, made: list[Slide]) -> str:
     moving = (prose.STATIC / "book.js").read_text(encoding="utf-8")
     script = (ASSETS / "slides.js").read_text(encoding="utf-8")
     return (
-        '<!doctype html>\n<html lang="en" data-theme="light"><head><meta charset="utf-8">'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}: slides</title>"
         f"<style>{prose.katex_style([whole])}\n{style}</style></head>"
