@@ -50,7 +50,7 @@ WIDE = {
 @pytest.fixture
 def plain_step(monkeypatch):
     """No compiled function: the step is computed by PyTorch."""
-    monkeypatch.setattr(compiled, "library", lambda: None)
+    monkeypatch.setattr(decoding, "library", lambda: None)
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_the_compiled_function_is_nearer_to_the_exact_product(tiny_llama, ids, m
             assert relative(got, expected) < 0.03
         else:
             assert relative(got, expected) < 1e-3
-    monkeypatch.setattr(compiled, "library", lambda: None)
+    monkeypatch.setattr(decoding, "library", lambda: None)
     narrow, _ = one_step(share(quick), exact, ids, 23)
     assert relative(narrow, expected) < 0.03
     if step is not None and step.compiled is not None:

@@ -47,8 +47,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from effnb.core.modules import Model
-from effnb.inference.quantization import compiled
-from effnb.inference.quantization.compiled import CompiledStep
+from effnb.inference.quantization.compiled import CompiledStep, fits, library
 from effnb.inference.quantization.packed import PANEL, PackedTensor, machine
 
 ROOM = 128
@@ -307,10 +306,10 @@ class Step:
         silu = all(block[8] is nn.functional.silu for block in self.blocks)
         size, eps = self.blocks[0][4], {block[i][1] for block in self.blocks for i in (0, 6)}
         plain = silu and self.dtype == torch.float32 and size % 16 == 0 and len(eps) == 1
-        known = all(len(w) == 1 and compiled.fits(w[0]) for w in self.weights)
+        known = all(len(w) == 1 and fits(w[0]) for w in self.weights)
         inner = self.weights[2][0].shape[0] // 2
-        library = compiled.library() if plain and known and inner % 16 == 0 else None
-        if library is None:
+        built = library() if plain and known and inner % 16 == 0 else None
+        if built is None:
             return None
         names = ("qkv", "out", "gate_up", "down")
         of_blocks = [self.weights[i : i + 4] for i in range(0, 4 * len(self.blocks), 4)]
@@ -319,7 +318,7 @@ class Step:
             for block, weights in zip(self.blocks, of_blocks)
         ]
         return CompiledStep(
-            library.effnb_step,
+            built.effnb_step,
             blocks,
             self.norm[0],
             self.weights[-1][0],
