@@ -691,7 +691,7 @@ ASKED = {  # what a reader wants to know: the link that is the second click, and
     "cache of two bits": ("KIVI", r"KIVI"),
     "2:4 faster": ("What it costs and saves", r"2:4"),
     "SNIP": ("Taylor and SNIP", r"SNIP"),
-    "context stretched": ("Four ways to slow down", r"Position Interpolation[\s\S]*NTK-aware scaling"),
+    "context stretched": ("Four ways to slow down", r"NTK-aware scaling"),
 }
 BELOW = """id => {
     let one = document.getElementById(id), box = one.closest('section');
