@@ -54,7 +54,7 @@ trained = tables.claimed("shared").data["table"]
 drawings.result(trained)
 
 # %% [markdown]
-# Sharing moves a model to the left in the first plot and leaves it where it is in the second. The model called *one layer alone* has exactly as many parameters as *all shared*, and a sixth of its layers to compute: whoever shares for the sake of a small file has to be better than this one. After a training as short as ours that is not a matter of course; the verdict further down says what is certain.
+# Sharing moves a model to the left in the first plot and leaves it where it is in the second. The model called *one layer alone* has exactly as many parameters as *all shared*, and a sixth of its layers to compute: a model that shares for the sake of a small file has to be better than this one. After a training as short as ours that is not a matter of course; the verdict further down says what is certain.
 #
 # **Predict first:** the panel takes your guess before it answers. Then find the setting with the fewest parameters, and watch the second bar.
 

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TARGETS = [
     *("help", "lab", "preflight", "site", "workshop", "check", "clean"),
-    *("test", "test-full", "test-gpu", "bench", "bench-gpu"),
+    *("test", "test-full", "test-gpu", "bench", "bench-gpu", "bench-llama-cpp"),
     *("notebooks", "data", "models", "results"),
 ]
 

@@ -156,7 +156,8 @@ def test_leading_axes_are_rows(proof):
 
 
 def test_tiles_follow_the_number_of_rows():
-    sizes = [module._settings(rows)["BLOCK_M"] for rows in (1, 16, 17, 64, 65, 5000)]
+    tiles = [module._settings(module._tile(rows)) for rows in (1, 16, 17, 64, 65, 5000)]
+    sizes = [tile["BLOCK_M"] for tile in tiles]
     assert sizes == [16, 16, 64, 64, 128, 128]
 
 
