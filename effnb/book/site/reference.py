@@ -137,8 +137,10 @@ class Reference:
 
     def uses(self, code: str) -> list[tuple[str, int]]:
         """The same with repetitions, each with the place in the text where its name ends."""
+        if "effnb" not in code:
+            return []
         try:
-            tree = ast.parse(code)
+            nodes = list(ast.walk(ast.parse(code)))
         except SyntaxError:
             return []
         lines = code.splitlines(keepends=True)
@@ -146,7 +148,7 @@ class Reference:
         for line in lines:
             starts.append(starts[-1] + len(line))
         known: dict[str, str] = {}
-        for node in ast.walk(tree):
+        for node in nodes:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("effnb"):
                 for alias in node.names:
                     known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
@@ -157,7 +159,7 @@ class Reference:
                             alias.name if alias.asname else "effnb"
                         )
         found: list[tuple[str, int]] = []
-        named = [n for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Attribute)]
+        named = [n for n in nodes if isinstance(n, ast.Name | ast.Attribute)]
         # The longest chain first: of `a.b.c` as a whole, then of `a.b`.
         for node in sorted(named, key=lambda n: (n.lineno, n.col_offset, -n.end_col_offset)):
             parts: list[str] = []

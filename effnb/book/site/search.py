@@ -171,7 +171,8 @@ def sections(page: str) -> tuple[str, list[Section]]:
         page: The page's HTML.
     """
     reader = _Reader()
-    reader.feed(page)
+    begin = page.find("<article")  # what is around it is long, and the same on every page
+    reader.feed(page[begin : page.rfind("</article>") + len("</article>")] if begin >= 0 else "")
     reader.close()
     return reader.title, [one for one in reader.sections if one.heading or one.text]
 
