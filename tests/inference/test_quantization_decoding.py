@@ -6,6 +6,7 @@ import copy
 import gc
 import platform
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ from effnb.inference.quantization import (
     fast,
     packed,
     quantize,
+    quantize_linears,
+    quantize_minimum,
     rtn,
 )
 from effnb.inference.quantization.decoding import DecodingLlama, RoomyLayer, Step, step_for
@@ -79,9 +82,14 @@ def relative(a, b):
     return float((a - b).double().norm() / b.double().norm())
 
 
+def on_minima(model, bits, *, group_size):
+    return quantize_linears(model, partial(quantize_minimum, bits=bits, group_size=group_size))
+
+
 FORMATS = {
     "4 bits": lambda m: fast(m, 4),
     "4 bits, groups of 32": lambda m: fast(m, 4, group_size=32, head=8),
+    "4 bits, minima": lambda m: fast(m, 4, group_size=32, head=8, source=on_minima),
     "4 bits, rows": lambda m: fast(m, 4, group_size="row", head=4),
     "3 bits": lambda m: fast(m, 3),
     "8 bits": lambda m: fast(m, 8),
@@ -208,6 +216,7 @@ KINDS = {  # bits, group size, symmetric, kind of 8 bits
     "int4": (4, 32, False, None),
     "int4, groups of 64": (4, 64, False, None),
     "int4, groups of 128": (3, 128, False, None),
+    "int4, minima": (4, 32, None, None),
     "int4, rows": (4, "row", False, None),
     "two int4": (8, "row", True, "two int4"),
     "two int4, groups of 32": (8, 32, False, None),
@@ -237,9 +246,12 @@ def test_a_product_is_exact_but_for_the_rounding_of_its_inputs(kind, rows, width
     columns = 128 * width
     w = torch.randn(rows, columns, generator=generator).sign() * (1 if seed % 2 else 1e-3)
     w *= torch.rand(rows, columns, generator=generator).clamp_min(0.5 * (seed % 3))
-    weight = packed.PackedTensor.from_quantized(
-        quantize(w, bits, group_size=group, symmetric=symmetric), eight
+    stored = (
+        quantize_minimum(w, bits, group_size=group)
+        if symmetric is None
+        else quantize(w, bits, group_size=group, symmetric=symmetric)
     )
+    weight = packed.PackedTensor.from_quantized(stored, eight)
     assert compiled.fits(weight)
     x = size * torch.randn(columns, generator=generator)
     if how == "one outlier":

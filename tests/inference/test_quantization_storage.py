@@ -10,7 +10,7 @@ from torch import nn
 
 from effnb.core.modules import Layers, map_linears
 from effnb.evaluation import stored_bytes
-from effnb.inference.quantization import QuantizedLinear, quantize, rtn
+from effnb.inference.quantization import QuantizedLinear, quantize, quantize_minimum, rtn
 from effnb.inference.quantization.extreme import binarize, ternarize
 from effnb.inference.quantization.formats import QuantizedTensor
 from effnb.inference.quantization.grid import Grid
@@ -32,6 +32,7 @@ FORMATS = [
     lambda w: quantize(w, 4, symmetric=True),
     lambda w: quantize(w, 2, group_size="tensor"),
     ordered,
+    lambda w: quantize_minimum(w, group_size=16),
     quantize_table,
     lambda w: quantize_table(w, "fp4", block_size=32, double=True),
     lambda w: quantize_table(w, "e5m2", block_size="row"),

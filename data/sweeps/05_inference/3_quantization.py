@@ -486,9 +486,15 @@ THREADS, ROUNDS, TOKENS, JUDGED = (1, 2), 7, 64, 8
 """Of `decoding`: threads, interleaved rounds, tokens of a round, windows that quality rests on."""
 
 
+def on_minima(model: nn.Module, bits: int, *, group_size: int) -> nn.Module:
+    """Quantized to the kind of grid that the file has, which its weights lie on already."""
+    grid = partial(quantization.quantize_minimum, bits=bits, group_size=group_size)
+    return quantization.quantize_linears(model, grid)
+
+
 def decoders(model: nn.Module) -> dict[str, nn.Module]:
     """The same packed weights, decoded in three ways: the bits of Q4_1 and Q8_0."""
-    quick = quantization.fast(model, 4, group_size=32, head=8)
+    quick = quantization.fast(model, 4, group_size=32, head=8, source=on_minima)
     plain, modules = share(quick), share(quick)
     if isinstance(step := step_of(plain), Step):
         step.compiled = None
@@ -531,8 +537,8 @@ def decoding() -> dict:
     """SmolLM2 decoded by us and by llama.cpp in one interleaved run, and the losses of both.
 
     llama.cpp reads the wheel's file: 4-bit codes in groups of 32 with a scale and a minimum (Q4_1),
-    5 bits a weight, and a head of 8 bits (Q8_0). Ours has the same bits. The loss is that of
-    decoding: a given text, one token at a time through the cache.
+    5 bits a weight, and a head of 8 bits (Q8_0). Ours has the same bits, and the same grids for all
+    but the head. The loss is that of decoding: a given text, one token at a time through the cache.
     """
     bench = Bench("smollm2-135m", questions=0, windows=JUDGED)
     models, before = decoders(bench.loaded.model), torch.get_num_threads()

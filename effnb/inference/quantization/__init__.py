@@ -1,8 +1,8 @@
 """Quantization: fewer bits per number.
 
-Formats and storage: `formats` (uniform grids), `clipping` (how much a grid should cover), `tables`
-(NF4, FP4, FP8), `extreme` (two and three values), `stored`, `linear` and `storage` (what all of
-them share, the layer that computes from them, and files).
+Formats and storage: `formats` (uniform grids), `clipping` (how much a grid should cover), `minimum`
+(grids that begin at a real number), `tables` (NF4, FP4, FP8), `extreme` (two and three values),
+`stored`, `linear` and `storage` (what all of them share, the layer that computes from them, files).
 
 After training: `rtn`, `gptq` and `awq` for weights; `activations`, `smoothquant`, `llm_int8` and
 `rotation` for inputs as well; `kv_cache` for keys and values.
@@ -68,6 +68,7 @@ from effnb.inference.quantization.llm_int8 import (
     outlier_fractions,
 )
 from effnb.inference.quantization.llm_qat import imitation_loss, self_generate, soft_cross_entropy
+from effnb.inference.quantization.minimum import MinimumTensor, quantize_minimum
 from effnb.inference.quantization.mixed import Additivity, additivity, layer_bytes, mixed_precision
 from effnb.inference.quantization.peqa import (
     ScaleTunedLinear,
@@ -105,6 +106,7 @@ __all__ = [
     "InverseHessian",
     "KiviCache",
     "LLMInt8Linear",
+    "MinimumTensor",
     "PackedLinear",
     "PackedTensor",
     "QuantizedInputs",
@@ -168,6 +170,7 @@ __all__ = [
     "quantize_inputs",
     "quantize_kv",
     "quantize_linears",
+    "quantize_minimum",
     "quantize_ste",
     "quantize_table",
     "quantized_matmul",

@@ -305,7 +305,7 @@ def accelerate(model: Model) -> Model:
         elif not isinstance(layer, PackedLinear):
             if on_gpu and not laid_out:
                 stored = Int4Tensor.from_stored(stored)
-            elif isinstance(stored, QuantizedTensor) and stored.codes.device.type == "cpu":
+            elif not laid_out and stored.codes.device.type == "cpu":
                 stored = PackedTensor.from_quantized(stored)
             new[name] = PackedLinear(stored, layer.bias)
     if len(reasons) == len(layers):

@@ -217,19 +217,25 @@ def spread(per_group: Tensor, group_size: Granularity, columns: int) -> Tensor:
     return per_group.repeat_interleave(group_size, dim=1)[:, :columns]
 
 
+def groups_of(
+    matrix: Float[Tensor, "rows columns"], group_size: Granularity
+) -> list[Float[Tensor, "scale_rows groups size"]]:
+    """The numbers that share a grid, along the last axis; a shorter last group stands apart."""
+    if group_size == "tensor":
+        return [matrix.reshape(1, 1, -1)]
+    if group_size == "row":
+        return [matrix.unsqueeze(1)]
+    rest = matrix.shape[1] % group_size
+    whole = matrix[:, : matrix.shape[1] - rest].unflatten(1, (-1, group_size))
+    last = matrix[:, matrix.shape[1] - rest :].unsqueeze(1)
+    return [part for part in (whole, last) if part.numel()]
+
+
 def choose_grids(
     matrix: Float[Tensor, "rows columns"], grid: Grid, *, half_scales: bool = True
 ) -> tuple[Float[Tensor, "scale_rows groups"], Int[Tensor, "scale_rows groups"] | None]:
     """A grid for each tensor, row or group; a shorter last group gets one from its own numbers."""
-    if grid.group_size == "tensor":
-        parts = [matrix.reshape(1, 1, -1)]
-    elif grid.group_size == "row":
-        parts = [matrix.unsqueeze(1)]
-    else:
-        rest = matrix.shape[1] % grid.group_size
-        whole = matrix[:, : matrix.shape[1] - rest].unflatten(1, (-1, grid.group_size))
-        last = matrix[:, matrix.shape[1] - rest :].unsqueeze(1)
-        parts = [part for part in (whole, last) if part.numel()]
+    parts = groups_of(matrix, grid.group_size)
     grids = [choose_grid(part, grid, half_scales=half_scales) for part in parts]
     scales = torch.cat([scale for scale, _ in grids], 1)
     return scales, None if grid.symmetric else torch.cat([zero for _, zero in grids], 1)

@@ -6,7 +6,8 @@ There are two kernels, and three ways to use them:
   of 5 to 8 bits with one scale per row or tensor, where this kernel is the faster one;
 - *int4*, in groups of 32 to 256 columns: $\hat w = s_g (u - 8) + t_g$ with codes
   $u = 0 \ldots 15$ and an offset $t_g = s_g (8 - z_g)$. For every format of 2 to 4 bits per tensor,
-  per row or in groups of a multiple of 32;
+  per row or in groups of a multiple of 32. A group that has a minimum instead of a zero point has
+  the offset $t_g = 8 s_g + m_g$;
 - *two int4*: an 8-bit code is two 4-bit ones, $q = 16 h + l$, so one call of the int4 kernel with
   the inputs $[x, x]$ and the columns $[h, l]$ computes any other format of 5 to 8 bits.
 
@@ -14,7 +15,7 @@ There are two kernels, and three ways to use them:
 outputs in bfloat16 (8 significant bits, so each is changed by at most $2^{-8}$ of itself) and add
 up in float32. The scale of a row or tensor is applied afterwards, exact, in float32. Scales and
 offsets of groups are stored in bfloat16, which changes a weight by about
-$2^{-8} (|\hat w| + s_g |8 - z_g|)$ at most. On Arm the kernels take float32; nothing is rounded.
+$2^{-8} (|\hat w| + |t_g|)$ at most. On Arm the kernels take float32; nothing is rounded.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from jaxtyping import Float, Num, UInt8
 from torch import Tensor, nn
 
 from effnb.inference.quantization.formats import QuantizedTensor
+from effnb.inference.quantization.minimum import MinimumTensor
 from effnb.inference.quantization.stored import Stored
 
 KERNEL_GROUPS = (256, 128, 64, 32)
@@ -132,11 +134,13 @@ class PackedTensor(Stored):
     shape: tuple[int, int]
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedTensor, eight: str | None = None) -> PackedTensor:
+    def from_quantized(
+        cls, weight: QuantizedTensor | MinimumTensor, eight: str | None = None
+    ) -> PackedTensor:
         """Lay out a weight on a uniform grid.
 
         Args:
-            weight: The weight.
+            weight: The weight; where its groups have minima, groups of a multiple of 32.
             eight: The kind for symmetric rows of 5 to 8 bits; by default this machine's faster one.
 
         Raises:
@@ -145,29 +149,31 @@ class PackedTensor(Stored):
         problem = why_not(weight)
         if problem:
             raise ValueError(problem)
-        whole = isinstance(weight.group_size, str)
+        whole, real = isinstance(weight.group_size, str), isinstance(weight, MinimumTensor)
         rows, row_scales = weight.shape[0], None
         if whole:
             row_scales = weight.scales.expand(rows, 1).flatten().contiguous()
-        order = None if weight.order is None else weight.order.int()
-        codes, zeros = weight.integers(), weight.zero_points()
+        order = None if real or weight.order is None else weight.order.int()
+        codes, starts = weight.integers(), weight.minima if real else weight.zero_points()
         eight = eight or machine().eight
         if whole and weight.bits > 4 and weight.symmetric and eight == "int8":
             codes = _filled(codes.to(torch.int8), 1, 32)
             return cls(codes, row_scales, None, order, "int8", "", weight.shape)
-        if zeros is None:  # codes from 0 on, and the code of the number 0, for every format
+        if starts is None:  # codes from 0 on, and the code of the number 0, for every format
             top = 2 ** (weight.bits - 1) - 1
-            codes, zeros = codes + top, torch.full_like(weight.scales, top)
+            codes, starts = codes + top, torch.full_like(weight.scales, top)
         codes = _filled(codes.int(), PANEL, 32)
         if whole:
             row_scales = nn.functional.pad(row_scales, (0, len(codes) - rows))
-        s, z = _per_kernel_group(weight, zeros, codes.shape[1])
+        exact, start = _per_kernel_group(weight, starts, codes.shape[1])
         kernel_dtype = machine().dtype or torch.float32
-        s = s.to(kernel_dtype).float()
+        s = exact.to(kernel_dtype).float()
+        middle = 8 if weight.bits <= 4 else 136
+        # Of grids with a zero point, 0 stays exact; of others, the code in the middle.
+        total = middle * exact + start if real else s * (middle - start)
         if weight.bits <= 4:
-            kind, parts = "int4", [(codes, s, s * (8 - z))]
+            kind, parts = "int4", [(codes, s, total)]
         else:
-            total = s * (136 - z)
             high = total.to(kernel_dtype).float()  # what it rounds off goes into the other half
             kind = "two int4"
             parts = [(codes >> 4, 16 * s, high), (codes & 15, s, total - high)]
@@ -247,9 +253,9 @@ class PackedTensor(Stored):
 
 
 def _per_kernel_group(
-    weight: QuantizedTensor, zeros: Tensor, columns: int
+    weight: QuantizedTensor | MinimumTensor, starts: Tensor, columns: int
 ) -> tuple[Float[Tensor, "groups rows"], Float[Tensor, "groups rows"]]:
-    """Scales and zero points of the groups that the kernel sees, rows filled up.
+    """Scales, and zero points or minima, of the groups that the kernel sees, rows filled up.
 
     They are as large as the kernel has them and the weight's groups are whole numbers of them. With
     one scale per row or tensor, that scale is left out: it is applied after the product.
@@ -258,14 +264,14 @@ def _per_kernel_group(
     size = next(
         g for g in KERNEL_GROUPS if columns % g == 0 and (whole or weight.group_size % g == 0)
     )
-    starts = torch.arange(0, columns, size, device=zeros.device)
-    group = starts * 0 if whole else starts // weight.group_size
+    first = torch.arange(0, columns, size, device=starts.device)
+    group = first * 0 if whole else first // weight.group_size
     scales = torch.ones_like(weight.scales) if whole else weight.scales
     rows = weight.shape[0]
-    s, z = (
-        _filled(part.float().expand(rows, -1)[:, group], PANEL, 1).T for part in (scales, zeros)
+    s, start = (
+        _filled(part.float().expand(rows, -1)[:, group], PANEL, 1).T for part in (scales, starts)
     )
-    return s, z
+    return s, start
 
 
 def _filled(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -275,8 +281,10 @@ def _filled(matrix: Tensor, rows: int, columns: int) -> Tensor:
 
 def why_not(weight: Stored) -> str:
     """Why a stored weight cannot be laid out for a kernel, in a sentence; empty if it can."""
-    if not isinstance(weight, QuantizedTensor):
+    if not isinstance(weight, QuantizedTensor | MinimumTensor):
         return f"the format {weight.format!r} has no kernel; only uniform grids have."
+    if isinstance(weight, MinimumTensor) and isinstance(weight.group_size, str):
+        return f"a minimum per {weight.group_size} has no kernel; groups of a multiple of 32 have."
     if isinstance(weight.group_size, int) and weight.group_size % 32:
         return f"groups of {weight.group_size} have no kernel; only multiples of 32 have."
     if native_layout() == "unknown":

@@ -21,10 +21,11 @@ from effnb.core.modules import Model, first_names, replace_modules, settle_tying
 from effnb.inference.quantization.extreme import BinaryTensor, TernaryTensor
 from effnb.inference.quantization.formats import QuantizedTensor
 from effnb.inference.quantization.linear import QuantizedLinear, refuse_quantized
+from effnb.inference.quantization.minimum import MinimumTensor
 from effnb.inference.quantization.stored import from_parts
 from effnb.inference.quantization.tables import TableTensor
 
-FORMATS = (QuantizedTensor, TableTensor, TernaryTensor, BinaryTensor)
+FORMATS = (QuantizedTensor, MinimumTensor, TableTensor, TernaryTensor, BinaryTensor)
 """What files may hold; importing a format makes it known to `from_parts`."""
 
 KEY = "effnb.quantized"
