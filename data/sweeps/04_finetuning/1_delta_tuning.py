@@ -83,8 +83,8 @@ TRIED = {
     "last layers": (7.5e-5, 3e-4, 1.2e-3),
     "random modules": (1e-3, 4e-3, 1.6e-2),
 }
-"""Learning rates that are tried; `METHODS` has the one with the highest accuracy on validation. The
-new classifier has the same rate beside all of them."""
+"""Learning rates that are tried; `METHODS` has the one with the highest accuracy on validation, and
+of equals the one with the lower loss. The new classifier has the same rate beside all of them."""
 DIMENSIONS = (4, 16, 64, 256, 1024)
 SIZES = ("mini-300k", "mini-1m", "mini-5m")
 MEMORY_TOKENS = 128

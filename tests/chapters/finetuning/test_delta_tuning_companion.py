@@ -364,6 +364,14 @@ def test_pictures_and_words_of_subspaces_and_memory(subject):
     )
 
 
+def test_every_method_has_the_rate_that_the_table_chose():
+    rows = tables.stored("rates").data["table"]
+    tried = {row["method"] for row in rows}
+    assert len(tried) == 8
+    for name in tried:
+        assert methods.METHODS[name].rate == tables.chosen_rate(rows, name)["rate"], name
+
+
 def test_what_is_not_measured_says_so():
     missing = results.NotMeasured("04_finetuning/1_delta_tuning/nothing").data
     for function in (

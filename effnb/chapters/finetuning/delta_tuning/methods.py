@@ -135,12 +135,12 @@ def _present(model: nn.Module) -> list[str]:
 
 FULL = "full"
 METHODS = {
-    FULL: Method("", "", 0, 1e-4, None),
+    FULL: Method("", "", 0, 4e-4, None),
     "LoRA": Method("reparametrization", "rank", 8, 2e-3, _lora, (1, 2, 4, 8, 16, 32)),
     "adapter": Method("addition", "bottleneck", 16, 8e-3, _adapter, (1, 2, 4, 8, 16, 32)),
     "prefix": Method("addition", "length", 16, 4e-2, _prefix, (1, 2, 4, 8, 16, 32)),
     "prompt": Method("addition", "length", 24, 4e-2, _prompt, (1, 2, 4, 8, 16, 24, 32)),
-    "BitFit": Method("specification", "", 0, 2e-3, _bitfit),
+    "BitFit": Method("specification", "", 0, 8e-3, _bitfit),
     "last layers": Method("specification", "layers", 2, 3e-4, _last, (1, 2, 3, 4, 5, 6)),
     "random modules": Method("specification", "per cent", 1, 4e-3, _random, (1, 2, 4, 8, 16)),
     "intrinsic": Method(

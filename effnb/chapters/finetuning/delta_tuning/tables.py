@@ -352,18 +352,23 @@ def smollm2_table(rows: Sequence[Row]) -> Table:
 
 @if_measured
 def rates_table(rows: Sequence[Row]) -> Table:
-    """Accuracy after a few steps at two learning rates."""
-    lines = []
-    for name in dict.fromkeys(r["method"] for r in rows):
-        for row in pick(rows, method=name):
-            lines.append(
-                {"method": name, "rate": row["rate"], "accuracy": tidy(100 * row["accuracy"], 1)}
-            )
+    """Accuracy and loss after a few steps at every learning rate that was tried."""
+    lines = [
+        {"method": name, "rate": row["rate"], "accuracy": tidy(100 * row["accuracy"], 1)}
+        | {"loss": row["loss"], "": "chosen" if row == chosen_rate(rows, name) else ""}
+        for name in dict.fromkeys(r["method"] for r in rows)
+        for row in pick(rows, method=name)
+    ]
     return table(
         lines,
-        {"method": "", "rate": ".1e", "accuracy": ".1f"},
-        caption="MiniLM-L6 on topics: per cent right on validation texts after 20 steps.",
+        {"method": "", "rate": ".1e", "accuracy": ".1f", "loss": ".3f", "": ""},
+        caption="MiniLM-L6 on topics: per cent right on validation texts after 20 steps, and loss.",
     )
+
+
+def chosen_rate(rows: Sequence[Row], method: str) -> Row:
+    """The learning rate with the highest accuracy, and of equals the one with the lower loss."""
+    return max(pick(rows, method=method), key=lambda row: (row["accuracy"], -row["loss"]))
 
 
 # --- what is counted here -------------------------------------------------------------------------
