@@ -331,7 +331,7 @@ else:
 # %% [markdown]
 # ## Where it breaks
 #
-# **Full tuning's learning rate.** A delta has few numbers to move and needs a far larger rate, each method a different one; too large a rate ruins it. A comparison at one rate for all is worthless. The rates of the grid were chosen by this table, in which each method was tried at three:
+# **Full tuning's learning rate.** Most deltas have few numbers to move and need a larger rate, each method a different one; too large a rate ruins it. A comparison at one rate for all is worthless. The rates of the grid were chosen by this table, in which each method was tried at three:
 
 # %% tags=["nbval-check-output"]
 tables.rates_table(tables.stored("rates").data["table"])

@@ -242,7 +242,7 @@ drawings.transfer(transfer)
 print(tables.transfer_said(transfer))
 
 # %% [markdown]
-# Part of such a saving is form: a delta learns that one word and an end are wanted. Form transfers to every task with short answers, whether or not it understands the question.
+# Part of such a saving is form: between tasks with labels, a delta has also learned that one word and an end are wanted. Where the model is to write on, that habit costs more than it saves: in the columns of writing, numbers below 0 say that the untuned model was better.
 #
 # **Low-dimensional solutions.** How much of the change of full tuning lies in a few directions, and how close do few numbers come to its function?
 

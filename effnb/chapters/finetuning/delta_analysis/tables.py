@@ -268,11 +268,11 @@ def transfer_said(rows: Sequence[Row]) -> str | NotMeasured:
                 sides["writing to classes"].append(share)
     if not all(sides.values()):
         return NotMeasured(f"{CHAPTER}/transfer")
-    same, other, written = (fmean(side) for side in sides.values())
+    same, other, written = (f"{tidy(100 * fmean(s), 0):.0f}%" for s in sides.values())
     return (
         f"Of what a task's own delta saves, the delta of the other task of its kind saves "
-        f"{same:.0%} on average, that of a task of another kind {other:.0%}; from writing to "
-        f"classes {written:.0%} arrive."
+        f"{same} on average, that of a task of another kind {other}; from writing to classes "
+        f"{written} arrive."
     )
 
 
