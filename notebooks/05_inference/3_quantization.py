@@ -446,7 +446,7 @@ else:
 # %% [markdown]
 # Decoding gains less than the bytes shrink: unpacking codes, attention, normalization and Python's own time stay.
 #
-# **Beside llama.cpp.** What stays is large: the modules around the kernels took as long as the kernels. `fast` therefore decodes by one list of products over a cache with room, and on x86 with AVX2 or AVX-512 and a compiler, by one function. The rival is llama.cpp, which reads 4-bit codes in groups of 32, each group with a step $s$ and a real minimum $m$, so that $\hat w = s\,q + m$. `quantize_minimum` makes the same grids: the file's weights, which lie on them already, are not rounded a second time. The bits are the same, and so should be the perplexity:
+# **Beside llama.cpp.** What stays is large: the modules around the kernels took as long as the kernels. `fast` therefore decodes by one list of products over a cache with room, and on x86 with AVX2 or AVX-512 and a compiler, by one function. The rival is llama.cpp, which reads 4-bit codes in groups of 32, each group with a step $s$ and a real minimum $m$, so that $\hat w = s\,q + m$. `quantize_minimum` makes the same grids: the file's weights, which lie on them already, are not rounded a second time. The codes are the same, and so should be the perplexity:
 
 # %% tags=["nbval-check-output"]
 decoding = tables.stored("decoding").data

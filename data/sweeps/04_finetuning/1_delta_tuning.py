@@ -6,6 +6,7 @@
 Each part is written to `data/results/04_finetuning/1_delta_tuning/<part>.json`, row by row:
 
 rates       learning rates: every method at three, on one task, judged on validation (4 minutes)
+steep       full tuning at the rate that this chooses, on the tasks of the grid (6 minutes)
 grid        the shared grid: nine methods on four tasks of `minilm-l6` and five on two of `mini-1m`,
             five seeds; 80 steps of 8 texts of at most 32 tokens (13 minutes a seed, 65 in all)
 memory      bytes that a step holds, counted, at batches of 1 and 32 (1 minute)
@@ -84,7 +85,8 @@ TRIED = {
     "random modules": (1e-3, 4e-3, 1.6e-2),
 }
 """Learning rates that are tried; `METHODS` has the one with the highest accuracy on validation, and
-of equals the one with the lower loss. The new classifier has the same rate beside all of them."""
+of equals the one with the lower loss, unless it is `TOO_HIGH`. The new classifier has the same rate
+beside all of them."""
 DIMENSIONS = (4, 16, 64, 256, 1024)
 SIZES = ("mini-300k", "mini-1m", "mini-5m")
 MEMORY_TOKENS = 128
@@ -124,15 +126,16 @@ def watched(subject: Subject, examples: Sequence[Example]) -> Callable[..., dict
 
 
 def classified(
-    subject: Subject, name: str, seed: int, train: Sequence[Example], steps: int = STEPS
-) -> dict[str, Any]:
+    subject: Subject, name: str, seed: int, train: Sequence[Example], steps: int = STEPS,
+    rate: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """One run of a method on an encoder: its curve, and its answers on new and on old texts."""
     method, size = COMPARED[name]
     test = methods.one_per_document(subject.task.test, DOCUMENTS)
     validation = methods.one_per_document(subject.task.validation, WATCHED)
     found = tune(
         subject.base, method, subject.batch, train, steps=steps, size=size, seed=seed,
-        watch=watched(subject, validation), points=POINTS,
+        rate=rate, watch=watched(subject, validation), points=POINTS,
     )  # fmt: skip
     new = subject.judged(found.model, test)
     old = subject.judged(found.model, list(train)[:WATCHED])
@@ -202,6 +205,19 @@ def rates() -> None:
                 return {"accuracy": end["correct"].count("1") / WATCHED, "loss": end["loss"]}
 
             table.add({"method": name, "rate": rate}, measure)
+
+
+def steep() -> None:
+    """Full tuning as in the grid, at the rate that looked best after a few steps on one task."""
+    rate = methods.TOO_HIGH[methods.FULL]
+    table = Table("steep", steps=STEPS, documents=DOCUMENTS)
+    subjects = [Subject(task(name)) for name in ENCODER_TASKS]
+    for seed in SEEDS[:2]:
+        for subject in subjects:
+            table.add(
+                about_run(subject, "full", seed) | {"rate": rate},
+                lambda s=subject, k=seed: classified(s, "full", k, s.task.train, rate=rate),
+            )
 
 
 def grid() -> None:
@@ -373,6 +389,7 @@ def shared() -> None:
 
 PARTS: dict[str, Callable[[], dict | None]] = {
     "rates": rates,
+    "steep": steep,
     "grid": grid,
     "memory": training_bytes,
     "smollm2": smollm2,

@@ -372,6 +372,23 @@ def test_every_method_has_the_rate_that_the_table_chose():
         assert methods.METHODS[name].rate == tables.chosen_rate(rows, name)["rate"], name
 
 
+def test_a_rate_that_is_too_high_was_seen_to_be():
+    """Full tuning stays at guessing on pairs at it, and does better at the rate that it has."""
+    steep, grid = (tables.stored(part).data["table"] for part in ("steep", "grid"))
+    pairs = [row for row in steep if row["task"] in tables.PAIRS]
+    assert {row["rate"] for row in pairs} == {methods.TOO_HIGH[methods.FULL]}
+    own = [
+        row
+        for row in grid
+        if row["method"] == methods.FULL and row["task"] in tables.PAIRS and row["seed"] < 2
+    ]
+    high, low = (sum(row["accuracy"] for row in rows) for rows in (pairs, own))
+    assert len(own) == len(pairs) == 4 and low > high
+    said = tables.steep_said(steep, grid)
+    assert "at 4e-04" in said and "at 1e-04" in said and "4 runs at guessing" in said
+    assert "Not measured" in tables.steep_said(steep, [])
+
+
 def test_what_is_not_measured_says_so():
     missing = results.NotMeasured("04_finetuning/1_delta_tuning/nothing").data
     for function in (

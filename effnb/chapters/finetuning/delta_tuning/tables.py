@@ -20,6 +20,8 @@ from effnb.lab.results import NotMeasured, StoredResult
 from effnb.lab.tables import NOT_MEASURED, Table, table
 
 CHAPTER = "04_finetuning/1_delta_tuning"
+PAIRS = ("match", "origin")
+"""Tasks about two texts, with two labels: guessing is right in half of the cases."""
 IN_ORDER = ("full", "LoRA", "adapter", "prefix", "prompt")
 """The order that the article finds, best first."""
 SHOWN = (
@@ -353,9 +355,15 @@ def smollm2_table(rows: Sequence[Row]) -> Table:
 @if_measured
 def rates_table(rows: Sequence[Row]) -> Table:
     """Accuracy and loss after a few steps at every learning rate that was tried."""
+
+    def remark(row: Row) -> str:
+        if row == chosen_rate(rows, row["method"]):
+            return "chosen"
+        return "too high for pairs" if row["rate"] == methods.TOO_HIGH.get(row["method"]) else ""
+
     lines = [
         {"method": name, "rate": row["rate"], "accuracy": tidy(100 * row["accuracy"], 1)}
-        | {"loss": row["loss"], "": "chosen" if row == chosen_rate(rows, name) else ""}
+        | {"loss": row["loss"], "": remark(row)}
         for name in dict.fromkeys(r["method"] for r in rows)
         for row in pick(rows, method=name)
     ]
@@ -367,8 +375,32 @@ def rates_table(rows: Sequence[Row]) -> Table:
 
 
 def chosen_rate(rows: Sequence[Row], method: str) -> Row:
-    """The learning rate with the highest accuracy, and of equals the one with the lower loss."""
-    return max(pick(rows, method=method), key=lambda row: (row["accuracy"], -row["loss"]))
+    """The learning rate with the highest accuracy, and of equals the one with the lower loss.
+
+    One that later turned out too high is left out: `methods.TOO_HIGH`.
+    """
+    allowed = [r for r in pick(rows, method=method) if r["rate"] != methods.TOO_HIGH.get(method)]
+    return max(allowed, key=lambda row: (row["accuracy"], -row["loss"]))
+
+
+@if_measured
+def steep_said(steep: Sequence[Row], grid: Sequence[Row]) -> str:
+    """How full tuning fares on pairs at the rate that is too high and at its own, in a sentence."""
+    runs = [(row["task"], row["seed"]) for row in steep if row["task"] in PAIRS]
+    own = [r for r in pick(grid, method=methods.FULL) if (r["task"], r["seed"]) in runs]
+    high = [r for r in steep if r["task"] in PAIRS]
+    if len(own) != len(high):
+        return str(NotMeasured(f"{CHAPTER}/steep"))
+
+    def fared(rows: Sequence[Row]) -> str:
+        guessing = sum(abs(row["accuracy"] - 0.5) < 0.01 for row in rows)
+        right = fmean(row["accuracy"] for row in rows)
+        return f"{right:.1%} of the pairs right, {guessing} of {len(rows)} runs at guessing"
+
+    return (
+        f"Full tuning over all steps of the grid: at {high[0]['rate']:.0e} "
+        f"{fared(high)}; at {own[0]['rate']:.0e} {fared(own)}."
+    )
 
 
 # --- what is counted here -------------------------------------------------------------------------
